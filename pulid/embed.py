@@ -1,0 +1,73 @@
+"""From what the vision tower and the recogniser see to ID tokens: how photographs and people combine.
+
+Source: the authors' `get_id_embedding` and the demos that call it (github.com/ToTheBeginning/PuLID).
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .encoders import FACE_TOKENS, FACE_WIDTH, HIDDEN_WIDTH, STAGES
+from .errors import InputError
+from .identity import IdEmbedding, Version, VisionFeatures
+
+Photos = Literal["one person", "average", "one identity per photo"]
+
+
+def face_vectors(arcface: Tensor, features: VisionFeatures) -> Tensor:
+    """arcface (B, 512) as the recogniser gives it, with the pooled vectors -> (B, 1280)."""
+    return torch.cat((arcface.to(features.pooled), features.pooled), dim=-1)
+
+
+def uncond_tokens(encoder: nn.Module, positions: int, device=None, dtype=torch.float32) -> Tensor:
+    """The encoder's answer to all zeros, (1, T, D): the negative branch of every identity with these weights.
+
+    `positions` is the length of one photograph's hidden states; v1.1 attends over them even where they are zero.
+    """
+    x = torch.zeros(1, FACE_WIDTH, device=device, dtype=dtype)
+    hidden = [torch.zeros(1, positions, HIDDEN_WIDTH, device=device, dtype=dtype)] * STAGES
+    return encoder(x, hidden)
+
+
+def _join(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:
+    """v1's rule: all tokens of the first photograph, of each further one the first five (all when mixing people)."""
+    first, *further = tokens
+    return torch.cat((first, *(t if id_mix else t[:, :FACE_TOKENS] for t in further)), dim=1)
+
+
+def embed(
+    encoder: nn.Module,
+    version: Version,
+    fingerprint: str,
+    x: Tensor,
+    hidden: Sequence[Tensor],
+    uncond: Tensor,
+    photos: Photos = "one person",
+    id_mix: bool = False,
+) -> IdEmbedding:
+    """ID tokens of P photographs.
+
+    x         (P, 1280), from `face_vectors`
+    hidden    5 x (P, 1 + patches, 1024)
+    uncond    (1, 10 | 32, D), from `uncond_tokens` of the same encoder
+    photos    "one person": the authors' rule. v1 joins tokens, v1.1 reads all photographs at once (always 32 tokens).
+              "average": the mean of each photograph's own tokens.
+              "one identity per photo": R = P rows.
+    id_mix    v1 only: every photograph gives all its tokens, to mix people. v1.1 always reads all of each.
+    Raises InputError when there is no photograph.
+    """
+    count = x.shape[0]
+    if count == 0:
+        raise InputError("An identity needs at least one photograph with a face; none was left.")
+    if photos == "one person" and version == "v1.1":
+        together = [stream.flatten(0, 1).unsqueeze(0) for stream in hidden]  # (P, M, 1024) -> (1, P * M, 1024)
+        return IdEmbedding(encoder(x.unsqueeze(0), together), uncond, version, fingerprint)
+    tokens = encoder(x, hidden)  # (P, T, D)
+    if photos == "one person":
+        cond = _join(tokens.split(1), id_mix)
+        return IdEmbedding(cond, _join([uncond] * count, id_mix), version, fingerprint)
+    if photos == "average":
+        return IdEmbedding(tokens.mean(dim=0, keepdim=True), uncond, version, fingerprint)
+    return IdEmbedding(tokens, uncond, version, fingerprint)

@@ -1,0 +1,50 @@
+"""Every error this pack raises on purpose.
+
+    PulidError
+    ├── InputError            a value from the graph cannot be used (shape, range, NaN, empty)
+    │   └── NoFaceError       a photograph shows no face
+    ├── MismatchError         two things that do not belong together (versions, widths, a model that is not SDXL)
+    ├── WeightsError          a weight file
+    │   ├── MissingWeights    it is not where it was looked for
+    │   ├── ForeignWeights    it is whole, but something else than what was asked for
+    │   └── DamagedWeights    truncated, altered, or not a weight file at all
+    └── MissingPackage        a Python package that the node needs cannot be imported
+
+A message says what was expected, what was found, and what to do next.
+"""
+
+
+class PulidError(Exception):
+    """Base of all errors of this pack; catching it catches nothing else."""
+
+
+class InputError(PulidError, ValueError):
+    """A value from the graph cannot be used."""
+
+
+class NoFaceError(InputError):
+    """A photograph shows no face."""
+
+
+class MismatchError(PulidError, ValueError):
+    """Two things that do not belong together."""
+
+
+class WeightsError(PulidError):
+    """A weight file cannot be used."""
+
+
+class MissingWeights(WeightsError, FileNotFoundError):
+    """A weight file is not where it was looked for."""
+
+
+class ForeignWeights(WeightsError):
+    """A whole weight file, but of something else."""
+
+
+class DamagedWeights(WeightsError):
+    """A truncated or altered file, or one that never was a weight file."""
+
+
+class MissingPackage(PulidError, ImportError):
+    """A Python package that is needed here cannot be imported."""

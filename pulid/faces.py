@@ -1,0 +1,240 @@
+"""From a photograph to one aligned face, and from aligned faces to what the vision tower sees.
+
+One face is chosen once; its box, its crop and its embedding all come from it. Everything here runs on the CPU in
+float32, so that every machine gives the same numbers (bicubic resizing is missing or different on some devices).
+Source: the PuLID authors' pipeline, https://github.com/ToTheBeginning/PuLID/blob/main/pulid/pipeline_v1_1.py
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import InputError, NoFaceError
+from .identity import FaceCrop
+from .packages import import_package
+
+Photo = np.ndarray  # (H, W, 3) uint8 RGB, long edge at most LONG_EDGE
+Size = tuple[int, int]  # width, height in pixels
+
+LONG_EDGE = 1024  # the authors shrink larger photographs to this
+SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors' own resizing rounds to nothing
+
+# Two boxes that overlap more than this are the same face: both detectors' own non-maximum suppression draws the line here.
+SAME_FACE_IOU = 0.4
+
+CROP_SIZE = 512  # px
+# Where the five landmarks of an aligned face lie in the crop (x, y): facexlib's FFHQ template.
+CROP_LANDMARKS = np.array(
+    [
+        [192.98138, 239.94708],
+        [318.90277, 240.1936],
+        [256.63416, 314.01935],
+        [201.26117, 371.41043],
+        [313.08905, 371.15118],
+    ]
+)
+CROP_BORDER = (132, 133, 135)  # RGB of what lies outside the photograph: facexlib's (135, 133, 132), which is BGR
+
+# BiSeNet's labels that become white: background, ears, earring, neck, necklace, cloth and hat.
+BACKGROUND_LABELS = (0, 7, 8, 9, 14, 15, 16, 18)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+VISION_SIZE = 336  # px
+# OpenAI CLIP's normalisation, https://github.com/openai/CLIP/blob/main/clip/clip.py
+VISION_MEAN = (0.48145466, 0.4578275, 0.40821073)
+VISION_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """One face as a detector reports it.
+
+    box        x0, y0, x1, y1 in pixels of the photograph; it may reach beyond the frame
+    landmarks  (5, 2) float64 x, y: left eye, right eye, nose, left and right corner of the mouth, as seen in the picture
+    score      the detector's confidence, 0..1
+    """
+
+    box: tuple[float, float, float, float]
+    landmarks: np.ndarray
+    score: float
+
+    @property
+    def center(self) -> tuple[float, float]:
+        x0, y0, x1, y1 = self.box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    @property
+    def area(self) -> float:
+        x0, y0, x1, y1 = self.box
+        return max(x1 - x0, 0.0) * max(y1 - y0, 0.0)
+
+
+class FaceAnalyzer(Protocol):
+    """The networks a face goes through. Photographs and crops go in as RGB; results come back on the CPU."""
+
+    def detect(self, photo: Photo) -> list[Face]:
+        """InsightFace's faces; empty when it sees none."""
+
+    def detect_for_alignment(self, photo: Photo) -> list[Face]:
+        """RetinaFace's faces, whose landmarks the authors align with; empty when it sees none."""
+
+    def recognise(self, photo: Photo, face: Face) -> Tensor:
+        """ArcFace embedding (512,) float32, not normalised, of a face that `detect` found."""
+
+    def recognise_crop(self, crop: np.ndarray) -> Tensor:
+        """ArcFace embedding (512,) float32, not normalised, of an aligned crop (512, 512, 3) uint8."""
+
+    def parse(self, crops: Tensor) -> Tensor:
+        """BiSeNet's label map (B, 512, 512) uint8 of aligned crops (B, 3, 512, 512) RGB 0..1."""
+
+
+def find_face(photo: Photo, analyzer: FaceAnalyzer, order: str = "largest", index: int = 0) -> FaceCrop:
+    """The chosen face of a photograph, aligned and recognised.
+
+    InsightFace's faces are chosen from; where it sees none, RetinaFace's are, and the recogniser looks at the crop.
+    Raises NoFaceError if neither sees a face, InputError if there is no face with that index.
+    """
+    size = photo.shape[1], photo.shape[0]
+    if faces := analyzer.detect(photo):
+        face = choose(faces, order, index, size)
+        twin = same_face(face, analyzer.detect_for_alignment(photo))
+        landmarks = (twin or face).landmarks
+        crop = align(photo, landmarks)
+        arcface = analyzer.recognise(photo, face)
+    else:
+        face = choose(analyzer.detect_for_alignment(photo), order, index, size)
+        landmarks = face.landmarks
+        crop = align(photo, landmarks)
+        arcface = analyzer.recognise_crop(crop)
+    return FaceCrop(
+        pixels=torch.from_numpy(crop).permute(2, 0, 1).contiguous() / 255,  # (512, 512, 3) -> (3, 512, 512)
+        arcface=arcface,
+        box=face.box,
+        landmarks=torch.from_numpy(landmarks),
+        score=face.score,
+    )
+
+
+def read_photo(image: Tensor) -> Photo:
+    """A row of an IMAGE batch, (H, W, C) float 0..1, as a photograph.
+
+    C is 3 (RGB), 1 (grey) or 4 (RGB and opacity, laid on white). The long edge becomes at most LONG_EDGE.
+    Raises InputError for any other shape or type, for NaN and infinity, and for pictures too small to hold a face.
+    """
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or not image.is_floating_point():
+        raise InputError(
+            f"A photograph must be a float image (height, width, 1, 3 or 4 channels); found {tuple(image.shape)} of {image.dtype}."
+        )
+    height, width, channels = image.shape
+    shrink = min(LONG_EDGE / max(height, width, 1), 1)
+    if min(int(height * shrink), int(width * shrink)) < SHORT_EDGE:
+        raise InputError(
+            f"A photograph of {width} x {height} px is too small or too narrow to hold a face: "
+            f"once its long edge is at most {LONG_EDGE} px, its short edge must be at least {SHORT_EDGE} px."
+        )
+    image = image.cpu().float()
+    if not image.isfinite().all():
+        raise InputError("The photograph holds NaN or infinite pixels. Check the node that made it.")
+    if channels == 4:
+        opacity = image[..., 3:].clamp(0, 1)
+        image = image[..., :3] * opacity + (1 - opacity)
+    photo = (image.clamp(0, 1) * 255).round().byte().expand(-1, -1, 3).contiguous().numpy()
+    if shrink < 1:
+        cv2 = import_package("cv2")
+        photo = cv2.resize(photo, (int(width * shrink), int(height * shrink)), interpolation=cv2.INTER_LANCZOS4)
+    return photo
+
+
+def faces_of(boxes: Iterable, landmarks: Iterable, scores: Iterable) -> list[Face]:
+    """A detector's rows as faces: boxes (n, 4), landmarks (n, 5, 2), scores (n,). Rows that are not finite are dropped."""
+    faces = (
+        Face(tuple(map(float, box)), np.array(points, dtype=np.float64), float(score))
+        for box, points, score in zip(boxes, landmarks, scores, strict=True)
+    )
+    return [face for face in faces if np.isfinite([*face.box, *face.landmarks.flat, face.score]).all() and face.area > 0]
+
+
+# What each order sorts by, smallest first.
+ORDERS: dict[str, Callable[[Face, Size], float]] = {
+    "largest": lambda face, size: -face.area,
+    "center": lambda face, size: (face.center[0] - size[0] / 2) ** 2 + (face.center[1] - size[1] / 2) ** 2,
+    "left to right": lambda face, size: face.center[0],
+    "right to left": lambda face, size: -face.center[0],
+    "top to bottom": lambda face, size: face.center[1],
+    "bottom to top": lambda face, size: -face.center[1],
+    "small to large": lambda face, size: face.area,
+}
+
+
+def in_order(faces: Iterable[Face], order: str, size: Size) -> list[Face]:
+    """Faces sorted by one of ORDERS: the position in this list is the index a user names. InputError for another order."""
+    if order not in ORDERS:
+        raise InputError(f"Faces cannot be ordered by {order!r}; choose one of: {', '.join(ORDERS)}.")
+    return sorted(faces, key=lambda face: ORDERS[order](face, size))
+
+
+def choose(faces: Sequence[Face], order: str, index: int, size: Size) -> Face:
+    """The face with this index in this order. NoFaceError if there is none at all, InputError if there is no such index."""
+    if not faces:
+        raise NoFaceError(
+            "No face found in the photograph. Use one where the face is in view, upright and not cut by the frame."
+        )
+    if not 0 <= index < len(faces):
+        counted = "one face; its index is 0" if len(faces) == 1 else f"{len(faces)} faces; index runs from 0 to {len(faces) - 1}"
+        raise InputError(f"There is no face with index {index}: the photograph shows {counted}.")
+    return in_order(faces, order, size)[index]
+
+
+def same_face(face: Face, others: Iterable[Face]) -> Face | None:
+    """The other detector's view of this face: the one that overlaps it best, or None if none is the same face."""
+    best = max(others, key=lambda other: overlap(face, other), default=None)
+    return best if best is not None and overlap(face, best) > SAME_FACE_IOU else None
+
+
+def overlap(one: Face, other: Face) -> float:
+    """Intersection over union of two boxes, 0..1."""
+    width = min(one.box[2], other.box[2]) - max(one.box[0], other.box[0])
+    height = min(one.box[3], other.box[3]) - max(one.box[1], other.box[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / (one.area + other.area - shared)
+
+
+def alignment(landmarks: np.ndarray) -> np.ndarray:
+    """The affine matrix (2, 3) that lays landmarks (5, 2) onto CROP_LANDMARKS: rotation, one scale, translation.
+
+    Least median of squares, as facexlib does. Raises NoFaceError if the landmarks do not span a face.
+    """
+    cv2 = import_package("cv2")
+    matrix, _ = cv2.estimateAffinePartial2D(landmarks, CROP_LANDMARKS, method=cv2.LMEDS)
+    if matrix is None or not np.isfinite(matrix).all():
+        raise NoFaceError(f"The detector's five landmarks do not span a face: {landmarks.round(1).tolist()}.")
+    return matrix
+
+
+def align(photo: Photo, landmarks: np.ndarray) -> np.ndarray:
+    """The aligned crop (512, 512, 3) uint8 RGB of the face with these landmarks (5, 2)."""
+    cv2 = import_package("cv2")
+    return cv2.warpAffine(photo, alignment(landmarks), (CROP_SIZE, CROP_SIZE), borderValue=CROP_BORDER)
+
+
+def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:
+    """Only the face, in grey, on white: crops (B, 3, H, W) RGB 0..1 and labels (B, H, W) -> (B, 3, H, W)."""
+    crops = crops.cpu().float()
+    luma = crops.new_tensor(LUMA)[:, None, None]
+    grey = (crops * luma).sum(1, keepdim=True)  # (B, 3, H, W) -> (B, 1, H, W)
+    background = torch.isin(labels.cpu(), torch.tensor(BACKGROUND_LABELS, dtype=labels.dtype))
+    return torch.where(background[:, None], 1.0, grey).expand(-1, 3, -1, -1)
+
+
+def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:
+    """What the vision tower takes: (B, 3, H, W) 0..1 -> (B, 3, size, size), normalised.
+
+    Bicubic without antialiasing, as torchvision 0.15, which the authors pin, resizes tensors.
+    """
+    faces = functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False, antialias=False)
+    mean, std = faces.new_tensor((VISION_MEAN, VISION_STD))[..., None, None]
+    return (faces - mean) / std

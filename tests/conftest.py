@@ -1,0 +1,10 @@
+"""Mounts the pack the way ComfyUI does: by path, under an alias, with sys.path left alone."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+from mount import mount  # noqa: E402
+
+mount()
