@@ -21,13 +21,15 @@ def face_vectors(arcface: Tensor, features: VisionFeatures) -> Tensor:
     return torch.cat((arcface.to(features.pooled), features.pooled), dim=-1)
 
 
-def uncond_tokens(encoder: nn.Module, positions: int, device=None, dtype=torch.float32) -> Tensor:
+def uncond_tokens(encoder: nn.Module, positions: int, device=None, noise: float = 0.0, seed: int = 0) -> Tensor:
     """The encoder's answer to all zeros, (1, T, D): the negative branch of every identity with these weights.
 
-    `positions` is the length of one photograph's hidden states; v1.1 attends over them even where they are zero.
+    positions  length of one photograph's hidden states; v1.1 attends over them even where they are zero
+    noise      instead of zeros, uniform noise 0..noise, drawn on the CPU from `seed`
     """
-    x = torch.zeros(1, FACE_WIDTH, device=device, dtype=dtype)
-    hidden = [torch.zeros(1, positions, HIDDEN_WIDTH, device=device, dtype=dtype)] * STAGES
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, FACE_WIDTH), *[(1, positions, HIDDEN_WIDTH)] * STAGES]
+    x, *hidden = ((torch.rand(shape, generator=generator) * noise).to(device) for shape in shapes)
     return encoder(x, hidden)
 
 

@@ -24,7 +24,7 @@ Size = tuple[int, int]  # width, height in pixels
 LONG_EDGE = 1024  # the authors shrink larger photographs to this
 SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors' own resizing rounds to nothing
 
-# Two boxes that overlap more than this are the same face: both detectors' own non-maximum suppression draws the line here.
+# Boxes that overlap more than this are one face: both detectors draw the line here among their own boxes.
 SAME_FACE_IOU = 0.4
 
 CROP_SIZE = 512  # px
@@ -54,7 +54,7 @@ class Face:
     """One face as a detector reports it.
 
     box        x0, y0, x1, y1 in pixels of the photograph; it may reach beyond the frame
-    landmarks  (5, 2) float64 x, y: left eye, right eye, nose, left and right corner of the mouth, as seen in the picture
+    landmarks  (5, 2) float64 x, y: left eye, right eye, nose, left and right corner of the mouth, as pictured
     score      the detector's confidence, 0..1
     """
 
@@ -127,7 +127,8 @@ def read_photo(image: Tensor) -> Photo:
     """
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or not image.is_floating_point():
         raise InputError(
-            f"A photograph must be a float image (height, width, 1, 3 or 4 channels); found {tuple(image.shape)} of {image.dtype}."
+            "A photograph must be a float image (height, width, channels) with 1, 3 or 4 channels; "
+            f"found {tuple(image.shape)} of {image.dtype}."
         )
     height, width, channels = image.shape
     shrink = min(LONG_EDGE / max(height, width, 1), 1)
@@ -150,12 +151,14 @@ def read_photo(image: Tensor) -> Photo:
 
 
 def faces_of(boxes: Iterable, landmarks: Iterable, scores: Iterable) -> list[Face]:
-    """A detector's rows as faces: boxes (n, 4), landmarks (n, 5, 2), scores (n,). Rows that are not finite are dropped."""
+    """Detector rows as faces: boxes (n, 4), landmarks (n, 5, 2), scores (n,). Rows with NaN or no area are dropped."""
     faces = (
         Face(tuple(map(float, box)), np.array(points, dtype=np.float64), float(score))
         for box, points, score in zip(boxes, landmarks, scores, strict=True)
     )
-    return [face for face in faces if np.isfinite([*face.box, *face.landmarks.flat, face.score]).all() and face.area > 0]
+    return [
+        face for face in faces if face.area > 0 and np.isfinite([*face.box, *face.landmarks.flat, face.score]).all()
+    ]
 
 
 # What each order sorts by, smallest first.
@@ -171,20 +174,20 @@ ORDERS: dict[str, Callable[[Face, Size], float]] = {
 
 
 def in_order(faces: Iterable[Face], order: str, size: Size) -> list[Face]:
-    """Faces sorted by one of ORDERS: the position in this list is the index a user names. InputError for another order."""
+    """Faces sorted by one of ORDERS; the position in this list is the index a user names. Else InputError."""
     if order not in ORDERS:
         raise InputError(f"Faces cannot be ordered by {order!r}; choose one of: {', '.join(ORDERS)}.")
     return sorted(faces, key=lambda face: ORDERS[order](face, size))
 
 
 def choose(faces: Sequence[Face], order: str, index: int, size: Size) -> Face:
-    """The face with this index in this order. NoFaceError if there is none at all, InputError if there is no such index."""
+    """The face with this index in this order. NoFaceError if there are none, InputError if there is no such index."""
     if not faces:
         raise NoFaceError(
             "No face found in the photograph. Use one where the face is in view, upright and not cut by the frame."
         )
     if not 0 <= index < len(faces):
-        counted = "one face; its index is 0" if len(faces) == 1 else f"{len(faces)} faces; index runs from 0 to {len(faces) - 1}"
+        counted = "1 face, index 0" if len(faces) == 1 else f"{len(faces)} faces, index 0 to {len(faces) - 1}"
         raise InputError(f"There is no face with index {index}: the photograph shows {counted}.")
     return in_order(faces, order, size)[index]
 
@@ -235,6 +238,6 @@ def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:
 
     Bicubic without antialiasing, as torchvision 0.15, which the authors pin, resizes tensors.
     """
-    faces = functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False, antialias=False)
+    faces = functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False)
     mean, std = faces.new_tensor((VISION_MEAN, VISION_STD))[..., None, None]
     return (faces - mean) / std

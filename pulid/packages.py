@@ -1,4 +1,4 @@
-"""How this pack imports a package that may be missing: late, inside the function that needs it, with a remedy in words."""
+"""How this pack imports a package that may be missing: inside the function that needs it, with a remedy in words."""
 
 import importlib
 import sys
@@ -11,9 +11,9 @@ PIP_NAMES = {"cv2": "opencv-python", "skimage": "scikit-image", "PIL": "Pillow",
 
 
 def import_package(module: str) -> ModuleType:
-    """Import `module` (dotted names allowed) or raise MissingPackage naming what is missing and the line that installs it.
+    """Import `module` (dotted names allowed), or raise MissingPackage with the pip line for the Python that runs.
 
-    The package named is the one that could not be found, which may be a dependency of `module`.
+    The package named is the one that could not be found, which may be a dependency of `module`'s.
     """
     try:
         return importlib.import_module(module)

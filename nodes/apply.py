@@ -1,0 +1,211 @@
+"""The nodes that put an identity into a model."""
+
+import torch
+from comfy_api.latest import io
+
+from ..pulid.attention import METHODS, Fusion
+from ..pulid.errors import InputError, MismatchError
+from ..pulid.identity import IdEmbedding
+from ..pulid.schedule import CURVES, Schedule
+from ..pulid.sites import SITES
+from . import host
+from .patch import TokenMask, patch_model
+from .sockets import IdentitySocket, Pulid, PulidSocket
+
+MODEL = io.Model.Input("model", tooltip="An SDXL model.")
+PULID = PulidSocket.Input("pulid", tooltip="From Load PuLID.")
+IDENTITY = IdentitySocket.Input("identity", tooltip="The person, from PuLID Encode Identity.")
+WEIGHT = io.Float.Input(
+    "weight",
+    default=0.8,
+    min=-1.0,
+    max=5.0,
+    step=0.05,
+    tooltip="How strongly the picture takes on the person. 0 leaves the model as it is, below 0 pushes away.",
+)
+START = io.Float.Input(
+    "start_at",
+    default=0.0,
+    min=0.0,
+    max=1.0,
+    step=0.001,
+    tooltip="From which part of sampling on. A later start leaves composition and pose to the prompt.",
+)
+END = io.Float.Input(
+    "end_at",
+    default=1.0,
+    min=0.0,
+    max=1.0,
+    step=0.001,
+    tooltip="Up to which part of sampling. An earlier end leaves fine detail to the model.",
+)
+MASK = io.Mask.Input(
+    "attn_mask",
+    optional=True,
+    tooltip="Where in the picture the person appears; white counts. For two people chain two nodes, a mask each.",
+)
+PATCHED = io.Model.Output("patched_model", display_name="model")
+
+
+class PulidApply(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PuLID_Apply",
+            display_name="Apply PuLID (SDXL)",
+            category="PuLID",
+            description="Gives an SDXL model a person's identity. The model that goes in stays as it is.",
+            inputs=[
+                MODEL,
+                PULID,
+                IDENTITY,
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="fidelity",
+                    tooltip="fidelity: closest likeness. extreme style: leaves more room to the prompt's style. "
+                    "neutral: adds the person without sparing anything.",
+                ),
+                WEIGHT,
+                START,
+                END,
+                MASK,
+            ],
+            outputs=[PATCHED],
+        )
+
+    @classmethod
+    def execute(cls, model, pulid, identity, method, weight, start_at, end_at, attn_mask=None):
+        chosen = METHODS[method][identity.version]
+        return io.NodeOutput(
+            apply(
+                model, pulid, identity, chosen.fusion, chosen.zero_tokens, [weight] * len(SITES),
+                start_at=start_at, end_at=end_at, attn_mask=attn_mask,
+            )
+        )  # fmt: skip
+
+
+class PulidApplyAdvanced(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PuLID_ApplyAdvanced",
+            display_name="Apply PuLID Advanced (SDXL)",
+            category="PuLID",
+            description="Apply PuLID with every choice in the open.",
+            inputs=[
+                MODEL,
+                PULID,
+                IDENTITY,
+                io.Combo.Input(
+                    "projection",
+                    options=[fusion.value for fusion in PROJECTIONS],
+                    default=Fusion.ORTHOGONAL_V2.value,
+                    tooltip="How the person joins the picture: ortho_v2 as in fidelity, ortho as in extreme style, none.",
+                ),
+                io.Int.Input(
+                    "zero_tokens",
+                    default=-1,
+                    min=-1,
+                    max=80,
+                    tooltip="More make the picture easier to edit and less alike. -1 takes the number that suits the "
+                    "projection and the PuLID version.",
+                ),
+                WEIGHT,
+                io.Combo.Input(
+                    "weight_curve",
+                    options=list(CURVES),
+                    default="flat",
+                    tooltip="How the weight runs over the range: flat, rising (ease in), falling (ease out), or both.",
+                ),
+                START,
+                END,
+                _part_weight("input_blocks", "the first half of the UNet: composition and large shapes"),
+                _part_weight("middle_block", "the middle of the UNet: what is in the picture"),
+                _part_weight("output_blocks", "the second half of the UNet: the face's features and texture"),
+                io.Combo.Input(
+                    "uncond",
+                    options=["zeros", "noise"],
+                    default="zeros",
+                    tooltip="What the negative branch sees: zeros as the authors do, or noise, which can calm burnt colours.",
+                ),
+                io.Float.Input(
+                    "noise", default=0.0, min=0.0, max=1.0, step=0.05, tooltip="How strong that noise is; only for noise."
+                ),
+                io.Int.Input(
+                    "noise_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Another seed, another noise; only for noise."
+                ),
+                MASK,
+            ],
+            outputs=[PATCHED],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, pulid, identity, projection, zero_tokens, weight, weight_curve, start_at, end_at,
+        input_blocks, middle_block, output_blocks, uncond, noise, noise_seed, attn_mask=None,
+    ):  # fmt: skip
+        fusion = Fusion(projection)
+        if zero_tokens < 0:
+            zero_tokens = METHODS[PROJECTIONS[fusion]][identity.version].zero_tokens
+        parts = {"input": input_blocks, "middle": middle_block, "output": output_blocks}
+        if uncond == "noise" and noise > 0:
+            identity = pulid.with_noise(identity, noise, noise_seed)
+        return io.NodeOutput(
+            apply(
+                model, pulid, identity, fusion, zero_tokens, [weight * parts[site.part] for site in SITES],
+                weight_curve, start_at, end_at, attn_mask,
+            )
+        )  # fmt: skip
+
+
+# The projections a user can choose, and the method whose number of zero tokens suits each.
+PROJECTIONS = {Fusion.ORTHOGONAL_V2: "fidelity", Fusion.ORTHOGONAL: "extreme style", Fusion.PLAIN: "neutral"}
+
+
+def _part_weight(name: str, where: str):
+    return io.Float.Input(
+        name, default=1.0, min=0.0, max=2.0, step=0.05, tooltip=f"Times the weight in {where}. 0 leaves that part alone."
+    )
+
+
+def apply(
+    model, pulid: Pulid, identity: IdEmbedding, fusion: Fusion, zero_tokens: int, site_weights: list[float],
+    curve: str = "flat", start_at: float = 0.0, end_at: float = 1.0, attn_mask=None,
+):  # fmt: skip
+    """The patched model; the model itself where no site has a weight."""
+    check_pair(pulid, identity)
+    host.check_layout(model, pulid.widths)
+    if start_at > end_at:
+        raise InputError(f"start_at ({start_at}) lies after end_at ({end_at}), so PuLID would never act. Swap them.")
+    mask = None if attn_mask is None else TokenMask(read_mask(attn_mask))
+    if not any(site_weights):
+        return model
+    sampling = model.get_model_object("model_sampling")
+    schedule = Schedule.make(sampling.percent_to_sigma, start_at, end_at, curve, model.load_device)
+    projected = pulid.project(identity, model.load_device, host.sampling_dtype(model))
+    site_kvs = [kv.with_zero_tokens(zero_tokens) for kv in projected]
+    return patch_model(model, site_kvs, fusion, site_weights, schedule, mask)
+
+
+def check_pair(pulid: Pulid, identity: IdEmbedding) -> None:
+    """Raises MismatchError unless the identity was made with this PuLID file's encoder."""
+    if (pulid.version, pulid.fingerprint) != (identity.version, identity.encoder):
+        raise MismatchError(
+            f"The identity was made with PuLID {identity.version} (encoder {identity.encoder}), but the loaded PuLID is "
+            f"{pulid.version} (encoder {pulid.fingerprint}). Encode the identity again with the PuLID file you apply."
+        )
+
+
+def read_mask(mask: torch.Tensor) -> torch.Tensor:
+    """A MASK as (M, H, W) float32 on the CPU, 0..1. Raises InputError for another shape, an empty mask and NaN."""
+    mask = mask.detach().float().cpu()
+    if mask.ndim == 2:
+        mask = mask.unsqueeze(0)
+    if mask.ndim == 4 and 1 in (mask.shape[1], mask.shape[-1]):
+        mask = mask.squeeze(1 if mask.shape[1] == 1 else -1)
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise InputError(f"attn_mask must be a mask of shape (masks, height, width), found {tuple(mask.shape)}.")
+    if not mask.isfinite().all():
+        raise InputError("attn_mask holds NaN or infinite values. Check the node that made it.")
+    return mask.clamp(0, 1)

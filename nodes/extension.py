@@ -1,0 +1,14 @@
+"""The list of nodes, asked for once when ComfyUI starts."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import host
+from .apply import PulidApply, PulidApplyAdvanced
+from .identity import PulidEncode
+from .load import PulidLoader
+
+
+class PulidExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        host.register_folders()
+        return [PulidLoader, PulidEncode, PulidApply, PulidApplyAdvanced]

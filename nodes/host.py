@@ -1,0 +1,104 @@
+"""What this pack asks of ComfyUI: folders, devices and dtypes, managed memory, and the layout of a model."""
+
+import logging
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import folder_paths
+import torch
+from torch import nn
+
+from ..models.catalogue import FACEXLIB, PULID
+from ..pulid.encoders import TOKEN_WIDTH
+from ..pulid.errors import MismatchError
+from ..pulid.sites import SITES
+
+log = logging.getLogger(__name__)
+
+OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the input, so that storage may be float16
+COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+INSIGHTFACE = "insightface"
+# Folder name under models/ -> extensions that ComfyUI lists there. All can be set in extra_model_paths.yaml.
+OWN_FOLDERS = {
+    PULID[0]: folder_paths.supported_pt_extensions,
+    FACEXLIB[0]: {".pth"},
+    INSIGHTFACE: {".onnx"},
+    "eva_clip": folder_paths.supported_pt_extensions,
+}
+VISION_FOLDERS = ("eva_clip", "clip_vision", "text_encoders")  # ComfyUI maps the old name `clip` to text_encoders
+
+
+def register_folders() -> None:
+    """Make our folders known to ComfyUI, keeping paths and extensions that a yaml or another pack already gave."""
+    for name, extensions in OWN_FOLDERS.items():
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir, name)))
+        paths, known = folder_paths.folder_names_and_paths[name]
+        if not known:  # an empty set would list every file there
+            folder_paths.folder_names_and_paths[name] = (paths, set(extensions))
+
+
+def folders(*names: str) -> list[Path]:
+    """All paths configured for these folder names, in order, each once."""
+    return list(dict.fromkeys(Path(path) for name in names for path in folder_paths.get_folder_paths(name)))
+
+
+def file_names(*names: str) -> list[str]:
+    """The files ComfyUI lists in these folders."""
+    return list(dict.fromkeys(file for name in names for file in folder_paths.get_filename_list(name)))
+
+
+def managed(module: nn.Module):
+    """The module under ComfyUI's memory management: at rest on the offload device until `load` asks for it."""
+    # Named CoreModelPatcher from 0.12, where dynamic VRAM swaps the class at start: looked up when called.
+    patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    return patcher(
+        module.eval().requires_grad_(False),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.text_encoder_offload_device(),
+    )
+
+
+def load(*patchers) -> torch.device:
+    """Bring managed modules to their device, at the cost of others if need be; returns the device."""
+    comfy.model_management.load_models_gpu(list(patchers))
+    return patchers[0].load_device
+
+
+def sampling_dtype(model) -> torch.dtype:
+    """The dtype in which this MODEL computes: its storage may be narrower (fp8, quantised)."""
+    dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    return dtype if dtype in COMPUTE_DTYPES else torch.float16
+
+
+def check_layout(model, widths: tuple[int, ...]) -> None:
+    """Raises MismatchError unless the MODEL has SDXL's 70 sites with the channels the projections were made for."""
+    network = getattr(model.model, "diffusion_model", None)
+    name = type(getattr(model.model, "model_config", model.model)).__name__
+    for index, (site, width) in enumerate(zip(SITES, widths, strict=True)):
+        linear = _key_linear(network, site)
+        if linear is None or linear.in_features != TOKEN_WIDTH:
+            found = "has no cross-attention there" if linear is None else f"reads {linear.in_features} channels there"
+            raise MismatchError(
+                f"PuLID for SDXL needs an SDXL model, found {name}: its {site} (site {index} of 70) {found}. "
+                "Connect an SDXL base checkpoint; refiners, SSD-1B, SD 1.5, SD3 and Flux do not fit."
+            )
+        if linear.out_features != width:
+            raise MismatchError(
+                f"The PuLID file was made for {width} channels in {site} (site {index} of 70), "
+                f"the model {name} has {linear.out_features}. Use a PuLID file made for this model."
+            )
+
+
+def _key_linear(network: nn.Module, site) -> nn.Module | None:
+    """`attn2.to_k` of a site, or None where this network has no such thing."""
+    try:
+        if site.part == "middle":
+            block = network.middle_block[1]
+        else:
+            block = getattr(network, f"{site.part}_blocks")[site.number][1]
+        return block.transformer_blocks[site.block].attn2.to_k
+    except (AttributeError, IndexError, TypeError):
+        return None

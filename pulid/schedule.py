@@ -1,0 +1,65 @@
+"""When during sampling PuLID acts, and how strongly, answered on the device: nothing here waits for a GPU."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _smooth(t: float) -> float:
+    return t * t * (3 - 2 * t)
+
+
+# Strength at t, 0..1 through the range.
+CURVES: dict[str, Callable[[float], float]] = {
+    "flat": lambda t: 1.0,
+    "ease in": _smooth,
+    "ease out": lambda t: 1 - _smooth(t),
+    "ease in-out": lambda t: math.sin(math.pi * t),
+}
+KNOTS = 33  # of a curve; between them it is straight
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A range of noise levels, both ends included, with a strength at each.
+
+    start, end  sigmas, start >= end: sampling goes from large sigmas to small ones
+    sigmas      (K,) float32, rising; empty when the strength is 1 throughout
+    strengths   (K,) float32
+    """
+
+    start: float
+    end: float
+    sigmas: Tensor
+    strengths: Tensor
+
+    @classmethod
+    def make(
+        cls, percent_to_sigma: Callable[[float], float], start_at: float, end_at: float, curve: str = "flat", device=None
+    ) -> "Schedule | None":
+        """From percents of sampling, 0..1; None when it would be 1 everywhere. `percent_to_sigma` is the model's own."""
+        if curve == "flat" and start_at <= 0 and end_at >= 1:
+            return None
+        steps = [] if curve == "flat" else [i / (KNOTS - 1) for i in range(KNOTS)]
+        inner = [min(max(start_at + (end_at - start_at) * t, 1e-3), 1 - 1e-3) for t in steps]
+        sigmas = [percent_to_sigma(percent) for percent in inner]
+        return cls(
+            start=percent_to_sigma(start_at),
+            end=percent_to_sigma(end_at),
+            sigmas=torch.tensor(sigmas[::-1], dtype=torch.float32, device=device),
+            strengths=torch.tensor([CURVES[curve](t) for t in steps][::-1], dtype=torch.float32, device=device),
+        )
+
+    def strength(self, sigma: Tensor) -> Tensor:
+        """The strength, a 0-dimensional tensor like sigma: 0 outside the range."""
+        inside = (sigma <= self.start) & (sigma >= self.end)
+        if self.sigmas.numel() == 0:
+            return inside.to(sigma)
+        sigmas, strengths = self.sigmas.to(sigma), self.strengths.to(sigma)
+        right = torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1)
+        left = right - 1
+        across = ((sigma - sigmas[left]) / (sigmas[right] - sigmas[left])).clamp(0, 1)
+        return torch.lerp(strengths[left], strengths[right], across) * inside

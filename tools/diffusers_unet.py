@@ -1,0 +1,43 @@
+"""PuLID on diffusers' SDXL UNet: the second oracle of the whole network, and what the demo runs where no ComfyUI is."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from mount import mount
+
+mount()
+from pulid_sdxl.pulid.attention import Fusion, SiteKV, fuse  # noqa: E402
+
+
+class SiteProcessor:
+    """diffusers' contract for one attention, with PuLID fused in before `to_out`."""
+
+    def __init__(self, kv: SiteKV, rows: Sequence[int], fusion: Fusion):
+        self.kv, self.rows, self.fusion = kv, rows, fusion
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+        q = attn.to_q(hidden_states)
+        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        split = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        base = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+        out = fuse(q, base, self.kv, self.rows, attn.heads, self.fusion)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def sites(unet: UNet2DConditionModel) -> list[str]:
+    """Names of the cross-attentions in checkpoint order, which is the order of diffusers' processors."""
+    return [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+
+
+def widths(unet: UNet2DConditionModel) -> list[int]:
+    """Channels of each cross-attention, in checkpoint order."""
+    return [unet.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in sites(unet)]
+
+
+def patch(unet: UNet2DConditionModel, site_kvs: Sequence[SiteKV], rows: Sequence[int], fusion: Fusion) -> None:
+    """Put PuLID on all cross-attentions of the UNet; `rows` says which row of the keys each batch row uses."""
+    processors = dict(unet.attn_processors)
+    for name, kv in zip(sites(unet), site_kvs, strict=True):
+        processors[name] = SiteProcessor(kv, rows, fusion)
+    unet.set_attn_processor(processors)

@@ -1,0 +1,57 @@
+"""The whole-UNet reference through a real ComfyUI's UNet and this pack's own patch: `host_unet.py COMFYUI FOLDER`."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy_host
+import torch
+from conformance import MODES, UNET_TOLERANCE, Line, Reference, UnetReference, relative
+from torch import Tensor
+
+
+def model_of(whole: UnetReference):
+    """A MODEL with the reference's weights."""
+    model = comfy_host.sdxl(whole.config["block_out_channels"][0], seed=None)
+    comfy_host.load_diffusers_state(model, whole.state)
+    return model
+
+
+def run(model, vectors: dict[str, Tensor]) -> Tensor:
+    """One pass of the UNet as the host's sampling makes it: options of the model, negative row first."""
+    options = {**model.model_options["transformer_options"], "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)}
+    return model.model.diffusion_model(
+        vectors["x"], vectors["timesteps"], context=vectors["context"], y=vectors["y"], transformer_options=options
+    )
+
+
+def lines(reference: Reference) -> Iterator[Line]:
+    from pulid_sdxl.nodes.patch import patch_model
+
+    whole = UnetReference.read(reference)
+    model = model_of(whole)
+    vectors = whole.vectors
+    yield Line("whole UNet, unpatched", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE)
+    negative_last = {**vectors, "tokens": vectors["tokens"].flip(0)}  # a patch holds the negative branch last
+    flipped = UnetReference(whole.config, whole.state, whole.projections, negative_last)
+    for mode in MODES:
+        fusion, site_kvs = flipped.site_kvs(mode)
+        patched = patch_model(model, site_kvs, fusion, [1.0] * len(site_kvs))
+        yield Line(f"whole UNet, {mode}", relative(run(patched, vectors), vectors[f"out.{mode}"]), UNET_TOLERANCE)
+
+
+def main() -> int:
+    host, folder = sys.argv[1:]
+    comfy_host.enter(host)
+    from comfyui_version import __version__
+
+    with torch.inference_mode():
+        results = []
+        for line in lines(Reference(Path(folder))):
+            print(f"{line} in ComfyUI {__version__}", flush=True)
+            results.append(line.holds)
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
