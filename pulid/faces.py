@@ -92,31 +92,41 @@ class FaceAnalyzer(Protocol):
         """BiSeNet's label map (B, 512, 512) uint8 of aligned crops (B, 3, 512, 512) RGB 0..1."""
 
 
-def find_face(photo: Photo, analyzer: FaceAnalyzer, order: str = "largest", index: int = 0) -> FaceCrop:
-    """The chosen face of a photograph, aligned and recognised.
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What was seen in a photograph: all faces in the order they were counted in, and the chosen one of them."""
+
+    faces: list[Face]
+    index: int
+    crop: FaceCrop
+
+
+def find_face(
+    photo: Photo, analyzer: FaceAnalyzer, order: str = "largest", index: int = 0, mask: Tensor | None = None
+) -> Sight:
+    """The chosen face of a photograph, aligned and recognised, among all that were seen.
 
     InsightFace's faces are chosen from; where it sees none, RetinaFace's are, and the recogniser looks at the crop.
-    Raises NoFaceError if neither sees a face, InputError if there is no face with that index.
+    mask  (H, W) 0..1 of any size, spread over the photograph: only faces it touches count, the best covered first
+    Raises NoFaceError if neither sees a face, InputError if there is no face with that index or under the mask.
     """
+    detected = analyzer.detect(photo)
+    others = analyzer.detect_for_alignment(photo)
     size = photo.shape[1], photo.shape[0]
-    if faces := analyzer.detect(photo):
-        face = choose(faces, order, index, size)
-        twin = same_face(face, analyzer.detect_for_alignment(photo))
-        landmarks = (twin or face).landmarks
+    faces = in_order(detected or others, order, size)
+    if mask is not None:
+        faces = under_mask(faces, mask, size)
+    face = pick(faces, index)
+    if detected:
+        landmarks = (same_face(face, others) or face).landmarks
         crop = align(photo, landmarks)
         arcface = analyzer.recognise(photo, face)
     else:
-        face = choose(analyzer.detect_for_alignment(photo), order, index, size)
         landmarks = face.landmarks
         crop = align(photo, landmarks)
         arcface = analyzer.recognise_crop(crop)
-    return FaceCrop(
-        pixels=torch.from_numpy(crop).permute(2, 0, 1).contiguous() / 255,  # (512, 512, 3) -> (3, 512, 512)
-        arcface=arcface,
-        box=face.box,
-        landmarks=torch.from_numpy(landmarks),
-        score=face.score,
-    )
+    pixels = torch.from_numpy(crop).permute(2, 0, 1).contiguous() / 255  # (512, 512, 3) -> (3, 512, 512)
+    return Sight(faces, index, FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score))
 
 
 def read_photo(image: Tensor) -> Photo:
@@ -180,16 +190,35 @@ def in_order(faces: Iterable[Face], order: str, size: Size) -> list[Face]:
     return sorted(faces, key=lambda face: ORDERS[order](face, size))
 
 
-def choose(faces: Sequence[Face], order: str, index: int, size: Size) -> Face:
-    """The face with this index in this order. NoFaceError if there are none, InputError if there is no such index."""
+def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
+    """The faces whose box the mask (H, W) touches, best covered first. InputError if it touches none of them."""
+    height, width = mask.shape
+    covered = []
+    for face in faces:
+        x0, x1 = (int(x / size[0] * width) for x in face.box[::2])
+        y0, y1 = (int(y / size[1] * height) for y in face.box[1::2])
+        inside = mask[max(y0, 0) : max(y1, 0) + 1, max(x0, 0) : max(x1, 0) + 1]
+        covered.append(inside.mean().item() if inside.numel() else 0.0)
+    touched = [index for index in range(len(faces)) if covered[index] > 0]
+    if faces and not touched:
+        raise InputError(f"The mask touches none of the {_count(faces)} in the photograph. Draw it over the one to take.")
+    return [faces[index] for index in sorted(touched, key=lambda index: -covered[index])]
+
+
+def pick(faces: Sequence[Face], index: int) -> Face:
+    """The face with this index. NoFaceError if there is none at all, InputError if there is no such index."""
     if not faces:
         raise NoFaceError(
             "No face found in the photograph. Use one where the face is in view, upright and not cut by the frame."
         )
     if not 0 <= index < len(faces):
-        counted = "1 face, index 0" if len(faces) == 1 else f"{len(faces)} faces, index 0 to {len(faces) - 1}"
-        raise InputError(f"There is no face with index {index}: the photograph shows {counted}.")
-    return in_order(faces, order, size)[index]
+        last = f"index runs from 0 to {len(faces) - 1}" if len(faces) > 1 else "its index is 0"
+        raise InputError(f"There is no face with index {index}: the photograph shows {_count(faces)}; {last}.")
+    return faces[index]
+
+
+def _count(faces: Sequence[Face]) -> str:
+    return "one face" if len(faces) == 1 else f"{len(faces)} faces"
 
 
 def same_face(face: Face, others: Iterable[Face]) -> Face | None:
@@ -233,11 +262,12 @@ def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:
     return torch.where(background[:, None], 1.0, grey).expand(-1, 3, -1, -1)
 
 
-def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:
-    """What the vision tower takes: (B, 3, H, W) 0..1 -> (B, 3, size, size), normalised.
+def shrink(faces: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size), bicubic without antialiasing, as torchvision 0.15, which the authors pin."""
+    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False, antialias=False)
 
-    Bicubic without antialiasing, as torchvision 0.15, which the authors pin, resizes tensors.
-    """
-    faces = functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False)
-    mean, std = faces.new_tensor((VISION_MEAN, VISION_STD))[..., None, None]
-    return (faces - mean) / std
+
+def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:
+    """What the vision tower takes: (B, 3, H, W) 0..1 -> (B, 3, size, size), normalised."""
+    mean, std = faces.new_tensor((VISION_MEAN, VISION_STD), device="cpu")[..., None, None]
+    return (shrink(faces, size) - mean) / std

@@ -61,5 +61,6 @@ class Schedule:
         sigmas, strengths = self.sigmas.to(sigma), self.strengths.to(sigma)
         right = torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1)
         left = right - 1
-        across = ((sigma - sigmas[left]) / (sigmas[right] - sigmas[left])).clamp(0, 1)
-        return torch.lerp(strengths[left], strengths[right], across) * inside
+        low, high = sigmas.take(left), sigmas.take(right)  # indexing with a 0-dimensional tensor would wait for it
+        across = ((sigma - low) / (high - low)).clamp(0, 1)
+        return torch.lerp(strengths.take(left), strengths.take(right), across) * inside

@@ -1,4 +1,4 @@
-"""Mounts the pack the way ComfyUI does: by path, under an alias, with sys.path left alone."""
+"""Mounts the pack the way ComfyUI does: by path, under an alias, with its root left off sys.path."""
 
 import sys
 from pathlib import Path
