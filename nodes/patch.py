@@ -1,6 +1,7 @@
 """What goes on a MODEL: one AttentionPatch per cross-attention site, over whatever was there before."""
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -111,7 +112,7 @@ def identity_rows(identities: int, batch: int, extra_options: Mapping) -> list[i
     if positive_uuids is None:
         positive = [chunk == 0 for chunk in chunks]
     else:
-        positive = [uuid in positive_uuids for uuid in extra_options["uuids"]]
+        positive = [cond in positive_uuids for cond in extra_options["uuids"]]
     return [min(j, identities - 1) if is_positive else identities for is_positive in positive for j in range(images)]
 
 
@@ -121,13 +122,14 @@ def _tell_positives(executor, guider, sigmas, extra_args: dict, *args, **kwargs)
     The index that a pass carries does not say: PerpNeg and DualCFG put other conds at 0, SAG sends the negative alone.
     A cond that no guider knows (the old PerpNeg node's empty prompt) is therefore not a positive.
     """
-    positives = {
-        cond["uuid"]
-        for name, conds in guider.conds.items()
-        if "negative" not in name
-        for cond in conds or ()
-        if "uuid" in cond
-    }
+    positives, seen = set(), set()
+    for name, conds in guider.conds.items():
+        for cond in conds or ():
+            if cond["uuid"] in seen:  # the host completes areas with a copy of the other branch's cond, uuid and all
+                cond["uuid"] = uuid.uuid4()
+            seen.add(cond["uuid"])
+            if "negative" not in name:
+                positives.add(cond["uuid"])
     extra_args["model_options"]["transformer_options"][KEY] = frozenset(positives)
     return executor(guider, sigmas, extra_args, *args, **kwargs)
 

@@ -1,0 +1,536 @@
+"""The patch on a real ComfyUI: what it leaves alone, what it composes with, and which tokens each pass gets."""
+
+import os
+
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+
+import comfy_host
+
+comfy_host.enter(os.environ["COMFYUI"])
+
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from pulid_sdxl.nodes import apply as apply_node
+from pulid_sdxl.nodes import host, patch
+from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
+from pulid_sdxl.nodes.sockets import Pulid
+from pulid_sdxl.pulid.attention import IdProjections
+from pulid_sdxl.pulid.errors import InputError, MismatchError
+from pulid_sdxl.pulid.identity import IdEmbedding
+from pulid_sdxl.pulid.sites import SITES
+
+MODEL_CHANNELS = 32  # a tenth of SDXL: heads of 64 need at least 64 channels at the first site
+WIDTHS = tuple(site.channels * MODEL_CHANNELS // 320 for site in SITES)
+POSITIVE, NEGATIVE, EMPTY, SECOND = 1.0, -1.0, -2.0, 2.0  # what the conditionings of these tests are filled with
+
+pytestmark = pytest.mark.usefixtures("inference")
+
+
+@pytest.fixture
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return comfy_host.sdxl(MODEL_CHANNELS)
+
+
+def projections(widths=WIDTHS):
+    torch.manual_seed(5)
+    return IdProjections(widths)
+
+
+@pytest.fixture(scope="module")
+def pulid():
+    return Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None)
+
+
+def make_identity(seed=1, people=1, tokens=10, version="v1", encoder="print"):
+    generator = torch.Generator().manual_seed(seed)
+    cond = torch.randn(people, tokens, 2048, generator=generator)
+    return IdEmbedding(cond, torch.randn(1, tokens, 2048, generator=generator), version, encoder)
+
+
+@pytest.fixture(scope="module")
+def identity():
+    return make_identity()
+
+
+def apply(model, pulid, identity, method="fidelity", weight=0.8, start_at=0.0, end_at=1.0, attn_mask=None):
+    return PulidApply.execute(model, pulid, identity, method, weight, start_at, end_at, attn_mask)[0]
+
+
+def conditioning(marker, **more):
+    return [[torch.full((1, 77, 2048), marker), {"pooled_output": torch.full((1, 1280), marker), **more}]]
+
+
+def latent(batch=1, height=16, width=24):
+    return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(7))
+
+
+def sample(model, steps=1, cfg=3.0, positive=None, negative=None, batch=1, guider=None, **size):
+    noise = latent(batch, **size)
+    if guider is not None:
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+        sampler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=1)
+    return comfy.sample.sample(
+        model, noise, steps, cfg, "euler", "normal",
+        conditioning(POSITIVE) if positive is None else positive,
+        conditioning(NEGATIVE) if negative is None else negative,
+        torch.zeros_like(noise), disable_pbar=True, seed=1,
+    )  # fmt: skip
+
+
+def residuals(patched, key=("input", 4, 0)):
+    """How many of our patches lie on a site."""
+    count, on = 0, patched.model_options["transformer_options"]["patches_replace"]["attn2"][key]
+    while isinstance(on, patch.AttentionPatch):
+        count, on = count + 1, on.base
+    return count
+
+
+class TestLeavesNothingBehind:
+    def test_the_model_without_the_node_is_bit_identical_before_and_after(self, model, pulid, identity):
+        before = sample(model, steps=2)
+        patched = apply(model, pulid, identity)
+        with_pulid = sample(patched, steps=2)
+        assert not torch.allclose(with_pulid, before, atol=1e-3)
+        assert torch.equal(sample(model, steps=2), before)
+        assert "patches_replace" not in model.model_options["transformer_options"]
+
+    def test_two_runs_are_bit_identical(self, model, pulid, identity):
+        patched = apply(model, pulid, identity)
+        assert torch.equal(sample(patched), sample(patched))
+
+    def test_zero_weight_installs_nothing(self, model, pulid, identity):
+        assert apply(model, pulid, identity, weight=0.0) is model
+
+    def test_bfloat16_and_float16_lose_at_most_twice_what_the_model_loses(self, pulid, identity):
+        exact = comfy_host.sdxl(MODEL_CHANNELS)
+        references = [sample(exact), sample(apply(exact, pulid, identity))]
+        for dtype in (torch.bfloat16, torch.float16):
+            rounded = comfy_host.sdxl(MODEL_CHANNELS, dtype)
+            errors = [
+                (sample(other) - reference).abs().max()
+                for other, reference in zip((rounded, apply(rounded, pulid, identity)), references, strict=True)
+            ]
+            assert 0 < errors[1] <= 2 * errors[0]
+
+    def test_fp8_storage_computes_in_the_models_own_dtype(self, pulid, identity):
+        stored = comfy_host.sdxl(MODEL_CHANNELS, torch.float8_e4m3fn)
+        patched = apply(stored, pulid, identity)
+        on = patched.model_options["transformer_options"]["patches_replace"]["attn2"][("middle", 0, 0)]
+        assert on.kv.keys.dtype == torch.float32
+        assert sample(patched).isfinite().all()
+        assert not torch.equal(sample(patched), sample(stored))
+
+
+def test_all_70_sites_fire_the_middle_ones_included(model, pulid, identity, monkeypatch):
+    fired = set()
+    fuse = patch.fuse
+
+    def recording(*args):
+        return fuse(*args)
+
+    monkeypatch.setattr(patch, "fuse", recording)
+    patched = apply(model, pulid, identity)
+    replacements = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    for key, on in list(replacements.items()):
+        def through(q, k, v, extra_options, key=key, on=on):
+            fired.add((*extra_options["block"], extra_options["block_index"]))
+            assert (*extra_options["block"], extra_options["block_index"]) == key
+            return on(q, k, v, extra_options)
+        replacements[key] = through
+    sample(patched)
+    assert fired == {site.key for site in SITES}
+
+
+class TestSchedule:
+    def test_outside_its_range_the_node_changes_nothing(self, model, pulid, identity):
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 2)
+        assert sigmas[0] > model.get_model_object("model_sampling").percent_to_sigma(0.9)
+        late = apply(model, pulid, identity, start_at=0.9, end_at=0.95)
+        assert torch.equal(sample(late, steps=1), sample(model, steps=1))
+
+    def test_two_ranges_by_chaining_equal_one_over_both(self, model, pulid, identity):
+        first = apply(model, pulid, identity, start_at=0.0, end_at=0.4)
+        both = apply(first, pulid, identity, start_at=0.4001, end_at=1.0)
+        assert torch.allclose(sample(both, steps=3), sample(apply(model, pulid, identity), steps=3), atol=1e-4)
+
+    def test_ends_are_included_as_the_host_includes_them(self, model, pulid, identity):
+        sampling = model.get_model_object("model_sampling")
+        start = 0.3
+        patched = apply(model, pulid, identity, start_at=start, end_at=1.0)
+        schedule = patched.model_options["transformer_options"]["patches_replace"]["attn2"][("middle", 0, 0)].schedule
+        assert schedule.strength(torch.tensor(sampling.percent_to_sigma(start))) == 1
+
+    def test_a_range_that_is_empty_is_refused(self, model, pulid, identity):
+        with pytest.raises(InputError, match="Swap them"):
+            apply(model, pulid, identity, start_at=0.7, end_at=0.2)
+
+    def test_nothing_waits_for_the_device_inside_a_step(self, model, pulid, identity, monkeypatch):
+        patched = apply(model, pulid, identity, start_at=0.1, end_at=0.9, attn_mask=torch.rand(2, 64, 64))
+        sample(patched, steps=2)  # grids are made in the first step
+
+        def waits(self, *args, **kwargs):
+            raise AssertionError("a step read a value from the device")
+
+        calls = []
+        on = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+        for key, replacement in list(on.items()):
+            def guarded(*args, replacement=replacement):
+                with monkeypatch.context() as step:
+                    for name in ("item", "cpu", "tolist", "__bool__", "__float__", "__int__", "numpy", "nonzero"):
+                        step.setattr(torch.Tensor, name, waits)
+                    calls.append(1)
+                    return replacement(*args)
+            on[key] = guarded
+        sample(patched, steps=1)
+        assert len(calls) == 70
+
+
+class TestMasks:
+    def test_zeros_change_nothing_and_ones_equal_no_mask(self, model, pulid, identity):
+        plain, patched = sample(model), sample(apply(model, pulid, identity))
+        assert torch.equal(sample(apply(model, pulid, identity, attn_mask=torch.zeros(1, 32, 32))), plain)
+        ones = sample(apply(model, pulid, identity, attn_mask=torch.ones(1, 32, 32)))
+        assert torch.allclose(ones, patched, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [(13, 17), (65, 9), (16, 24), (31, 64)])
+    def test_latents_of_any_size_and_batches_of_masks(self, model, pulid, identity, size):
+        height, width = size
+        masks = torch.rand(2, 100, 60)
+        out = sample(apply(model, pulid, identity, attn_mask=masks), batch=3, height=height, width=width)
+        assert out.isfinite().all()
+
+    def test_mask_m_applies_to_picture_m_and_the_last_repeats(self, model, pulid, identity):
+        masks = torch.stack((torch.zeros(8, 8), torch.ones(8, 8)))
+        out = sample(apply(model, pulid, identity, attn_mask=masks), batch=3)
+        without, everywhere = sample(model, batch=3), sample(apply(model, pulid, identity), batch=3)
+        assert torch.allclose(out[0], without[0], atol=1e-5)
+        assert torch.allclose(out[1:], everywhere[1:], atol=1e-4)
+
+    def test_two_people_with_a_mask_each(self, model, pulid, identity):
+        left = torch.zeros(1, 16, 24)
+        left[:, :, :12] = 1
+        other = make_identity(2)
+        both = apply(apply(model, pulid, identity, attn_mask=left), pulid, other, attn_mask=1 - left)
+        assert residuals(both) == 2
+        one = sample(apply(model, pulid, identity, attn_mask=left))
+        assert not torch.allclose(sample(both), one, atol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("mask", "words"),
+        [
+            (torch.full((1, 8, 8), float("nan")), "NaN"),
+            (torch.zeros(0, 8, 8), "shape"),
+            (torch.zeros(1, 2, 3, 8, 8), "shape"),
+        ],
+    )
+    def test_masks_that_cannot_be_used_are_refused_in_words(self, model, pulid, identity, mask, words):
+        with pytest.raises(InputError, match=words):
+            apply(model, pulid, identity, attn_mask=mask)
+
+
+class TestComposition:
+    def test_editing_the_second_of_two_nodes_leaves_two_residuals_and_the_first_untouched(self, model, pulid, identity):
+        first = apply(model, pulid, identity)
+        before = sample(first)
+        for weight in (0.1, 0.3, 0.5, 0.7, 0.9):
+            second = apply(first, pulid, make_identity(2), weight=weight)
+        assert residuals(second) == 2
+        assert residuals(first) == 1
+        assert torch.equal(sample(first), before)
+        fresh = apply(apply(model, pulid, identity), pulid, make_identity(2), weight=0.9)
+        assert torch.equal(sample(second), sample(fresh))
+
+    def test_a_pack_that_calls_add_composes_on_ours_without_reaching_upstream(self, model, pulid, identity):
+        upstream = apply(model, pulid, identity)
+        before = sample(upstream)
+        downstream = add_like_ipadapter(upstream)
+        assert not torch.allclose(sample(downstream), before, atol=1e-3)
+        assert torch.equal(sample(upstream), before)
+        again = add_like_ipadapter(upstream)
+        assert torch.equal(sample(again), sample(downstream))
+
+    def test_ours_composes_on_a_pack_like_that(self, model, pulid, identity):
+        theirs = add_like_ipadapter(model)
+        before = sample(theirs)
+        both = apply(theirs, pulid, identity)
+        assert residuals(both) == 1
+        assert torch.equal(sample(theirs), before)
+        other_order = add_like_ipadapter(apply(model, pulid, identity))
+        assert not torch.allclose(sample(both), before, atol=1e-3)
+        assert sample(other_order).isfinite().all()
+
+    def test_added_callbacks_keep_their_own_range(self, model, pulid, identity):
+        patched = apply(model, pulid, identity)
+        outside = add_like_ipadapter(patched, sigma_start=1e-3, sigma_end=0.0)
+        assert torch.equal(sample(outside), sample(patched))
+
+    def test_a_replacement_on_the_two_part_key_is_wrapped(self, model, pulid, identity):
+        calls = []
+
+        def doubling(q, k, v, extra_options):
+            calls.append(extra_options["block_index"])
+            return 2 * torch.nn.functional.layer_norm(q, q.shape[-1:])
+
+        replaced = model.clone()
+        replaced.set_model_attn2_replace(doubling, "middle", 0)
+        sample(apply(replaced, pulid, identity))
+        assert sorted(set(calls)) == list(range(10))
+
+    def test_a_clone_holds_no_copies_of_tensors(self, model, pulid, identity):
+        patched = apply(model, pulid, identity)
+        clone = patched.clone().clone()
+        for key, on in patched.model_options["transformer_options"]["patches_replace"]["attn2"].items():
+            copy = clone.model_options["transformer_options"]["patches_replace"]["attn2"][key]
+            assert copy is not on
+            assert copy.kv.keys is on.kv.keys
+            assert copy.kv.values is on.kv.values
+
+
+class Attn2Replace:
+    """What IPAdapter, InstantID and others leave on a key, reduced to its contract."""
+
+    def __init__(self, callback, **kwargs):
+        self.entries = [(callback, kwargs)]
+
+    def add(self, callback, **kwargs):
+        self.entries.append((callback, kwargs))
+
+    def __call__(self, q, k, v, extra_options):
+        out = patch.host_attention.optimized_attention(q, k, v, extra_options["n_heads"])
+        for callback, kwargs in self.entries:
+            out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+
+def add_like_ipadapter(model, **kwargs):
+    """Clones, then puts a residual on every site or adds it to what is there, as those packs do."""
+    kwargs = {"sigma_start": 1e9, "sigma_end": 0.0, **kwargs}
+
+    def residual(out, q, k, v, extra_options, **_):
+        return 0.5 * q
+
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    replacements = options.setdefault("patches_replace", {}).setdefault("attn2", {})
+    for site in SITES:
+        if site.key in replacements:
+            replacements[site.key].add(residual, **kwargs)
+        else:
+            replacements[site.key] = Attn2Replace(residual, **kwargs)
+    return clone
+
+
+class TestTokensOfEveryPass:
+    """Pairs of (what the conditioning is filled with, which row of keys and values it met), over all passes."""
+
+    IDENTITY, UNCOND = 0, 1
+
+    @pytest.fixture
+    def watched(self, model, pulid, identity, monkeypatch):
+        self.met, markers = set(), []
+        fuse = patch.fuse
+
+        def recording(q, base, kv, rows, *args):
+            self.met.update(zip(markers[-1], rows, strict=True))
+            return fuse(q, base, kv, rows, *args)
+
+        def watch(n, context, value, extra_options):
+            markers.append(context[:, 0, 0].tolist())
+            return n, context, value
+
+        monkeypatch.setattr(patch, "fuse", recording)
+        patched = apply(model, pulid, identity)
+        patched.set_model_attn2_patch(watch)
+        return patched
+
+    EXPECTED = {(POSITIVE, IDENTITY), (NEGATIVE, UNCOND)}  # noqa: RUF012
+
+    def test_cfg(self, watched):
+        sample(watched)
+        assert self.met == self.EXPECTED
+
+    def test_cfg_1_runs_the_positive_alone(self, watched):
+        sample(watched, cfg=1.0)
+        assert self.met == {(POSITIVE, self.IDENTITY)}
+
+    def test_batch(self, watched):
+        sample(watched, batch=3)
+        assert self.met == self.EXPECTED
+
+    def test_several_positives(self, watched):
+        sample(watched, positive=conditioning(POSITIVE) + conditioning(SECOND))
+        assert self.met == self.EXPECTED | {(SECOND, self.IDENTITY)}
+
+    def test_area_and_mask_conditioning(self, watched):
+        mask = torch.zeros(1, 16, 24)
+        mask[:, :8] = 1
+        area = conditioning(POSITIVE, area=(16, 8, 0, 4), strength=1.0)
+        masked = conditioning(SECOND, mask=mask, mask_strength=1.0, set_area_to_bounds=False)
+        sample(watched, positive=area + masked)
+        assert self.met == self.EXPECTED | {(SECOND, self.IDENTITY)}
+
+    def test_conds_that_do_not_fit_into_one_batch(self, watched):
+        longer = [[torch.full((1, 77 * 5, 2048), NEGATIVE), {"pooled_output": torch.zeros(1, 1280)}]]
+        sample(watched, negative=longer)
+        assert self.met == self.EXPECTED
+
+    def test_sag_sends_the_negative_alone(self, watched):
+        sample(SelfAttentionGuidance.execute(watched, 0.5, 2.0)[0], height=32, width=32)
+        assert self.met == self.EXPECTED
+
+    def test_pag_sends_the_positive_again(self, watched):
+        sample(PerturbedAttentionGuidance.execute(watched, 3.0)[0])
+        assert self.met == self.EXPECTED
+
+    def test_old_perpneg_sends_an_empty_prompt_at_index_0(self, watched):
+        sample(PerpNeg.execute(watched, conditioning(EMPTY), 1.0)[0])
+        assert self.met == self.EXPECTED | {(EMPTY, self.UNCOND)}
+
+    @pytest.mark.parametrize("neg_scale", [1.0, 0.0])
+    def test_perpneg_guider(self, watched, neg_scale):
+        guider = Guider_PerpNeg(watched)
+        guider.set_conds(conditioning(POSITIVE), conditioning(NEGATIVE), conditioning(EMPTY))
+        guider.set_cfg(4.0, neg_scale)
+        sample(watched, guider=guider)
+        expected = {(POSITIVE, self.IDENTITY), (EMPTY, self.UNCOND)}
+        assert self.met == (expected | {(NEGATIVE, self.UNCOND)} if neg_scale else expected)
+
+    def test_dual_cfg_puts_the_negative_first(self, watched):
+        guider = Guider_DualCFG(watched)
+        guider.set_conds(conditioning(POSITIVE), conditioning(SECOND), conditioning(NEGATIVE))
+        guider.set_cfg(4.0, 2.0)
+        sample(watched, guider=guider)
+        assert self.met == self.EXPECTED | {(SECOND, self.IDENTITY)}
+
+    def test_one_identity_per_picture(self, model, pulid, monkeypatch):
+        rows_seen = set()
+        fuse = patch.fuse
+
+        def recording(q, base, kv, rows, *args):
+            rows_seen.add(tuple(rows))
+            return fuse(q, base, kv, rows, *args)
+
+        monkeypatch.setattr(patch, "fuse", recording)
+        sample(apply(model, pulid, make_identity(people=2)), batch=3)
+        assert rows_seen <= {(2, 2, 2, 0, 1, 1), (0, 1, 1, 2, 2, 2)}
+        assert rows_seen
+
+    def test_without_a_guider_index_0_is_the_positive(self):
+        assert patch.identity_rows(1, 4, {"cond_or_uncond": [1, 0]}) == [1, 1, 0, 0]
+
+
+class TestAdvanced:
+    def run(self, model, pulid, identity, **options):
+        given = {
+            "projection": "ortho_v2", "zero_tokens": -1, "weight": 0.8, "weight_curve": "flat", "start_at": 0.0,
+            "end_at": 1.0, "input_blocks": 1.0, "middle_block": 1.0, "output_blocks": 1.0, "uncond": "zeros",
+            "noise": 0.0, "noise_seed": 0, **options,
+        }  # fmt: skip
+        return PulidApplyAdvanced.execute(model, pulid, identity, **given)[0]
+
+    def test_its_defaults_are_fidelity(self, model, pulid, identity):
+        assert torch.equal(sample(self.run(model, pulid, identity)), sample(apply(model, pulid, identity)))
+
+    @pytest.mark.parametrize(("projection", "method"), [("ortho", "extreme style"), ("none", "neutral")])
+    def test_each_projection_has_its_methods_zero_tokens(self, model, pulid, identity, projection, method):
+        ours = sample(self.run(model, pulid, identity, projection=projection))
+        assert torch.equal(ours, sample(apply(model, pulid, identity, method=method)))
+
+    def test_a_part_of_weight_0_is_not_patched(self, model, pulid, identity):
+        patched = self.run(model, pulid, identity, middle_block=0.0, output_blocks=0.5)
+        on = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+        assert {key[0] for key in on} == {"input", "output"}
+
+    def test_curves_and_zero_tokens_change_the_picture(self, model, pulid, identity):
+        pictures = [
+            sample(self.run(model, pulid, identity, **options), steps=2)
+            for options in ({}, {"weight_curve": "ease in"}, {"weight_curve": "ease out"}, {"zero_tokens": 80})
+        ]
+        assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+class TestRefusals:
+    def test_an_identity_of_another_encoder_or_version(self, model, pulid):
+        with pytest.raises(MismatchError, match=r"v1\.1 .*other.*v1 .*print"):
+            apply(model, pulid, make_identity(version="v1.1", encoder="other"))
+
+    def test_projections_of_other_widths_name_the_site(self, model, identity):
+        wide = Pulid("v1", "print", tuple(2 * w for w in WIDTHS), None, None, None, None)
+        with pytest.raises(MismatchError, match=r"made for 128 channels in input block 4.*has 64"):
+            apply(model, wide, identity)
+
+    @pytest.mark.parametrize("name", ["SD15", "SDXLRefiner", "SSD1B"])
+    def test_models_that_are_not_sdxl_are_named(self, pulid, identity, name):
+        other = other_model(name)
+        with pytest.raises(MismatchError, match=f"needs an SDXL model, found {name}"):
+            apply(other, pulid, identity)
+
+    def test_a_model_without_a_unet_is_named(self, pulid, identity):
+        class Flux:
+            pass
+
+        other = comfy_host.sdxl(MODEL_CHANNELS, seed=None)
+        other.model.model_config = Flux()
+        other.model.diffusion_model = torch.nn.Linear(1, 1)
+        with pytest.raises(MismatchError, match="needs an SDXL model, found Flux"):
+            apply(other, pulid, identity)
+
+
+def other_model(name):
+    """A tiny relative of SDXL by the host's own class."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    four_levels = {"channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2]}
+    changes = {
+        "SD15": {**four_levels, "context_dim": 768, "adm_in_channels": None, "num_classes": None,
+                 "transformer_depth": [1] * 6 + [0] * 2, "transformer_depth_output": [1] * 9 + [0] * 3,
+                 "transformer_depth_middle": 1, "use_linear_in_transformer": False},
+        "SDXLRefiner": {**four_levels, "context_dim": 1280, "adm_in_channels": 2560,
+                        "transformer_depth": [0, 0, 4, 4, 4, 4, 0, 0], "transformer_depth_middle": 4,
+                        "transformer_depth_output": [0, 0, 0, 4, 4, 4, 4, 4, 4, 0, 0, 0]},
+        "SSD1B": {"transformer_depth": [0, 0, 2, 2, 4, 4], "transformer_depth_middle": -1,
+                  "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4]},
+    }[name]  # fmt: skip
+    config = {**comfy_host.SDXL_CONFIG, "model_channels": MODEL_CHANNELS, "dtype": torch.float32, **changes}
+    made = getattr(comfy.supported_models, name)(config)
+    network = made.get_model({}, "", device=torch.device("meta"))
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(network, load_device=cpu, offload_device=cpu)
+
+
+def test_a_slider_projects_nothing_again(model, pulid, identity, monkeypatch):
+    apply(model, pulid, identity)
+
+    def again(*args):
+        raise AssertionError("keys and values were projected again")
+
+    monkeypatch.setattr(pulid.projections.model, "project", again)
+    apply(model, pulid, identity, method="neutral", weight=0.3, start_at=0.2, attn_mask=torch.ones(1, 8, 8))
+
+
+def test_what_is_held_while_sampling_is_small():
+    full = IdProjections([site.channels for site in SITES], device="meta")
+    kvs = full.project(torch.empty(2, 10, 2048, device="meta"), torch.float16)
+    held = sum(kv.with_zero_tokens(8).nbytes for kv in kvs)
+    assert held <= 16e6
+
+
+def test_read_mask_takes_the_shapes_that_nodes_send():
+    for shape in ((8, 9), (1, 8, 9), (3, 8, 9), (2, 1, 8, 9), (2, 8, 9, 1)):
+        assert apply_node.read_mask(torch.ones(shape)).shape[-2:] == (8, 9)
