@@ -183,9 +183,8 @@ def apply(
         return model
     sampling = model.get_model_object("model_sampling")
     schedule = Schedule.make(sampling.percent_to_sigma, start_at, end_at, curve, model.load_device)
-    projected = pulid.project(identity, model.load_device, host.sampling_dtype(model))
-    site_kvs = [kv.with_zero_tokens(zero_tokens) for kv in projected]
-    return patch_model(model, site_kvs, fusion, site_weights, schedule, mask)
+    site_kvs = pulid.project(identity, model.load_device, host.sampling_dtype(model))
+    return patch_model(model, site_kvs, fusion, zero_tokens, site_weights, schedule, mask)
 
 
 def check_pair(pulid: Pulid, identity: IdEmbedding) -> None:

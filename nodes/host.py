@@ -13,7 +13,7 @@ from torch import nn
 from ..models.catalogue import FACEXLIB, PULID
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import MismatchError
-from ..pulid.sites import SITES
+from ..pulid.sites import SITES, Site
 
 log = logging.getLogger(__name__)
 
@@ -75,30 +75,30 @@ def sampling_dtype(model) -> torch.dtype:
 
 def check_layout(model, widths: tuple[int, ...]) -> None:
     """Raises MismatchError unless the MODEL has SDXL's 70 sites with the channels the projections were made for."""
-    network = getattr(model.model, "diffusion_model", None)
     name = type(getattr(model.model, "model_config", model.model)).__name__
     for index, (site, width) in enumerate(zip(SITES, widths, strict=True)):
-        linear = _key_linear(network, site)
-        if linear is None or linear.in_features != TOKEN_WIDTH:
-            found = "has no cross-attention there" if linear is None else f"reads {linear.in_features} channels there"
+        attention = cross_attention(model, site)
+        if attention is None or attention.to_k.in_features != TOKEN_WIDTH:
+            found = "has no cross-attention there" if attention is None else f"reads {attention.to_k.in_features} channels there"
             raise MismatchError(
                 f"PuLID for SDXL needs an SDXL model, found {name}: its {site} (site {index} of 70) {found}. "
                 "Connect an SDXL base checkpoint; refiners, SSD-1B, SD 1.5, SD3 and Flux do not fit."
             )
-        if linear.out_features != width:
+        if attention.to_k.out_features != width:
             raise MismatchError(
                 f"The PuLID file was made for {width} channels in {site} (site {index} of 70), "
-                f"the model {name} has {linear.out_features}. Use a PuLID file made for this model."
+                f"the model {name} has {attention.to_k.out_features}. Use a PuLID file made for this model."
             )
 
 
-def _key_linear(network: nn.Module, site) -> nn.Module | None:
-    """`attn2.to_k` of a site, or None where this network has no such thing."""
+def cross_attention(model, site: Site) -> nn.Module | None:
+    """The cross-attention of a site, or None where this MODEL has no such thing."""
     try:
+        network = model.model.diffusion_model
         if site.part == "middle":
             block = network.middle_block[1]
         else:
             block = getattr(network, f"{site.part}_blocks")[site.number][1]
-        return block.transformer_blocks[site.block].attn2.to_k
+        return block.transformer_blocks[site.block].attn2
     except (AttributeError, IndexError, TypeError):
         return None

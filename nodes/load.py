@@ -6,6 +6,8 @@ from ..models import catalogue
 from ..models.checkpoints import load_pulid, load_vision_tower
 from ..models.face_analysis import PROVIDERS, InsightFaceAnalyzer, available_providers
 from ..models.files import find, find_antelopev2
+from ..pulid.errors import ForeignWeights
+from ..pulid.eva import EvaConfig
 from . import host
 from .sockets import Pulid, PulidSocket
 
@@ -75,6 +77,8 @@ class PulidLoader(io.ComfyNode):
         )
         checkpoint = load_pulid(paths[0], host.OPERATIONS)
         tower = load_vision_tower(paths[1], host.OPERATIONS)
+        if tower.config != EvaConfig():
+            raise ForeignWeights(f"{eva_clip} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}.")
         return io.NodeOutput(
             Pulid(
                 version=checkpoint.version,

@@ -10,9 +10,10 @@ import torch
 from comfy.ldm.modules import attention as host_attention
 from torch import Tensor
 
-from ..pulid.attention import Fusion, SiteKV, fuse, mask_to_tokens, token_grid
+from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse, mask_to_tokens, token_grid
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
+from .host import cross_attention
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class AttentionPatch:
     other packs; `copy` keeps that from reaching another model.
     """
 
-    kv: SiteKV
+    kv: HeadKV
     fusion: Fusion
     schedule: Schedule | None = None
     mask: TokenMask | None = None
@@ -56,13 +57,13 @@ class AttentionPatch:
     added: list[tuple[Callable, dict]] = field(default_factory=list)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
-        heads = extra_options["n_heads"]
         if self.base is not None:
             base = self.base(q, k, v, extra_options)
         else:
             base = host_attention.optimized_attention(
-                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
-            )
+                q, k, v, extra_options["n_heads"],
+                attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options,
+            )  # fmt: skip
         kv = self.kv.to(q)
         strength = None
         if self.schedule is not None:
@@ -71,8 +72,8 @@ class AttentionPatch:
         if self.mask is not None:
             latent = tuple(extra_options["original_shape"][-2:])
             mask = self.mask.tokens(q, latent, len(extra_options["cond_or_uncond"]))
-        rows = identity_rows(len(kv.keys) - 1, len(q), extra_options)
-        out = fuse(q, base, kv, rows, heads, self.fusion, strength, mask)
+        rows = identity_rows(kv.rows - 1, len(q), extra_options)
+        out = fuse(q, base, kv, rows, self.fusion, strength, mask)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
 
     def _with_added(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
@@ -146,13 +147,14 @@ def patch_model(
     model,
     site_kvs: Sequence[SiteKV],
     fusion: Fusion,
+    zero_tokens: int,
     site_weights: Sequence[float],
     schedule: Schedule | None = None,
     mask: TokenMask | None = None,
 ):
     """A clone of `model` with all sites patched over what is on them; the model given is left as it was.
 
-    site_kvs      keys and values per site in checkpoint order, zero tokens included
+    site_kvs      keys and values per site in checkpoint order, the negative branch in the last row
     site_weights  per site; a site of weight 0 is not patched
     """
     clone = model.clone()
@@ -161,8 +163,9 @@ def patch_model(
         if weight == 0:
             continue
         base = existing.get(site.key, existing.get(site.key[:2]))
+        prepared = kv.prepare(cross_attention(model, site).heads, zero_tokens, weight)
         clone.set_model_attn2_replace(
-            AttentionPatch(kv.scaled(weight), fusion, schedule, mask, base), site.part, site.number, site.block
+            AttentionPatch(prepared, fusion, schedule, mask, base), site.part, site.number, site.block
         )
     wrapper, callback = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, comfy.patcher_extension.CallbacksMP.ON_CLONE
     if not clone.get_wrappers(wrapper, KEY):

@@ -68,5 +68,6 @@ class Pulid:
         kept = self._projected.setdefault(identity, {})
         if (device, dtype) not in kept:
             tokens = torch.cat((identity.cond, identity.uncond)).to(host.load(self.projections))
-            kept[device, dtype] = tuple(kv.to(device) for kv in self.projections.model.project(tokens, dtype))
+            projected = self.projections.model.project(tokens, dtype)
+            kept[device, dtype] = tuple(SiteKV(kv.keys.to(device), kv.values.to(device)) for kv in projected)
         return kept[device, dtype]

@@ -10,7 +10,7 @@ than reading q and writing the output:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .encoders import FACE_TOKENS, TOKEN_WIDTH
 from .identity import Version
 
-TINY = 1e-30  # keeps 0 / 0 out of the projection on a channel that is zero everywhere
+TINY = 1e-30  # keeps 0 / 0 out of the projection of a channel that is zero everywhere
 
 
 class Fusion(Enum):
@@ -49,40 +49,52 @@ METHODS: dict[str, dict[Version, Method]] = {
 
 @dataclass(frozen=True, eq=False)
 class SiteKV:
-    """Keys and values of one site.
+    """Keys and values of one site, each (rows, T, C)."""
 
-    keys, values  (rows, T, C)
-    log_counts    (T,) logarithm of how many times each token counts in the softmax
+    keys: Tensor
+    values: Tensor
+
+    def prepare(self, heads: int, zero_tokens: int = 0, weight: float = 1.0) -> "HeadKV":
+        """Split into heads, with `zero_tokens` tokens whose key and value are zero, and what they add times `weight`."""
+        keys, values, counts = self.keys, self.values * weight, self.keys.new_zeros(self.keys.shape[1])
+        if zero_tokens:
+            keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
+            counts = F.pad(counts, (0, 1), value=math.log(zero_tokens))
+        split = (heads, -1)
+        keys = keys.unflatten(-1, split).permute(0, 2, 3, 1)  # (rows, T, C) -> (rows, heads, dim, T)
+        values = values.unflatten(-1, split).transpose(1, 2)  # (rows, T, C) -> (rows, heads, T, dim)
+        return HeadKV(keys, values, counts, counts * (1 - keys.shape[2] ** 0.5))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadKV:
+    """What a patch holds of one site: SiteKV.prepare.
+
+    keys        (rows, heads, dim, T)
+    values      (rows, heads, T, dim), weighted
+    log_counts  (T,) logarithm of how many times each token counts in the softmax; added to scaled logits
+    unscaling   (T,) added to scaled logits times 1 / scale, it gives unscaled logits plus log_counts
     """
 
     keys: Tensor
     values: Tensor
     log_counts: Tensor
+    unscaling: Tensor
 
     @property
-    def channels(self) -> int:
-        return self.keys.shape[-1]
+    def rows(self) -> int:
+        return self.keys.shape[0]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.keys, self.values, self.log_counts))
+        return sum(t.nbytes for t in self._tensors)
 
-    def with_zero_tokens(self, count: int) -> "SiteKV":
-        """As if `count` tokens with key and value zero were appended."""
-        if count == 0:
-            return self
-        return SiteKV(
-            F.pad(self.keys, (0, 0, 0, 1)),
-            F.pad(self.values, (0, 0, 0, 1)),
-            F.pad(self.log_counts, (0, 1), value=math.log(count)),
-        )
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.keys, self.values, self.log_counts, self.unscaling
 
-    def scaled(self, weight: float) -> "SiteKV":
-        """Values times `weight`: the whole addition of the site grows with it."""
-        return replace(self, values=self.values * weight)
-
-    def to(self, *args, **kwargs) -> "SiteKV":
-        return SiteKV(*(t.to(*args, **kwargs) for t in (self.keys, self.values, self.log_counts)))
+    def to(self, *args, **kwargs) -> "HeadKV":
+        return HeadKV(*(t.to(*args, **kwargs) for t in self._tensors))
 
 
 class IdProjections(nn.Module):
@@ -97,9 +109,9 @@ class IdProjections(nn.Module):
 
     def project(self, tokens: Tensor, dtype: torch.dtype | None = None) -> tuple[SiteKV, ...]:
         """tokens (rows, T, D) -> keys and values of every site, kept in `dtype` (that of sampling)."""
-        log_counts = torch.zeros(tokens.shape[1], device=tokens.device, dtype=dtype or tokens.dtype)
+        dtype = dtype or tokens.dtype
         return tuple(
-            SiteKV(to_k(tokens).to(log_counts), to_v(tokens).to(log_counts), log_counts)
+            SiteKV(to_k(tokens).to(dtype), to_v(tokens).to(dtype))
             for to_k, to_v in zip(self.to_k, self.to_v, strict=True)
         )
 
@@ -109,27 +121,25 @@ def _heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(0, 1)
 
 
-def _leaning(kv: SiteKV, scaled: Tensor, scale: float, fusion: Fusion) -> Tensor:
-    """m - 1 of ortho_v2: how much of the attention goes to the face tokens, less one.
+def _elsewhere(scaled: Tensor, kv: HeadKV, scale: float, fusion: Fusion) -> Tensor:
+    """(1 - m) * heads of ortho_v2: the attention that does not go to the face tokens, summed over heads.
 
-    Taken from the softmax of *unscaled* logits over all tokens. scaled (B, heads, N, T) holds the scaled ones plus
-    log_counts. -> (B, N, 1), or (B, 1, 1) for SHARED_V2.
+    From the softmax of *unscaled* logits over all tokens; scaled (B, heads, N, T) holds the scaled ones, with log_counts.
+    -> (B, N, 1), or (B, 1, 1) for SHARED_V2.
     """
     if fusion is Fusion.ORTHOGONAL_V2:
-        logits = torch.add(kv.log_counts * (1 - 1 / scale), scaled, alpha=1 / scale)
-        mean = logits.softmax(dim=-1)[..., :FACE_TOKENS].mean(dim=(1, 3))  # over heads and face tokens
-        return mean.mul_(FACE_TOKENS).sub_(1).unsqueeze(-1)
+        logits = torch.add(kv.unscaling, scaled, alpha=1 / scale)
+        return logits.softmax(dim=-1)[..., FACE_TOKENS:].sum(dim=(1, 3)).unsqueeze(-1)
     headless = (scaled - kv.log_counts).sum(dim=1).div_(scale).add_(kv.log_counts)  # (B, N, T)
-    mean = headless.softmax(dim=-1)[..., :FACE_TOKENS].mean(dim=(1, 2), keepdim=True)  # over positions too
-    return mean.mul_(FACE_TOKENS).sub_(1)
+    elsewhere = headless.softmax(dim=-1)[..., FACE_TOKENS:].sum(dim=-1)
+    return elsewhere.mean(dim=1).mul_(scaled.shape[1]).view(-1, 1, 1)
 
 
 def fuse(
     q: Tensor,
     base: Tensor,
-    kv: SiteKV,
+    kv: HeadKV,
     rows: Sequence[int],
-    heads: int,
     fusion: Fusion,
     strength: Tensor | None = None,
     mask: Tensor | None = None,
@@ -138,7 +148,7 @@ def fuse(
 
     q         (B, N, C) queries
     base      (B, N, C) what the site gives without PuLID
-    kv        the identity's keys and (weighted) values
+    kv        the identity's keys and weighted values
     rows      for each of the B batch rows, the row of kv it uses
     strength  0-dimensional tensor that multiplies the whole addition, for a schedule that lives on the device
     mask      (1 or B, N) where the addition applies, 0..1; the projection is made before it
@@ -146,42 +156,53 @@ def fuse(
     Sums over positions are made in float32, or in float32 accumulators where a matrix product makes them.
     """
     batch, positions, channels = q.shape
-    scale = (channels // heads) ** -0.5
-    keys = [_heads(kv.keys[row], heads).transpose(1, 2) for row in rows]  # each (heads, dim, T)
-    values = torch.stack([_heads(kv.values[row], heads) for row in rows])  # (B, heads, T, dim)
+    _, heads, dim, tokens = kv.keys.shape
+    scale = dim**-0.5
+    values = torch.stack([kv.values[row] for row in rows])  # (B, heads, T, dim)
     if strength is not None:
         values = values * strength
 
-    scaled = q.new_empty(batch, heads, positions, kv.log_counts.shape[0])
-    for row in range(batch):
-        torch.baddbmm(kv.log_counts, _heads(q[row], heads), keys[row], alpha=scale, out=scaled[row])
+    scaled = q.new_empty(batch, heads, positions, tokens)
+    for b, row in enumerate(rows):
+        torch.baddbmm(kv.log_counts, _heads(q[b], heads), kv.keys[row], alpha=scale, out=scaled[b])
     attention = scaled.softmax(dim=-1)  # (B, heads, N, T)
 
     where = None if mask is None else mask.unsqueeze(-1)  # (1 or B, N, 1)
     if fusion is Fusion.PLAIN:
         out = base.clone()
     else:
-        # dot_c = mean over n of base * A; A = attention @ values, so the mean goes through attention^T @ base.
-        through = base.new_empty(batch, heads, kv.log_counts.shape[0], channels // heads)
-        for row in range(batch):
-            transposed = attention[row].transpose(1, 2)
-            through[row].baddbmm_(transposed, _heads(base[row], heads), beta=0, alpha=1 / positions)
-        dot = (through * values).sum(dim=2, dtype=torch.float32).view(batch, 1, channels)
-        norm = torch.linalg.vector_norm(base, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, C)
-        share = (dot * positions / norm.square().add_(TINY)).to(base.dtype)
-        if fusion is Fusion.ORTHOGONAL and where is None:
-            out = torch.addcmul(base, base, share, value=-1)
-        elif fusion is Fusion.ORTHOGONAL:
-            out = torch.addcmul(base, base * share, where, value=-1)
+        share = _projected_share(base, attention, values)
+        if fusion is Fusion.ORTHOGONAL:
+            out = torch.addcmul(base, base, share, value=-1) if where is None else torch.addcmul(
+                base, base * share, where, value=-1
+            )
         else:
-            leaning = _leaning(kv, scaled, scale, fusion)
-            out = torch.addcmul(base, base * share, leaning if where is None else leaning * where)
-
+            elsewhere = _elsewhere(scaled, kv, scale, fusion)
+            out = torch.addcmul(
+                base, base * share, elsewhere if where is None else elsewhere * where, value=-1 / heads
+            )
     if mask is not None:
         attention = attention * mask[:, None, :, None]
-    for row in range(batch):
-        _heads(out[row], heads).baddbmm_(attention[row], values[row])
+    for b in range(batch):
+        _heads(out[b], heads).baddbmm_(attention[b], values[b])
     return out
+
+
+def _projected_share(base: Tensor, attention: Tensor, values: Tensor) -> Tensor:
+    """sum_n base * A / sum_n base^2 per image and channel, (B, 1, C), where A = attention @ values.
+
+    base (B, N, C), attention (B, heads, N, T), values (B, heads, T, dim). The sum goes through attention^T @ base, which
+    is as small as the tokens are few; means instead of sums keep it inside float16's range.
+    """
+    batch, positions, channels = base.shape
+    heads = values.shape[1]
+    through = torch.empty_like(values)
+    for b in range(batch):
+        through[b].baddbmm_(attention[b].transpose(1, 2), _heads(base[b], heads), beta=0, alpha=1 / positions)
+    dot = (through * values).sum(dim=2, dtype=torch.float32).view(batch, 1, channels)
+    norm = torch.linalg.vector_norm(base, dim=1, keepdim=True, dtype=torch.float32)
+    mean_square = torch.rsub(norm.square(), TINY, alpha=-1 / positions)  # TINY + norm^2 / N, in one pass
+    return torch.div(dot, mean_square, out=base.new_empty(batch, 1, channels))
 
 
 def mask_to_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -168,6 +168,9 @@ PUBLISHED_NAMES = (
 )
 
 
+PREFIXES = ("visual.trunk.", "visual.", "")  # a whole CLIP as open_clip saves timm's, as published, the tower alone
+
+
 def _own_name(key: str) -> str:
     for pattern, name in PUBLISHED_NAMES:
         key = re.sub(pattern, name, key)
@@ -181,7 +184,7 @@ def read_eva_state(state: Mapping[str, Tensor]) -> tuple[EvaConfig, dict[str, Te
     we. timm's file carries none; they are computed. Keys of the text tower are left out.
     Raises ForeignWeights when the state is not an EVA02 vision tower.
     """
-    prefix = "visual." if any(key.startswith("visual.") for key in state) else ""
+    prefix = next(prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state) or not prefix)
     vision = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     own = {_own_name(key): value for key, value in vision.items() if ".rope." not in key}
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1_g.weight", "head.weight")

@@ -141,8 +141,8 @@ def read_photo(image: Tensor) -> Photo:
             f"found {tuple(image.shape)} of {image.dtype}."
         )
     height, width, channels = image.shape
-    shrink = min(LONG_EDGE / max(height, width, 1), 1)
-    if min(int(height * shrink), int(width * shrink)) < SHORT_EDGE:
+    scale = min(LONG_EDGE / max(height, width, 1), 1)
+    if min(int(height * scale), int(width * scale)) < SHORT_EDGE:
         raise InputError(
             f"A photograph of {width} x {height} px is too small or too narrow to hold a face: "
             f"once its long edge is at most {LONG_EDGE} px, its short edge must be at least {SHORT_EDGE} px."
@@ -154,9 +154,9 @@ def read_photo(image: Tensor) -> Photo:
         opacity = image[..., 3:].clamp(0, 1)
         image = image[..., :3] * opacity + (1 - opacity)
     photo = (image.clamp(0, 1) * 255).round().byte().expand(-1, -1, 3).contiguous().numpy()
-    if shrink < 1:
+    if scale < 1:
         cv2 = import_package("cv2")
-        photo = cv2.resize(photo, (int(width * shrink), int(height * shrink)), interpolation=cv2.INTER_LANCZOS4)
+        photo = cv2.resize(photo, (int(width * scale), int(height * scale)), interpolation=cv2.INTER_LANCZOS4)
     return photo
 
 
@@ -201,7 +201,9 @@ def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
         covered.append(inside.mean().item() if inside.numel() else 0.0)
     touched = [index for index in range(len(faces)) if covered[index] > 0]
     if faces and not touched:
-        raise InputError(f"The mask touches none of the {_count(faces)} in the photograph. Draw it over the one to take.")
+        raise InputError(
+            f"The mask touches no face; the photograph shows {_count(faces)}. Draw it over the one to take."
+        )
     return [faces[index] for index in sorted(touched, key=lambda index: -covered[index])]
 
 
@@ -264,7 +266,7 @@ def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:
 
 def shrink(faces: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) -> (B, 3, size, size), bicubic without antialiasing, as torchvision 0.15, which the authors pin."""
-    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False, antialias=False)
+    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False)
 
 
 def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:

@@ -46,8 +46,8 @@ def tensors(seed, batch, positions, heads, dim, tokens, rows):
     return q, base, keys, values
 
 
-def kv_of(keys, values, zero_tokens=0, weight=1.0):
-    return SiteKV(keys, values, torch.zeros(keys.shape[1]).to(keys)).with_zero_tokens(zero_tokens).scaled(weight)
+def kv_of(keys, values, heads, zero_tokens=0, weight=1.0):
+    return SiteKV(keys, values).prepare(heads, zero_tokens, weight)
 
 
 sizes = {
@@ -77,7 +77,7 @@ def test_fuse_equals_a_plain_loop(
     which = data.draw(st.lists(st.integers(0, rows - 1), min_size=batch, max_size=batch))
     mask = torch.rand(batch if masks > 1 else 1, positions, generator=torch.Generator().manual_seed(seed)) if masks else None
     kept = [t.clone() for t in (q, base, keys, values)]
-    out = fuse(q, base, kv_of(keys, values, zero_tokens, weight), which, heads, fusion, mask=mask)
+    out = fuse(q, base, kv_of(keys, values, heads, zero_tokens, weight), which, fusion, mask=mask)
     expected = by_hand(q, base, keys, values, which, heads, fusion, zero_tokens, weight, mask)
     # The projection divides by sum base^2: what float32 can give is measured against the size of what is added.
     size = 1 + (expected - base).abs().amax(dim=(1, 2), keepdim=True)
@@ -92,7 +92,7 @@ def test_what_is_added_is_linear_in_the_weight_and_zero_at_zero(
 ):
     q, base, keys, values = tensors(seed, batch, positions, heads, dim, tokens, rows)
     added = {
-        weight: fuse(q, base, kv_of(keys, values, 3, weight), [0] * batch, heads, fusion) - base
+        weight: fuse(q, base, kv_of(keys, values, heads, 3, weight), [0] * batch, fusion) - base
         for weight in (0.0, 1.0, -2.0)
     }
     assert torch.equal(added[0.0], torch.zeros_like(base))
@@ -104,19 +104,19 @@ def test_what_is_added_is_linear_in_the_weight_and_zero_at_zero(
 @given(**sizes, fusion=st.sampled_from(list(Fusion)), data=st.data())
 def test_permuting_batch_rows_permutes_outputs(seed, batch, positions, heads, dim, tokens, rows, fusion, data):
     q, base, keys, values = tensors(seed, batch, positions, heads, dim, tokens, rows)
-    kv, which = kv_of(keys, values, 2), [i % rows for i in range(batch)]
+    kv, which = kv_of(keys, values, heads, 2), [i % rows for i in range(batch)]
     order = data.draw(st.permutations(range(batch)))
-    out = fuse(q, base, kv, which, heads, fusion)
-    permuted = fuse(q[order], base[order], kv, [which[i] for i in order], heads, fusion)
+    out = fuse(q, base, kv, which, fusion)
+    permuted = fuse(q[order], base[order], kv, [which[i] for i in order], fusion)
     assert torch.allclose(permuted, out[order], rtol=1e-5, atol=1e-5 * (1 + out.abs().max().item()))
 
 
 @pytest.mark.parametrize("fusion", Fusion)
 def test_mask_of_zeros_is_no_patch_and_mask_of_ones_is_no_mask(fusion):
     q, base, keys, values = tensors(0, 2, 6, 2, 4, 8, 2)
-    kv = kv_of(keys, values, 3)
+    kv = kv_of(keys, values, 2, 3)
     out, ones, zeros = (
-        fuse(q, base, kv, [0, 1], 2, fusion, mask=mask) for mask in (None, torch.ones(1, 6), torch.zeros(2, 6))
+        fuse(q, base, kv, [0, 1], fusion, mask=mask) for mask in (None, torch.ones(1, 6), torch.zeros(2, 6))
     )
     assert torch.equal(zeros, base)
     assert torch.allclose(ones, out, rtol=1e-6, atol=1e-6)
@@ -125,10 +125,10 @@ def test_mask_of_zeros_is_no_patch_and_mask_of_ones_is_no_mask(fusion):
 @pytest.mark.parametrize("fusion", Fusion)
 def test_strength_on_the_device_is_the_same_as_weight(fusion):
     q, base, keys, values = tensors(0, 2, 6, 2, 4, 8, 2)
-    weighted = fuse(q, base, kv_of(keys, values, 3, 0.6), [0, 1], 2, fusion)
-    scheduled = fuse(q, base, kv_of(keys, values, 3), [0, 1], 2, fusion, strength=torch.tensor(0.6))
+    weighted = fuse(q, base, kv_of(keys, values, 2, 3, 0.6), [0, 1], fusion)
+    scheduled = fuse(q, base, kv_of(keys, values, 2, 3), [0, 1], fusion, strength=torch.tensor(0.6))
     assert torch.allclose(weighted, scheduled, atol=1e-6)
-    off = fuse(q, base, kv_of(keys, values, 3), [0, 1], 2, fusion, strength=torch.tensor(0.0))
+    off = fuse(q, base, kv_of(keys, values, 2, 3), [0, 1], fusion, strength=torch.tensor(0.0))
     assert torch.equal(off, base)
 
 
@@ -136,7 +136,7 @@ def test_strength_on_the_device_is_the_same_as_weight(fusion):
 def test_a_channel_that_is_zero_everywhere_gives_no_nan(fusion):
     q, base, keys, values = tensors(0, 1, 6, 2, 4, 8, 1)
     base[:, :, 3] = 0
-    assert fuse(q, base, kv_of(keys, values, 8), [0], 2, fusion).isfinite().all()
+    assert fuse(q, base, kv_of(keys, values, 2, 8), [0], fusion).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -145,8 +145,8 @@ def test_half_precision_stays_within_its_rounding_of_float32(fusion, dtype):
     q, base, keys, values = tensors(0, 2, 4096, 2, 64, 10, 2)
     base = base + 3  # a channel whose sum over positions passes float16's largest number, 65504
     base[:, :, 0] += 30
-    exact = fuse(q, base, kv_of(keys, values, 8, 0.8), [0, 1], 2, fusion)
-    rounded = fuse(*(t.to(dtype) for t in (q, base)), kv_of(keys.to(dtype), values.to(dtype), 8, 0.8), [0, 1], 2, fusion)
+    exact = fuse(q, base, kv_of(keys, values, 2, 8, 0.8), [0, 1], fusion)
+    rounded = fuse(*(t.to(dtype) for t in (q, base)), kv_of(keys.to(dtype), values.to(dtype), 2, 8, 0.8), [0, 1], fusion)
     assert rounded.dtype == dtype
     step = torch.finfo(dtype).eps
     assert ((rounded.float() - exact).abs() <= 8 * step * (1 + base.abs())).all()
@@ -157,23 +157,22 @@ def test_other_layouts_of_memory_give_the_same():
     strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, base)]
     assert not strided[0].is_contiguous()
     for fusion in Fusion:
-        out = fuse(q, base, kv_of(keys, values, 3), [0, 1], 2, fusion)
-        assert torch.allclose(fuse(*strided, kv_of(keys, values, 3), [0, 1], 2, fusion), out, atol=1e-6)
+        out = fuse(q, base, kv_of(keys, values, 2, 3), [0, 1], fusion)
+        assert torch.allclose(fuse(*strided, kv_of(keys, values, 2, 3), [0, 1], fusion), out, atol=1e-6)
 
 
 def test_zero_tokens_cost_one_row_however_many_they_are():
     _, _, keys, values = tensors(0, 1, 1, 2, 4, 10, 2)
-    kv = kv_of(keys, values, 80)
-    assert kv.keys.shape == kv.values.shape == (2, 11, 8)
-    assert kv_of(keys, values, 0).keys.shape == (2, 10, 8)
+    assert kv_of(keys, values, 2, 80).values.shape == (2, 2, 11, 4)
+    assert kv_of(keys, values, 2, 0).values.shape == (2, 2, 10, 4)
 
 
 def test_projections_take_their_widths_and_are_computed_in_the_dtype_asked_for():
     projections = IdProjections([4, 6], token_width=3)
     tokens = torch.randn(2, 5, 3)
     first, second = projections.project(tokens, torch.bfloat16)
-    assert (first.channels, second.channels) == (4, 6)
-    assert first.keys.dtype == second.values.dtype == second.log_counts.dtype == torch.bfloat16
+    assert (first.keys.shape, second.values.shape) == ((2, 5, 4), (2, 5, 6))
+    assert first.keys.dtype == second.values.dtype == torch.bfloat16
     assert torch.equal(second.values, (tokens @ projections.to_v[1].weight.T).bfloat16())
 
 

@@ -72,6 +72,16 @@ def test_published_names_and_rotary_tables_are_taken_from_the_file(tower):
     assert own["rope_cos"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("prefix", eva.PREFIXES)
+def test_the_tower_is_found_alone_or_within_a_whole_clip(tower, prefix):
+    state = {f"{prefix}{name}": tensor for name, tensor in tower.state_dict().items() if "rope" not in name}
+    if prefix:
+        state["text.positional_embedding"] = torch.zeros(1)
+    config, own = eva.read_eva_state(state)
+    assert config == tower.config
+    assert own.keys() == tower.state_dict().keys()
+
+
 def test_other_weights_are_named_as_foreign():
     with pytest.raises(ForeignWeights, match="not an EVA02-CLIP vision tower"):
         eva.read_eva_state({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)})

@@ -51,7 +51,9 @@ def test_a_name_may_lie_below_the_folder_with_either_slash(tmp_path, name):
     assert files.find(name, [str(tmp_path)]) == path
 
 
-@pytest.mark.parametrize("name", ["../secret.bin", "a\\..\\..\\secret.bin", "/etc/passwd", "C:\\secret.bin", "C:secret"])
+@pytest.mark.parametrize(
+    "name", ["../secret.bin", "a\\..\\..\\secret.bin", "/etc/passwd", "C:\\secret.bin", "C:secret"]
+)
 def test_a_name_cannot_lead_out_of_the_folders(tmp_path, name):
     touch(tmp_path / "secret.bin")
 
@@ -74,12 +76,14 @@ def test_a_missing_file_is_told_with_everything_needed_to_get_it(tmp_path, asked
     message = str(caught.value)
     assert "EVA02_CLIP_L_336_psz14_s6B.pt (the vision tower that looks at the face) was not found" in message
     assert f"Looked in: {tmp_path / 'clip_vision'}, {tmp_path / 'clip'}." in message
-    assert f"from {catalogue.EVA_CLIP.url} and put it at {tmp_path / 'clip_vision' / catalogue.EVA_CLIP.name}" in message
+    assert (
+        f"from {catalogue.EVA_CLIP.url} and put it at {tmp_path / 'clip_vision' / catalogue.EVA_CLIP.name}" in message
+    )
     assert "Licence: MIT" in message
 
 
 def test_without_folders_the_message_names_the_usual_place():
-    with pytest.raises(MissingWeights, match="no folder.*models.pulid.pulid_v1.1.safetensors"):
+    with pytest.raises(MissingWeights, match=r"no folder.*models.pulid.pulid_v1.1.safetensors"):
         files.find(catalogue.V1_1, [])
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 mount()
 from pulid_sdxl.pulid import encoders, eva, faces  # noqa: E402
-from pulid_sdxl.pulid.attention import Fusion, IdProjections, SiteKV, fuse, mask_to_tokens  # noqa: E402
+from pulid_sdxl.pulid.attention import Fusion, IdProjections, SiteKV, fuse  # noqa: E402
 
 TOLERANCE = 1e-5
 HIDDEN_TOLERANCE = 1e-4  # of the vision tower
@@ -157,9 +157,8 @@ def attention_official(reference: Reference) -> Iterator[Line]:
             continue
         _, mode, tokens, scale = name.split(".", 3)
         fusion, zero_tokens = MODES[mode]
-        kv = _site_kv(site, site[f"tokens.{tokens}"])
-        kv = kv.with_zero_tokens(zero_tokens).scaled(float(scale.removeprefix("scale_")))
-        out = fuse(site["q"], base, kv, range(len(base)), heads, fusion)
+        kv = _site_kv(site, site[f"tokens.{tokens}"]).prepare(heads, zero_tokens, float(scale.removeprefix("scale_")))
+        out = fuse(site["q"], base, kv, range(len(base)), fusion)
         yield Line(f"attention, {name.removeprefix('out.')}", relative(out, expected), TOLERANCE)
 
 
@@ -173,9 +172,9 @@ def attention_shared_workflows(reference: Reference) -> Iterator[Line]:
     mask = F.interpolate(site["mask"].unsqueeze(1), size=(rows, base.shape[1] // rows), mode="bilinear").flatten(1)
     negative_first = [1] * (len(base) // 2) + [0] * (len(base) // 2)
     for mode, (fusion, zero_tokens) in SHARED_MODES.items():
-        kv = _site_kv(site, torch.cat((site["cond"], site["uncond"]))).with_zero_tokens(zero_tokens).scaled(0.8)
+        kv = _site_kv(site, torch.cat((site["cond"], site["uncond"]))).prepare(heads, zero_tokens, 0.8)
         for name, where in ((f"out.{mode}", None), (f"out.{mode}.mask", mask)):
-            out = fuse(site["q"], base, kv, negative_first, heads, fusion, mask=where)
+            out = fuse(site["q"], base, kv, negative_first, fusion, mask=where)
             yield Line(f"shared workflows, {name.removeprefix('out.')}", relative(out, site[name]), TOLERANCE)
 
 
@@ -228,10 +227,8 @@ class UnetReference:
         projections.load_state_dict(drawn, assign=True)
         return cls(about["config"], state, projections, reference.tensors("unet_official"))
 
-    def site_kvs(self, mode: str) -> tuple[Fusion, list[SiteKV]]:
-        fusion, zero_tokens = MODES[mode]
-        projected = self.projections.project(self.vectors["tokens"])
-        return fusion, [kv.with_zero_tokens(zero_tokens).scaled(self.SCALE) for kv in projected]
+    def site_kvs(self) -> tuple[SiteKV, ...]:
+        return self.projections.project(self.vectors["tokens"])
 
 
 def unet_official(reference: Reference) -> Iterator[Line]:
@@ -254,9 +251,9 @@ def unet_official(reference: Reference) -> Iterator[Line]:
         ).sample  # fmt: skip
 
     yield Line("whole UNet in diffusers, unpatched", relative(run(), vectors["out.unpatched"]), UNET_TOLERANCE)
-    for mode in MODES:
-        fusion, site_kvs = whole.site_kvs(mode)
-        diffusers_unet.patch(unet, site_kvs, range(len(vectors["x"])), fusion)
+    site_kvs = whole.site_kvs()
+    for mode, (fusion, zero_tokens) in MODES.items():
+        diffusers_unet.patch(unet, site_kvs, range(len(vectors["x"])), fusion, zero_tokens, whole.SCALE)
         yield Line(f"whole UNet in diffusers, {mode}", relative(run(), vectors[f"out.{mode}"]), UNET_TOLERANCE)
 
 

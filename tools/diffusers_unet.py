@@ -7,13 +7,13 @@ from diffusers import UNet2DConditionModel
 from mount import mount
 
 mount()
-from pulid_sdxl.pulid.attention import Fusion, SiteKV, fuse  # noqa: E402
+from pulid_sdxl.pulid.attention import Fusion, HeadKV, SiteKV, fuse  # noqa: E402
 
 
 class SiteProcessor:
     """diffusers' contract for one attention, with PuLID fused in before `to_out`."""
 
-    def __init__(self, kv: SiteKV, rows: Sequence[int], fusion: Fusion):
+    def __init__(self, kv: HeadKV, rows: Sequence[int], fusion: Fusion):
         self.kv, self.rows, self.fusion = kv, rows, fusion
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
@@ -21,7 +21,7 @@ class SiteProcessor:
         k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         split = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
         base = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-        out = fuse(q, base, self.kv, self.rows, attn.heads, self.fusion)
+        out = fuse(q, base, self.kv, self.rows, self.fusion)
         return attn.to_out[1](attn.to_out[0](out))
 
 
@@ -35,9 +35,13 @@ def widths(unet: UNet2DConditionModel) -> list[int]:
     return [unet.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in sites(unet)]
 
 
-def patch(unet: UNet2DConditionModel, site_kvs: Sequence[SiteKV], rows: Sequence[int], fusion: Fusion) -> None:
+def patch(
+    unet: UNet2DConditionModel, site_kvs: Sequence[SiteKV], rows: Sequence[int],
+    fusion: Fusion, zero_tokens: int, weight: float,
+) -> None:  # fmt: skip
     """Put PuLID on all cross-attentions of the UNet; `rows` says which row of the keys each batch row uses."""
     processors = dict(unet.attn_processors)
     for name, kv in zip(sites(unet), site_kvs, strict=True):
-        processors[name] = SiteProcessor(kv, rows, fusion)
+        heads = unet.get_submodule(name.removesuffix(".processor")).heads
+        processors[name] = SiteProcessor(kv.prepare(heads, zero_tokens, weight), rows, fusion)
     unet.set_attn_processor(processors)

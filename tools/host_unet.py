@@ -32,11 +32,9 @@ def lines(reference: Reference) -> Iterator[Line]:
     model = model_of(whole)
     vectors = whole.vectors
     yield Line("whole UNet, unpatched", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE)
-    negative_last = {**vectors, "tokens": vectors["tokens"].flip(0)}  # a patch holds the negative branch last
-    flipped = UnetReference(whole.config, whole.state, whole.projections, negative_last)
-    for mode in MODES:
-        fusion, site_kvs = flipped.site_kvs(mode)
-        patched = patch_model(model, site_kvs, fusion, [1.0] * len(site_kvs))
+    site_kvs = whole.projections.project(vectors["tokens"].flip(0))  # a patch holds the negative branch last
+    for mode, (fusion, zero_tokens) in MODES.items():
+        patched = patch_model(model, site_kvs, fusion, zero_tokens, [whole.SCALE] * len(site_kvs))
         yield Line(f"whole UNet, {mode}", relative(run(patched, vectors), vectors[f"out.{mode}"]), UNET_TOLERANCE)
 
 

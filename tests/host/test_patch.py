@@ -147,10 +147,12 @@ def test_all_70_sites_fire_the_middle_ones_included(model, pulid, identity, monk
     patched = apply(model, pulid, identity)
     replacements = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
     for key, on in list(replacements.items()):
+
         def through(q, k, v, extra_options, key=key, on=on):
             fired.add((*extra_options["block"], extra_options["block_index"]))
             assert (*extra_options["block"], extra_options["block_index"]) == key
             return on(q, k, v, extra_options)
+
         replacements[key] = through
     sample(patched)
     assert fired == {site.key for site in SITES}
@@ -189,12 +191,14 @@ class TestSchedule:
         calls = []
         on = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
         for key, replacement in list(on.items()):
+
             def guarded(*args, replacement=replacement):
                 with monkeypatch.context() as step:
                     for name in ("item", "cpu", "tolist", "__bool__", "__float__", "__int__", "numpy", "nonzero"):
                         step.setattr(torch.Tensor, name, waits)
                     calls.append(1)
                     return replacement(*args)
+
             on[key] = guarded
         sample(patched, steps=1)
         assert len(calls) == 70
@@ -527,7 +531,7 @@ def test_a_slider_projects_nothing_again(model, pulid, identity, monkeypatch):
 def test_what_is_held_while_sampling_is_small():
     full = IdProjections([site.channels for site in SITES], device="meta")
     kvs = full.project(torch.empty(2, 10, 2048, device="meta"), torch.float16)
-    held = sum(kv.with_zero_tokens(8).nbytes for kv in kvs)
+    held = sum(kv.prepare(1, 8).nbytes for kv in kvs)
     assert held <= 16e6
 
 

@@ -1,0 +1,218 @@
+"""Loads the two kinds of weights the pack needs: PuLID for SDXL (v1 or v1.1) and the EVA02-CLIP vision tower.
+
+A file is told by the names of its tensors, never by its own name. It is checked whole, and only then copied, tensor by
+tensor, out of the mapped file into networks that were built without memory.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..pulid.attention import IdProjections
+from ..pulid.encoders import ENCODERS
+from ..pulid.errors import DamagedWeights, ForeignWeights
+from ..pulid.eva import EvaVisionTower, read_eva_state
+from ..pulid.identity import Version
+from ..pulid.sites import SITES, file_index
+from .reading import damaged, label, read_tensors
+
+NAMED = 3  # how many faults, or names of unknown tensors, a message gives
+FINGERPRINTED = 64  # values of each tensor
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class PulidCheckpoint:
+    """What a PuLID file holds.
+
+    encoder      IdEncoder (v1) or IdFormer (v1.1)
+    projections  keys and values of the 70 sites, as wide as the file has them
+    fingerprint  16 hex digits of the encoder's weights, the same whatever the container and the precision
+    """
+
+    version: Version
+    encoder: nn.Module
+    projections: IdProjections
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family of weight files: each of `patterns` fits the beginning of some line "tensor name (shape)" of a file."""
+
+    title: str
+    remedy: str
+    patterns: tuple[str, ...]
+
+
+def _kind(title: str, remedy: str, *patterns: str) -> Kind:
+    return Kind(title, remedy, patterns)
+
+
+PULID_V1 = _kind("PuLID v1 for SDXL", "Choose it as pulid_file.", r"(id_adapter|image_proj)\.mapping_patch_\d\.")
+PULID_V1_1 = _kind(
+    "PuLID v1.1 for SDXL", "Choose it as pulid_file.", r"(id_adapter|image_proj)\.id_embedding_mapping\."
+)
+EVA = _kind("EVA02-CLIP", "Choose it as eva_clip.", r"(visual\.)?(trunk\.)?blocks\.\d+\.attn\.(inner_attn_ln|norm)\.")
+
+PULID_VERSIONS: dict[Kind | None, Version] = {PULID_V1: "v1", PULID_V1_1: "v1.1"}
+
+# The first that fits names the file.
+KINDS = (
+    PULID_V1,
+    PULID_V1_1,
+    EVA,
+    _kind("PuLID for FLUX", "It needs a PuLID pack for Flux.", r"pulid_(ca|encoder)\."),
+    _kind("InstantID", "It needs an InstantID pack.", r"image_proj\.proj_in\.weight \(\d+, 512\)", r"ip_adapter\."),
+    _kind("IP-Adapter", "It needs an IP-Adapter pack.", r"(image_proj|ip_adapter)\."),
+    _kind("ControlNet", "Load it with Load ControlNet Model.", r"(control_model|controlnet_\w+)\."),
+    _kind("LoRA", "Load it with Load LoRA.", r".*\blora_(up|down|A|B)\."),
+    _kind(
+        "SDXL checkpoint", "Load it with Load Checkpoint.", r"model\.diffusion_model\.", r"conditioner\.embedders\.1\."
+    ),
+    _kind("checkpoint of an image model", "Load it with Load Checkpoint.", r"model\.diffusion_model\."),
+    _kind("diffusion model", "Load it with Load Diffusion Model.", r"(down|double|input)_blocks\.\d+\."),
+    _kind("CLIP vision model of another make", "Load it with Load CLIP Vision.", r"(vision_model|visual)\."),
+    _kind("text encoder", "Load it with Load CLIP.", r"text_model\.|encoder\.block\.\d+\.layer\."),
+)
+
+# The same tensors go by two spellings: the authors' own, and the one made for IP-Adapter loaders.
+ENCODER_NAME = re.compile(r"(?:id_adapter|image_proj)\.(?P<parameter>.+)")
+PROJECTION_NAME = re.compile(
+    r"(?:id_adapter_attn_layers|ip_adapter)\.(?P<index>\d+)\.(?:id_)?(?P<half>to_[kv])(?:_ip)?\.weight"
+)
+
+
+def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None) -> PulidCheckpoint:
+    """Load PuLID v1 or v1.1, as the authors published it or converted, from safetensors or a pickle.
+
+    operations  provides Linear, LayerNorm and Conv2d: `torch.nn` or the host's casting layers
+    dtype       of the weights in memory; None keeps the file's
+
+    Raises MissingWeights, ForeignWeights (with the name of what the file is instead) or DamagedWeights.
+    """
+    path = Path(path)
+    state = read_tensors(path)
+    kind = recognise(state)
+    if kind not in PULID_VERSIONS:
+        raise _foreign(path, "PuLID for SDXL", kind, state)
+    version = PULID_VERSIONS[kind]
+
+    encoder_state, projection_state = _split(path, kind, state)
+    # A scalar has the product of no sizes, 1, for a width: it is refused as misshapen when the projections are filled.
+    widths = [projection_state[f"to_k.{site}.weight"].shape[:1].numel() for site in range(len(SITES))]
+    encoder = ENCODERS[version](operations=operations, device="meta")
+    projections = IdProjections(widths, operations=operations, device="meta")
+    return PulidCheckpoint(
+        version=version,
+        encoder=_fill(encoder, encoder_state, dtype, path, kind),
+        projections=_fill(projections, projection_state, dtype, path, kind),
+        fingerprint=fingerprint(encoder_state),
+    )
+
+
+def load_vision_tower(path: Path | str, operations=nn, dtype: torch.dtype | None = None) -> EvaVisionTower:
+    """Load the vision tower of an EVA02-CLIP file, published or timm's; its text tower is never built.
+
+    Arguments and errors as for `load_pulid`. The tower is as large as the file has it: see its `config`.
+    """
+    path = Path(path)
+    state = read_tensors(path)
+    kind = recognise(state)
+    if kind is not EVA:
+        raise _foreign(path, EVA.title, kind, state)
+    try:
+        config, tower_state = read_eva_state(state)
+        tower = EvaVisionTower(config, operations=operations, device="meta")
+    except (ForeignWeights, ValueError, IndexError, ZeroDivisionError) as error:  # tensors of EVA, sizes of no tower
+        raise _altered(path, EVA, [str(error)]) from error
+    return _fill(tower, tower_state, dtype, path, EVA)
+
+
+def recognise(state: Mapping[str, Tensor]) -> Kind | None:
+    """The family that the names and shapes of `state` tell, or None."""
+    lines = [f"{name} {tuple(tensor.shape)}" for name, tensor in state.items()]
+    for kind in KINDS:
+        if all(any(re.match(pattern, line) for line in lines) for pattern in kind.patterns):
+            return kind
+    return None
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits over every name and the first 64 values of every tensor, rounded to float16."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].flatten()[:FINGERPRINTED].half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The encoder's and the projections' tensors, under our networks' names.
+
+    Raises DamagedWeights unless all 70 sites are there, and nothing beside them and the encoder.
+    """
+    sites = {
+        (file_index(site), half): f"{half}.{site}.weight" for site in range(len(SITES)) for half in ("to_k", "to_v")
+    }
+    encoder, projections, faults = {}, {}, []
+    for name, tensor in state.items():
+        if match := PROJECTION_NAME.fullmatch(name):
+            key = int(match["index"]), match["half"]
+            if key in sites:
+                projections[sites[key]] = tensor
+            else:
+                faults.append(f"{name} belongs to no site (sites have odd indices)")
+        elif match := ENCODER_NAME.fullmatch(name):
+            encoder[match["parameter"]] = tensor
+        else:
+            faults.append(f"{name} does not belong to it")
+    faults += [f"{half} of site index {i} is missing" for (i, half), name in sites.items() if name not in projections]
+    if faults:
+        raise _altered(path, kind, faults)
+    return encoder, projections
+
+
+def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path, kind: Kind) -> Network:
+    """Give a network on the meta device its weights, copied out of the mapped file, for inference.
+
+    Raises DamagedWeights, before anything is copied, unless names, shapes and kinds of number all fit.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    faults = [f"{name} is missing" for name in shapes if name not in state]
+    faults += [f"{name} does not belong to it" for name in state if name not in shapes]
+    for name, tensor in state.items():
+        if name in shapes and tuple(tensor.shape) != shapes[name]:
+            faults.append(f"{name} is {tuple(tensor.shape)} instead of {shapes[name]}")
+        elif not tensor.is_floating_point():
+            faults.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
+    if faults:
+        raise _altered(path, kind, faults)
+    weights = {
+        name: tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _altered(path: Path, kind: Kind, faults: list[str]) -> DamagedWeights:
+    more = f"; and {len(faults) - NAMED} more faults" if len(faults) > NAMED else ""
+    return damaged(path, f"is not {kind.title} as published: {'; '.join(faults[:NAMED])}{more}")
+
+
+def _foreign(path: Path, expected: str, kind: Kind | None, state: Mapping[str, Tensor]) -> ForeignWeights:
+    if kind is not None:
+        return ForeignWeights(f"Expected {expected}, found {kind.title}: {label(path)}. {kind.remedy}")
+    names = ", ".join(list(state)[:NAMED])
+    return ForeignWeights(
+        f"Expected {expected}, found {len(state)} tensors of an unknown kind in {label(path)} ({names}). "
+        "Choose another file."
+    )

@@ -1,0 +1,186 @@
+"""The face networks behind one protocol: InsightFace's antelopev2, and facexlib's RetinaFace and BiSeNet.
+
+They are given as files, built at first use and kept; nothing here downloads. InsightFace's and facexlib's own networks
+and decoding are used, so the numbers are the authors'. InsightFace from 0.7.3 to 2.1 serves.
+Sources: https://github.com/deepinsight/insightface, https://github.com/xinntao/facexlib
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..pulid.errors import DamagedWeights, ForeignWeights, InputError, MissingWeights
+from ..pulid.faces import Face, Photo, faces_of
+from ..pulid.packages import import_package
+from .catalogue import GLINTR100, SCRFD
+from .reading import read_tensors
+
+log = logging.getLogger(__name__)
+
+# Sides of the square the photograph is fitted into, in the order they are tried: the authors' 640 first, then smaller
+# for close-ups, which the detector finds too large, then larger for small faces.
+DETECTOR_SIZES = (*range(640, 255, -64), *range(704, 1281, 64))
+
+RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
+FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# What a user calls an ONNX execution provider, fastest first; the CPU can always run what the others cannot.
+PROVIDERS = {
+    "CUDA": "CUDAExecutionProvider",
+    "MIGraphX": "MIGraphXExecutionProvider",
+    "ROCM": "ROCMExecutionProvider",
+    "DirectML": "DmlExecutionProvider",
+    "CoreML": "CoreMLExecutionProvider",
+    "CPU": "CPUExecutionProvider",
+}
+
+
+def available_providers(choice: str = "auto") -> list[str]:
+    """ONNX Runtime's names of the providers to use: "auto" is all it offers here, else one of PROVIDERS; CPU last.
+
+    Raises InputError for a provider that the installed ONNX Runtime does not offer, MissingPackage without any.
+    """
+    offered = import_package("onnxruntime").get_available_providers()
+    here = [name for name, provider in PROVIDERS.items() if provider in offered]
+    if choice != "auto" and choice not in here:
+        raise InputError(
+            f"The installed ONNX Runtime does not offer {choice!r}; it offers: {', '.join(here)}. Choose one of these "
+            "or 'auto'. For NVIDIA, onnxruntime-gpu takes the place of onnxruntime: never install both."
+        )
+    wanted = here if choice == "auto" else [choice, "CPU"]
+    return list(dict.fromkeys(PROVIDERS[name] for name in wanted))
+
+
+class InsightFaceAnalyzer:
+    """The FaceAnalyzer of pulid/faces.py, on real networks.
+
+    antelope    folder that holds antelopev2's detector and recogniser (models/files.py finds it)
+    retinaface  facexlib's detection_Resnet50_Final.pth
+    bisenet     facexlib's parsing_bisenet.pth
+    providers   for the two ONNX networks, from available_providers()
+    device      for the two torch networks
+
+    Raises MissingWeights at once if a file is not there; DamagedWeights, ForeignWeights or MissingPackage at first use.
+    """
+
+    def __init__(
+        self,
+        antelope: Path,
+        retinaface: Path,
+        bisenet: Path,
+        providers: Sequence[str] = (PROVIDERS["CPU"],),
+        device: torch.device | str = "cpu",
+    ):
+        self._detector_file = antelope / SCRFD.name
+        self._recogniser_file = antelope / GLINTR100.name
+        self._retinaface_file = retinaface
+        self._bisenet_file = bisenet
+        for file in (self._detector_file, self._recogniser_file, retinaface, bisenet):
+            if not file.is_file():
+                raise MissingWeights(f"{file.name} was not found in {file.parent}. Put it there.")
+        self._providers = list(providers)
+        self._device = torch.device(device)
+
+    def detect(self, photo: Photo) -> list[Face]:
+        """InsightFace's faces, at the first of DETECTOR_SIZES that shows any."""
+        image = bgr(photo)
+        for side in DETECTOR_SIZES:
+            # The size goes to detect(): since InsightFace 1.0 the detector's own `input_size` is ignored.
+            rows, landmarks = self._detector.detect(image, input_size=(side, side))  # (n, 5): box, score; (n, 5, 2)
+            if faces := faces_of(rows[:, :4], landmarks, rows[:, 4]):
+                return faces
+        return []
+
+    def detect_for_alignment(self, photo: Photo) -> list[Face]:
+        """RetinaFace's faces, at the photograph's own size."""
+        with torch.inference_mode():
+            rows = self._retinaface.detect_faces(bgr(photo), RETINAFACE_SCORE)  # (n, 15): box, score, landmarks
+        return faces_of(rows[:, :4], rows[:, 5:].reshape(-1, 5, 2), rows[:, 4])
+
+    def recognise(self, photo: Photo, face: Face) -> Tensor:
+        """ArcFace embedding (512,) of a face, aligned as ArcFace was trained: to 112 px by its landmarks."""
+        landmarks = face.landmarks.astype(np.float32)  # as the detector gave them; InsightFace aligns in this precision
+        return torch.from_numpy(self._recogniser.get(bgr(photo), SimpleNamespace(kps=landmarks)))
+
+    def recognise_crop(self, crop: np.ndarray) -> Tensor:
+        """ArcFace embedding (512,) of a crop (512, 512, 3) that is only shrunk to 112 px."""
+        return torch.from_numpy(self._recogniser.get_feat(bgr(crop))[0])
+
+    def parse(self, crops: Tensor) -> Tensor:
+        """BiSeNet's label map: (B, 3, 512, 512) RGB 0..1 -> (B, 512, 512) uint8."""
+        mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD))[..., None, None]
+        with torch.inference_mode():
+            # One crop at a time keeps the peak low. Of BiSeNet's three outputs, two only helped its training.
+            crops = ((crops.cpu().float() - mean) / std).to(self._device).split(1)
+            return torch.cat([self._bisenet(crop)[0].argmax(1).byte() for crop in crops]).cpu()
+
+    @cached_property
+    def _detector(self):
+        return load_onnx(self._detector_file, "detection", self._providers)
+
+    @cached_property
+    def _recogniser(self):
+        return load_onnx(self._recogniser_file, "recognition", self._providers)
+
+    @cached_property
+    def _retinaface(self) -> nn.Module:
+        retinaface = import_package("facexlib.detection.retinaface")
+        return load_torch(
+            self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device=self._device), self._device
+        )
+
+    @cached_property
+    def _bisenet(self) -> nn.Module:
+        bisenet = import_package("facexlib.parsing.bisenet")
+        return load_torch(self._bisenet_file, lambda: bisenet.BiSeNet(FACE_PARTS), self._device)
+
+
+def load_onnx(file: Path, task: str, providers: list[str]):
+    """InsightFace's model of an ONNX file that must serve this task, "detection" or "recognition"."""
+    onnxruntime = import_package("onnxruntime")
+    bindings = import_package("onnxruntime.capi.onnxruntime_pybind11_state")
+    zoo = import_package("insightface.model_zoo")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only: SCRFD's file declares shapes for 640 px and warns at every other size
+    try:
+        # One session serves all sizes; InsightFace 2 would otherwise build and keep one for each. Version 1 ignores
+        # this and the options.
+        model = zoo.get_model(str(file), providers=providers, sess_options=options, static_shape_sessions=False)
+    except (bindings.InvalidProtobuf, bindings.InvalidGraph, bindings.InvalidArgument) as error:
+        raise DamagedWeights(f"{file.name} in {file.parent} is not a whole ONNX file. Get it again.") from error
+    if model is None or model.taskname != task:
+        found = "another network" if model is None else f"a network for {model.taskname}"
+        raise ForeignWeights(
+            f"Expected a network for {task}, found {found}: {file.name} in {file.parent}. Get it again."
+        )
+    log.info("%s runs on %s", file.name, model.session.get_providers()[0])
+    return model
+
+
+def load_torch(file: Path, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """The network that `make` builds, with the weights of one of facexlib's files, ready to run."""
+    # Trained on several GPUs, RetinaFace was saved with `module.` before every name.
+    state = {name.removeprefix("module."): tensor for name, tensor in read_tensors(file).items()}
+    # Building draws random weights, which are then replaced: leave the host's random numbers as they were.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # facexlib's deprecated argument
+        network = make()
+    try:
+        network.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ForeignWeights(f"{file.name} in {file.parent} holds another network's weights. Get it again.") from error
+    return network.to(device).eval().requires_grad_(False)
+
+
+def bgr(image: np.ndarray) -> np.ndarray:
+    """RGB to BGR, which InsightFace and facexlib take."""
+    return np.ascontiguousarray(image[..., ::-1])
