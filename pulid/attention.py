@@ -60,20 +60,19 @@ class SiteKV:
         if zero_tokens:
             keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
             counts = F.pad(counts, (0, 1), value=math.log(zero_tokens))
-        split = (heads, -1)
-        keys = keys.unflatten(-1, split).permute(0, 2, 3, 1)  # (rows, T, C) -> (rows, heads, dim, T)
-        values = values.unflatten(-1, split).transpose(1, 2)  # (rows, T, C) -> (rows, heads, T, dim)
-        return HeadKV(keys, values, counts, counts * (1 - keys.shape[2] ** 0.5))
+        keys, values = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (keys, values))  # (rows, heads, T, dim)
+        counts = counts.unsqueeze(-1)
+        return HeadKV(keys, values, counts, counts * (1 - keys.shape[-1] ** 0.5))
 
 
 @dataclass(frozen=True, eq=False)
 class HeadKV:
     """What a patch holds of one site: SiteKV.prepare.
 
-    keys        (rows, heads, dim, T)
+    keys        (rows, heads, T, dim)
     values      (rows, heads, T, dim), weighted
-    log_counts  (T,) logarithm of how many times each token counts in the softmax; added to scaled logits
-    unscaling   (T,) added to scaled logits times 1 / scale, it gives unscaled logits plus log_counts
+    log_counts  (T, 1) logarithm of how many times each token counts in the softmax; added to scaled logits
+    unscaling   (T, 1) added to scaled logits times 1 / scale, it gives unscaled logits plus log_counts
     """
 
     keys: Tensor
@@ -124,14 +123,14 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _elsewhere(scaled: Tensor, kv: HeadKV, scale: float, fusion: Fusion) -> Tensor:
     """(1 - m) * heads of ortho_v2: the attention that does not go to the face tokens, summed over heads.
 
-    From the softmax of *unscaled* logits over all tokens; scaled (B, heads, N, T) holds the scaled ones, with log_counts.
+    From the softmax of *unscaled* logits over all tokens; scaled (B, heads, T, N) holds the scaled ones, with log_counts.
     -> (B, N, 1), or (B, 1, 1) for SHARED_V2.
     """
     if fusion is Fusion.ORTHOGONAL_V2:
         logits = torch.add(kv.unscaling, scaled, alpha=1 / scale)
-        return logits.softmax(dim=-1)[..., FACE_TOKENS:].sum(dim=(1, 3)).unsqueeze(-1)
-    headless = (scaled - kv.log_counts).sum(dim=1).div_(scale).add_(kv.log_counts)  # (B, N, T)
-    elsewhere = headless.softmax(dim=-1)[..., FACE_TOKENS:].sum(dim=-1)
+        return logits.softmax(dim=2)[:, :, FACE_TOKENS:].sum(dim=(1, 2)).unsqueeze(-1)
+    headless = (scaled - kv.log_counts).sum(dim=1).div_(scale).add_(kv.log_counts)  # (B, T, N)
+    elsewhere = headless.softmax(dim=1)[:, FACE_TOKENS:].sum(dim=1)
     return elsewhere.mean(dim=1).mul_(scaled.shape[1]).view(-1, 1, 1)
 
 
@@ -156,53 +155,54 @@ def fuse(
     Sums over positions are made in float32, or in float32 accumulators where a matrix product makes them.
     """
     batch, positions, channels = q.shape
-    _, heads, dim, tokens = kv.keys.shape
+    _, heads, tokens, dim = kv.keys.shape
     scale = dim**-0.5
     values = torch.stack([kv.values[row] for row in rows])  # (B, heads, T, dim)
     if strength is not None:
         values = values * strength
 
-    scaled = q.new_empty(batch, heads, positions, tokens)
+    # Tokens before positions: a softmax over a short last dimension is slow, on CPUs above all.
+    scaled = q.new_empty(batch, heads, tokens, positions)
     for b, row in enumerate(rows):
-        torch.baddbmm(kv.log_counts, _heads(q[b], heads), kv.keys[row], alpha=scale, out=scaled[b])
-    attention = scaled.softmax(dim=-1)  # (B, heads, N, T)
+        torch.baddbmm(kv.log_counts, kv.keys[row], _heads(q[b], heads).transpose(1, 2), alpha=scale, out=scaled[b])
+    attention = scaled.softmax(dim=2)  # (B, heads, T, N)
 
     where = None if mask is None else mask.unsqueeze(-1)  # (1 or B, N, 1)
-    if fusion is Fusion.PLAIN:
-        out = base.clone()
-    else:
-        share = _projected_share(base, attention, values)
-        if fusion is Fusion.ORTHOGONAL:
-            out = torch.addcmul(base, base, share, value=-1) if where is None else torch.addcmul(
-                base, base * share, where, value=-1
-            )
-        else:
-            elsewhere = _elsewhere(scaled, kv, scale, fusion)
-            out = torch.addcmul(
-                base, base * share, elsewhere if where is None else elsewhere * where, value=-1 / heads
-            )
+    share = None if fusion is Fusion.PLAIN else _projected_share(base, attention, values)
     if mask is not None:
-        attention = attention * mask[:, None, :, None]
-    for b in range(batch):
-        _heads(out[b], heads).baddbmm_(attention[b], values[b])
-    return out
+        attention = attention * mask[:, None, None]
+    attended = torch.bmm(attention.flatten(0, 1).transpose(1, 2), values.flatten(0, 1))  # (B * heads, N, dim)
+    attended = attended.unflatten(0, (batch, heads))
+    out = (base.unflatten(-1, (heads, dim)) + attended.transpose(1, 2)).flatten(2)  # (B, N, C)
+    if fusion is Fusion.PLAIN:
+        return out
+    if fusion is Fusion.ORTHOGONAL:
+        return out.addcmul_(base, share, value=-1) if where is None else out.addcmul_(base * share, where, value=-1)
+    elsewhere = _elsewhere(scaled, kv, scale, fusion)
+    return out.addcmul_(base * share, elsewhere if where is None else elsewhere * where, value=-1 / heads)
 
 
 def _projected_share(base: Tensor, attention: Tensor, values: Tensor) -> Tensor:
     """sum_n base * A / sum_n base^2 per image and channel, (B, 1, C), where A = attention @ values.
 
-    base (B, N, C), attention (B, heads, N, T), values (B, heads, T, dim). The sum goes through attention^T @ base, which
-    is as small as the tokens are few; means instead of sums keep it inside float16's range.
+    base (B, N, C), attention (B, heads, T, N), values (B, heads, T, dim). The sum goes through attention @ base, which is
+    as small as the tokens are few; means instead of sums keep it inside float16's range.
     """
     batch, positions, channels = base.shape
     heads = values.shape[1]
     through = torch.empty_like(values)
     for b in range(batch):
-        through[b].baddbmm_(attention[b].transpose(1, 2), _heads(base[b], heads), beta=0, alpha=1 / positions)
+        through[b].baddbmm_(attention[b], _heads(base[b], heads), beta=0, alpha=1 / positions)
     dot = (through * values).sum(dim=2, dtype=torch.float32).view(batch, 1, channels)
-    norm = torch.linalg.vector_norm(base, dim=1, keepdim=True, dtype=torch.float32)
-    mean_square = torch.rsub(norm.square(), TINY, alpha=-1 / positions)  # TINY + norm^2 / N, in one pass
+    mean_square = torch.rsub(_sum_of_squares(base), TINY, alpha=-1 / positions)  # TINY + sum / N, in one pass
     return torch.div(dot, mean_square, out=base.new_empty(batch, 1, channels))
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """(B, N, C) -> (B, 1, C) float32, summed over N in float32 without a float32 copy of x."""
+    if x.dtype == torch.float32:
+        return x.square().sum(dim=1, keepdim=True)  # many times faster than vector_norm on a CPU
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square()
 
 
 def mask_to_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -1,0 +1,377 @@
+"""Measures what PuLID costs, as ratios of one run: `python3 run.py bench [--quick] [--json FILE]`.
+
+Compared with the published formulation (tools/published.py): keys and values projected at every step, attention
+computed twice, everything after it in float32. Absolute times are this machine's; the ratios are what travels.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mount import mount
+from published import published
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+mount()
+from pulid_sdxl.pulid.attention import METHODS, Fusion, IdProjections, SiteKV, fuse  # noqa: E402
+from pulid_sdxl.pulid.sites import SITES  # noqa: E402
+
+VERSION, TOKENS, WEIGHT = "v1", 10, 0.8
+ROWS = [1, 0]  # a batch of two: negative, positive
+FIFTH, FULL = 64, 320  # model channels
+BARE = {  # operators that move no data
+    "view", "_unsafe_view", "transpose", "t", "permute", "unsqueeze", "squeeze", "slice", "select", "split", "unbind",
+    "expand", "as_strided", "detach", "alias", "empty", "new_empty", "empty_like", "lift_fresh",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ours over the other's, with the target where there is one."""
+
+    what: str
+    ours: float
+    other: float | None
+    unit: str
+    target: float | None = None  # of the ratio, or of our own figure where there is no other
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.other is None else self.ours / self.other
+
+    def __str__(self) -> str:
+        ratio = "" if self.ratio is None else f"{self.ratio:8.3f}"
+        other = "" if self.other is None else f"{self.other:12.4g}"
+        wanted = "" if self.target is None else f"at most {self.target:g}"
+        return f"{self.what:58} {self.ours:12.4g} {other:>12} {self.unit:6} {ratio:>8}  {wanted}"
+
+
+class Counted(TorchDispatchMode):
+    """Counts operators that move data, and the bytes of their inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.operators, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        if operator._schema.name.partition("::")[2] not in BARE:
+            self.operators += 1
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def added_work(measure: Callable) -> tuple[Counter, Counter]:
+    """What ours and the published formulation add to a step at 1024 px, full width, float16, over all 70 sites.
+
+    On the meta device, where every operator is decomposed alike and nothing is computed. `measure` returns a context
+    manager and a function that reads it.
+    """
+    method = METHODS["fidelity"][VERSION]
+    sums = Counter(), Counter()
+    half = {"dtype": torch.float16, "device": "meta"}
+    for site in SITES:
+        positions = 64 * 64 if site.channels == 640 else 32 * 32
+        q, base = torch.empty(2, 2, positions, site.channels, **half)
+        tokens = torch.empty(2, TOKENS, 2048, **half)
+        to_k, to_v = torch.empty(2, site.channels, 2048, **half)
+        keys, values = torch.empty(2, 2, TOKENS, site.channels, **half)
+        heads = site.channels // 64
+        kv = SiteKV(keys, values).prepare(heads, method.zero_tokens, WEIGHT)
+        calls = (
+            lambda: fuse(q, base, kv, ROWS, method.fusion),  # noqa: B023
+            lambda: published(q, base, tokens, to_k, to_v, heads, method.fusion, method.zero_tokens, WEIGHT),  # noqa: B023
+        )
+        for total, call in zip(sums, calls, strict=True):
+            total.update(measure(call))
+    return sums
+
+
+def count_operators(call: Callable) -> dict[str, int]:
+    with torch.no_grad(), Counted() as counted:  # no_grad: inference mode would hide what composite operators do
+        call()
+    return {"operators": counted.operators, "bytes": counted.bytes}
+
+
+def count_flops(call: Callable) -> dict[str, int]:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return {"flops": counter.get_total_flops()}
+
+
+def counts() -> Iterator[Row]:
+    ours, other = added_work(count_operators)
+    yield Row("operators added per site", ours["operators"] / 70, other["operators"] / 70, "", 0.5)
+    yield Row("bytes moved by them, a step at 1024 px, float16", ours["bytes"] / 1e9, other["bytes"] / 1e9, "GB", 1 / 3)
+    ours, other = added_work(count_flops)
+    yield Row("FLOPs added to a step at 1024 px", ours["flops"] / 1e9, other["flops"] / 1e9, "GFLOP")
+    projections = IdProjections([site.channels for site in SITES], device="meta", dtype=torch.float16)
+    kvs = projections.project(torch.empty(2, TOKENS, 2048, device="meta", dtype=torch.float16))
+    held = sum(kv.prepare(1, METHODS["fidelity"][VERSION].zero_tokens).nbytes for kv in kvs)
+    resting = sum(parameter.nbytes for parameter in projections.parameters())
+    yield Row("bytes held while sampling, over the projections'", held / 1e6, resting / 1e6, "MB", 16e6 / resting)
+
+
+class Timed:
+    """A replacement of one site that keeps the time it adds to the site's own attention."""
+
+    def __init__(self, add: Callable, clock: list[float]):
+        self.add, self.clock = add, clock
+
+    def __call__(self, q, k, v, extra_options):
+        from comfy.ldm.modules.attention import optimized_attention
+
+        base = optimized_attention(q, k, v, extra_options["n_heads"], transformer_options=extra_options)
+        start = time.perf_counter()
+        out = self.add(q, base)
+        self.clock[0] += time.perf_counter() - start
+        return out
+
+
+def cheap_weights(network: torch.nn.Module) -> None:
+    """Random weights of a sane size, drawn once and repeated: for timing, not for pictures."""
+    noise = torch.randn(1 << 20)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim > 1:
+                values = noise.repeat(-(-parameter.numel() // noise.numel()))[: parameter.numel()]
+                parameter.copy_(values.view(parameter.shape) * parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(float(name.endswith("weight")))
+
+
+def steps(model_channels: int, pixels: int, repeats: int) -> Iterator[Row]:
+    """Time of a step on the host's UNet, CPU, float32: unpatched, ours and published in turn."""
+    import comfy_host
+
+    model = model_of(model_channels)
+    network = model.model.diffusion_model
+    method = METHODS["fidelity"][VERSION]
+    widths = [site.channels * model_channels // 320 for site in SITES]
+    projections, tokens = projections_of(model_channels, widths), torch.randn(2, TOKENS, 2048)
+    side = pixels // 8
+    inputs = {
+        "x": torch.randn(2, 4, side, side), "timesteps": torch.tensor([500.0, 500.0]),
+        "context": torch.randn(2, 77, 2048), "y": torch.randn(2, comfy_host.SDXL_CONFIG["adm_in_channels"]),
+    }  # fmt: skip
+    clocks = {"ours": [0.0], "published": [0.0]}
+    patches = {"unpatched": {}, "ours": {}, "published": {}}
+    for index, (site, kv) in enumerate(zip(SITES, projections.project(tokens), strict=True)):
+        heads = widths[index] // 64
+        prepared = kv.prepare(heads, method.zero_tokens, WEIGHT)
+        weights = projections.to_k[index].weight, projections.to_v[index].weight
+        patches["ours"][site.key] = Timed(
+            lambda q, base, kv=prepared: fuse(q, base, kv, ROWS, method.fusion), clocks["ours"]
+        )
+        patches["published"][site.key] = Timed(
+            lambda q, base, weights=weights, heads=heads: published(
+                q, base, tokens, *weights, heads, method.fusion, method.zero_tokens, WEIGHT
+            ),
+            clocks["published"],
+        )
+    times = {name: [] for name in patches}
+    added = {name: [] for name in clocks}
+    for repeat in range(repeats + 1):
+        for name, replacements in patches.items():
+            options = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(1), "patches_replace": {"attn2": replacements}}
+            for clock in clocks.values():
+                clock[0] = 0.0
+            start = time.perf_counter()
+            network(inputs["x"], inputs["timesteps"], inputs["context"], inputs["y"], transformer_options=options)
+            if repeat:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+                if name in added:
+                    added[name].append(clocks[name][0])
+    median = {name: statistics.median(values) for name, values in times.items()}
+    where = f"{'full' if model_channels == FULL else '1/5'} width, {pixels} px"
+    yield Row(f"step, {where}: patched over unpatched", median["ours"], median["unpatched"], "s")
+    yield Row(f"step, {where}: published over unpatched", median["published"], median["unpatched"], "s")
+    ours, other = (statistics.median(added[name]) for name in ("ours", "published"))
+    yield Row(f"time added to a step, {where}: over published", ours, other, "s", 0.25)
+
+
+_MODELS: dict[int, object] = {}
+
+
+def model_of(model_channels: int):
+    import comfy_host
+
+    if model_channels not in _MODELS:
+        _MODELS.clear()  # one at a time: the real width takes 10 GB
+        model = comfy_host.sdxl(model_channels, seed=None)
+        cheap_weights(model.model.diffusion_model)
+        _MODELS[model_channels] = model
+    return _MODELS[model_channels]
+
+
+_PROJECTIONS: dict[int, IdProjections] = {}
+
+
+def projections_of(model_channels: int, widths: list[int]) -> IdProjections:
+    if model_channels not in _PROJECTIONS:
+        _PROJECTIONS.clear()
+        projections = IdProjections(widths, device="meta").to_empty(device="cpu")
+        cheap_weights(projections)
+        _PROJECTIONS[model_channels] = projections.requires_grad_(False)
+    return _PROJECTIONS[model_channels]
+
+
+def slider(model_channels: int) -> Iterator[Row]:
+    """What a change of weight, range, method or mask costs: Apply with an identity it has seen, and with a new one."""
+    from pulid_sdxl.nodes import host
+    from pulid_sdxl.nodes.apply import PulidApply
+    from pulid_sdxl.nodes.sockets import Pulid
+    from pulid_sdxl.pulid.identity import IdEmbedding
+
+    widths = tuple(site.channels * model_channels // 320 for site in SITES)
+    projections = projections_of(model_channels, list(widths))
+    pulid = Pulid(VERSION, "bench", widths, None, None, host.managed(projections), None)
+    model = model_of(model_channels)
+    identity = IdEmbedding(torch.randn(1, TOKENS, 2048), torch.randn(1, TOKENS, 2048), VERSION, "bench")
+
+    def apply(weight: float) -> float:
+        start = time.perf_counter()
+        PulidApply.execute(model, pulid, identity, "fidelity", weight, 0.0, 1.0)
+        return time.perf_counter() - start
+
+    first = apply(0.8)
+    again = statistics.median(apply(weight) for weight in (0.5, 0.6, 0.7))
+    yield Row(f"change of a slider, {'full' if model_channels == FULL else '1/5'} width", again, None, "s", 0.05)
+    yield Row("  the same over a first Apply", again, first, "s")
+
+
+LOADING = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tools!r})
+from mount import mount
+mount()
+import torch
+import safetensors
+from pulid_sdxl.models import checkpoints
+pulid, tower, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def memory(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
+before = memory("VmRSS")
+start = time.perf_counter()
+if how == "ours":
+    kept = checkpoints.load_pulid(pulid), checkpoints.load_vision_tower(tower)
+else:
+    kept = pulid.read_bytes(), tower.read_bytes()
+print(time.perf_counter() - start, memory("VmHWM") - before)
+"""
+
+
+def loading() -> Iterator[Row]:
+    """Time and peak memory of loading real-size stand-ins, over reading the same bytes plainly; files in the page cache."""
+    import standins
+
+    with tempfile.TemporaryDirectory() as folder:
+        pulid, tower = Path(folder, "pulid.safetensors"), Path(folder, "eva.pt")
+        standins.make_pulid(pulid, layout="v1-converted")
+        standins.make_eva(tower, layout="published")
+        script = LOADING.format(tools=str(Path(__file__).parent))
+        measured = {"ours": [], "plain": []}
+        for _ in range(3):
+            for how, values in measured.items():
+                command = [sys.executable, "-c", script, str(pulid), str(tower), how]
+                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+                values.append([float(value) for value in printed])
+    (time_ours, peak_ours), (time_plain, peak_plain) = (
+        [statistics.median(column) for column in zip(*values, strict=True)] for values in measured.values()
+    )
+    yield Row("load PuLID and the vision tower, over reading the bytes", time_ours, time_plain, "s", 1.5)
+    yield Row("  peak memory of it", peak_ours / 1e6, peak_plain / 1e6, "MB")
+
+
+def encoding() -> Iterator[Row]:
+    """A first and a further photograph through face networks, vision tower and encoder, with stand-in weights."""
+    import skimage.data
+    import standin_faces
+    import standins
+    from pulid_sdxl.models import checkpoints, face_analysis
+    from pulid_sdxl.nodes import host
+    from pulid_sdxl.nodes.identity import PulidEncode
+    from pulid_sdxl.nodes.sockets import Pulid
+
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder)
+        standin_faces.make_face_models(models)
+        standins.make_pulid(models / "pulid.safetensors", layout="v1-converted", width_scale=0.1)
+        standins.make_eva(models / "eva.pt", layout="published")
+        checkpoint = checkpoints.load_pulid(models / "pulid.safetensors", host.OPERATIONS)
+        tower = checkpoints.load_vision_tower(models / "eva.pt", host.OPERATIONS)
+        analyzer = face_analysis.InsightFaceAnalyzer(
+            models / "insightface/models/antelopev2",
+            models / "facexlib/detection_Resnet50_Final.pth",
+            models / "facexlib/parsing_bisenet.pth",
+        )
+        managed = (host.managed(module) for module in (tower, checkpoint.encoder, checkpoint.projections))
+        pulid = Pulid("v1", checkpoint.fingerprint, checkpoint.projections.widths, *managed, analyzer)
+        photo = torch.from_numpy(skimage.data.astronaut().copy()).float()[None] / 255
+        times = []
+        for shift in range(3):  # another photograph each time
+            start = time.perf_counter()
+            PulidEncode.execute(pulid, photo.roll(8 * shift, dims=2), "largest", 0, "one person", False, "stop")
+            times.append(time.perf_counter() - start)
+    yield Row("first photograph encoded", times[0], None, "s")
+    yield Row("a further photograph, over the first", times[-1], times[0], "s")
+
+
+def show(rows: Iterator[Row]) -> list[Row]:
+    """Print each row as it is measured."""
+    kept = []
+    for row in rows:
+        print(row, flush=True)
+        kept.append(row)
+    return kept
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", help="needed for the times of steps, of encoding and of a slider")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; within two minutes")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    arguments = parser.parse_args()
+    sizes = [(FIFTH, 256, 5), (FULL, 256, 3)]
+    if not arguments.quick:
+        sizes = [(FIFTH, 256, 9), (FIFTH, 512, 5), (FIFTH, 1024, 3), (FULL, 256, 7), (FULL, 512, 3)]
+    parts: list[Callable[[], Iterator[Row]]] = [loading] if Path("/proc/self/status").exists() else []
+    if arguments.comfyui:
+        import comfy_host
+
+        comfy_host.enter(arguments.comfyui)
+        parts.append(encoding)
+        parts += [lambda size=size: steps(*size) for size in sizes]
+        parts.append(lambda: slider(FULL))
+    else:
+        print("No ComfyUI: operators, bytes and loading only.")
+    print(f"{'':58} {'ours':>12} {'other':>12} {'':6} {'ratio':>8}")
+    rows, start = [], time.perf_counter()
+    with torch.inference_mode(False):  # where composite operators show what they are made of
+        rows += show(counts())
+    with torch.inference_mode():
+        for part in parts:
+            rows += show(part())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"{time.perf_counter() - start:.0f} s, {peak:.1f} GB at most, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if arguments.json:
+        figures = [{**row.__dict__, "ratio": row.ratio} for row in rows]
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
