@@ -1,12 +1,8 @@
 """Every vector of the reference folder holds: the authors' own numbers."""
 
-import os
-from pathlib import Path
-
 import conformance
 import pytest
-
-FOLDER = Path(os.environ.get("PULID_REFERENCE") or Path(__file__).parents[2] / "shared" / "reference")
+from conformance import FOLDER
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference vectors at {FOLDER} (set PULID_REFERENCE)")

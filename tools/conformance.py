@@ -28,6 +28,9 @@ mount()
 from pulid_sdxl.pulid import encoders, eva, faces  # noqa: E402
 from pulid_sdxl.pulid.attention import Fusion, IdProjections, SiteKV, fuse  # noqa: E402
 
+# Where the tests look; beside the repository unless said otherwise.
+FOLDER = Path(os.environ.get("PULID_REFERENCE") or Path(__file__).parents[2] / "shared" / "reference")
+
 TOLERANCE = 1e-5
 HIDDEN_TOLERANCE = 1e-4  # of the vision tower
 UNET_TOLERANCE = 2e-5
@@ -279,7 +282,9 @@ def lines(folder: Path, parts: Mapping[str, Callable] = PARTS) -> Iterator[Line]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--comfyui", type=Path, action="append", default=[], help="compare on its UNet too; repeatable")
+    arguments = parser.parse_args()
+    folder = arguments.folder
     if missing := [name for name in PARTS if not (folder / f"{name}.safetensors").is_file()]:
         print(f"{folder} lacks {', '.join(missing)}: no folder of reference vectors.", file=sys.stderr)
         return 2
@@ -287,11 +292,10 @@ def main() -> int:
     for line in lines(folder):
         print(line, flush=True)
         results.append(line.holds)
-    hosts = [host for host in os.environ.get("COMFYUI_PATH", "").split(os.pathsep) if host]
-    for host in hosts:
+    for comfyui in arguments.comfyui:
         script = Path(__file__).with_name("host_unet.py")
-        results.append(subprocess.run([sys.executable, script, host, folder], check=False).returncode == 0)
-    if not hosts:
+        results.append(subprocess.run([sys.executable, script, comfyui, folder], check=False).returncode == 0)
+    if not arguments.comfyui:
         print("No ComfyUI: the whole UNet was compared in diffusers only.")
     print(f"{results.count(True)} hold, {results.count(False)} fail")
     return 0 if all(results) else 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import comfy_host
 import torch
-from conformance import MODES, UNET_TOLERANCE, Line, Reference, UnetReference, relative
+from conformance import UNET_TOLERANCE, Line, Reference, UnetReference, relative
 from torch import Tensor
 
 
@@ -25,17 +25,27 @@ def run(model, vectors: dict[str, Tensor]) -> Tensor:
     )
 
 
+METHODS = {"fidelity": "fidelity", "extreme_style": "extreme style", "none": "neutral"}  # in the files, in the node
+
+
 def lines(reference: Reference) -> Iterator[Line]:
-    from pulid_sdxl.nodes.patch import patch_model
+    """Through the real Apply node, whose identity holds the reference's tokens."""
+    from pulid_sdxl.nodes import host
+    from pulid_sdxl.nodes.apply import PulidApply
+    from pulid_sdxl.nodes.sockets import Pulid
+    from pulid_sdxl.pulid.identity import IdEmbedding
 
     whole = UnetReference.read(reference)
     model = model_of(whole)
     vectors = whole.vectors
+    pulid = Pulid("v1", "reference", whole.projections.widths, None, None, host.managed(whole.projections), None)
+    uncond, cond = vectors["tokens"].split(1)
+    identity = IdEmbedding(cond, uncond, pulid.version, pulid.fingerprint)
     yield Line("whole UNet, unpatched", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE)
-    site_kvs = whole.projections.project(vectors["tokens"].flip(0))  # a patch holds the negative branch last
-    for mode, (fusion, zero_tokens) in MODES.items():
-        patched = patch_model(model, site_kvs, fusion, zero_tokens, [whole.SCALE] * len(site_kvs))
+    for mode, method in METHODS.items():
+        patched = PulidApply.execute(model, pulid, identity, method, whole.SCALE, 0.0, 1.0)[0]
         yield Line(f"whole UNet, {mode}", relative(run(patched, vectors), vectors[f"out.{mode}"]), UNET_TOLERANCE)
+    yield Line("whole UNet, unpatched afterwards", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE)
 
 
 def main() -> int:

@@ -1,0 +1,277 @@
+"""run.py: finding ComfyUI, what is installed and when, and what becomes of the arguments. Nothing is installed here."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run.py as a module, in a home of its own, with .venv and .cache elsewhere."""
+    spec = importlib.util.spec_from_file_location("pulid_run", ROOT / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr(module, "HERE", tmp_path / "somewhere" / "pulid-sdxl")
+    monkeypatch.setattr(module, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(module, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(module, "STAMP", tmp_path / "venv" / "stamp.json")
+    monkeypatch.setattr(module, "PYTHON", tmp_path / "venv" / "python")
+    return module
+
+
+@pytest.fixture
+def installs(run, monkeypatch):
+    """What would have been installed, call by call, into a .venv that is made without doing anything."""
+    calls = []
+
+    def create_venv():
+        run.VENV.mkdir(exist_ok=True)
+        run.PYTHON.touch()
+
+    monkeypatch.setattr(run, "create_venv", create_venv)
+    monkeypatch.setattr(run, "pip_install", calls.append)
+    return calls
+
+
+def make_comfyui(folder: Path, version="0.3.64", requirements="aiohttp>=3\ntorch\ntorchaudio\n") -> Path:
+    (folder / "comfy").mkdir(parents=True)
+    (folder / "main.py").touch()
+    (folder / "comfy" / "supported_models.py").touch()
+    (folder / "comfyui_version.py").write_text(f'# made by a build\n__version__ = "{version}"\n')
+    (folder / "requirements.txt").write_text(requirements)
+    return folder
+
+
+class TestFindingComfyUI:
+    def test_what_is_given_comes_first(self, run, tmp_path, monkeypatch):
+        given, named = make_comfyui(tmp_path / "given"), make_comfyui(tmp_path / "named")
+        monkeypatch.setenv("COMFYUI_PATH", str(named))
+        assert run.find_hosts(str(given)) == [given]
+        assert run.find_hosts(None) == [named]
+
+    def test_several_are_separated_like_path(self, run, tmp_path):
+        first, second = make_comfyui(tmp_path / "a"), make_comfyui(tmp_path / "b")
+        assert run.find_hosts(run.os.pathsep.join(map(str, (first, second, first)))) == [first, second]
+
+    def test_a_folder_that_is_none_is_refused_in_words(self, run, tmp_path):
+        with pytest.raises(run.Failure, match=r"is not a ComfyUI folder"):
+            run.find_hosts(str(tmp_path))
+
+    def test_the_one_around_the_pack_is_found(self, run, tmp_path, monkeypatch):
+        around = make_comfyui(tmp_path / "ComfyUI")
+        monkeypatch.setattr(run, "HERE", around / "custom_nodes" / "pulid-sdxl")
+        make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+        assert run.find_hosts(None) == [around]
+
+    def test_then_the_one_at_home_then_an_earlier_clone(self, run, tmp_path):
+        cloned = make_comfyui(tmp_path / "cache" / "ComfyUI")
+        assert run.find_hosts(None) == [cloned]
+        at_home = make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+        assert run.find_hosts(None) == [at_home]
+
+    def test_else_the_official_repository_is_cloned(self, run, tmp_path, monkeypatch):
+        def clone(command, **_):
+            assert command[0] == "git" and run.HOST_TAG in command and run.HOST_URL in command
+            make_comfyui(Path(command[-1]))
+
+        monkeypatch.setattr(run.subprocess, "run", clone)
+        assert run.find_hosts(None) == [tmp_path / "cache" / "ComfyUI"]
+        assert run.is_comfyui(tmp_path / "cache" / "ComfyUI")
+
+    @pytest.mark.parametrize(
+        "problem",
+        [
+            subprocess.CalledProcessError(128, "git", stderr="fatal: Could not resolve host\n"),
+            subprocess.CalledProcessError(128, "git", stderr=""),
+            subprocess.TimeoutExpired("git", 300),
+            FileNotFoundError("no git here"),
+        ],
+    )
+    def test_without_a_network_it_says_so_and_goes_on(self, run, tmp_path, monkeypatch, capsys, problem):
+        def clone(command, **_):
+            Path(command[-1]).mkdir()
+            raise problem
+
+        monkeypatch.setattr(run.subprocess, "run", clone)
+        assert run.find_hosts(None) == []
+        assert "could not clone it" in capsys.readouterr().out
+        assert list((tmp_path / "cache").iterdir()) == []
+
+
+class TestEnvironment:
+    def test_own_requirements_are_those_of_pyproject(self, run):
+        tomllib = pytest.importorskip("tomllib")
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        assert run.own_requirements() == project["dependencies"] + project["optional-dependencies"]["test"]
+
+    def test_requirements_txt_is_the_list_of_dependencies(self, run):
+        listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+        assert listed == run.own_requirements()[: len(listed)]
+        assert run.own_requirements()[len(listed)].startswith("torch==")  # where the test extra begins
+
+    def test_comments_and_what_we_pin_ourselves_are_left_out_of_the_hosts(self, run, tmp_path):
+        text = "torch\ntorchvision\ntorchaudio\ntorchsde\n\n#non essential:\nkornia>=0.7 # why\npydantic~=2.0\n"
+        host = make_comfyui(tmp_path / "host", requirements=text)
+        assert run.host_requirements(host) == ["torchsde", "kornia>=0.7", "pydantic~=2.0"]
+
+    def test_everything_is_installed_once(self, run, installs, tmp_path):
+        host = make_comfyui(tmp_path / "host")
+        run.ensure_environment([host])
+        assert installs == [run.own_requirements(), [*run.own_requirements(), "aiohttp>=3"]]
+        run.ensure_environment([host])
+        run.ensure_environment([])
+        assert len(installs) == 2
+
+    def test_the_newest_host_has_the_last_word_and_another_host_adds_its_own(self, run, installs, tmp_path):
+        new = make_comfyui(tmp_path / "new", "0.18.1", "frontend==2")
+        old = make_comfyui(tmp_path / "old", "0.3.64", "frontend==1")
+        run.ensure_environment([new, old])
+        assert [call[-1] for call in installs[1:]] == ["frontend==1", "frontend==2"]
+        other = make_comfyui(tmp_path / "other", "0.8.0", "frontend==1.5")
+        run.ensure_environment([other])
+        assert [call[-1] for call in installs[3:]] == ["frontend==1.5"]
+
+    def test_a_changed_list_is_installed_again(self, run, installs, tmp_path):
+        host = make_comfyui(tmp_path / "host")
+        run.ensure_environment([host])
+        (host / "requirements.txt").write_text("aiohttp>=4\n")
+        run.ensure_environment([host])
+        assert [call[-1] for call in installs[2:]] == ["aiohttp>=4"]
+
+    def test_a_venv_that_went_is_made_again_in_full(self, run, installs, tmp_path):
+        run.ensure_environment([])
+        run.PYTHON.unlink()
+        run.ensure_environment([])
+        assert len(installs) == 2
+
+    def test_a_broken_stamp_is_no_stamp(self, run, installs):
+        run.ensure_environment([])
+        run.STAMP.write_text("{")
+        run.ensure_environment([])
+        assert json.loads(run.STAMP.read_text()) and len(installs) == 2
+
+    def test_a_failed_install_is_tried_again(self, run, installs, monkeypatch):
+        def fail(_):
+            raise run.Failure("no network")
+
+        monkeypatch.setattr(run, "pip_install", fail)
+        with pytest.raises(run.Failure):
+            run.ensure_environment([])
+        monkeypatch.setattr(run, "pip_install", installs.append)
+        run.ensure_environment([])
+        assert len(installs) == 1
+
+    def test_pips_last_words_reach_the_user(self, run, monkeypatch):
+        monkeypatch.setattr(run, "PYTHON", sys.executable)
+        with pytest.raises(run.Failure, match="Could not install"):
+            run.pip_install(["--no-index", "no-such-package-pulid"])
+
+
+class TestTestCommand:
+    @pytest.fixture
+    def calls(self, run, monkeypatch):
+        calls = []
+
+        def pytest_run(title, arguments, **variables):
+            calls.append((arguments, variables))
+            return run.pytest_answers.pop(0) if hasattr(run, "pytest_answers") else (0, Counter(passed=2))
+
+        monkeypatch.setattr(run, "pytest", pytest_run)
+        return calls
+
+    def test_all_tests_once_and_those_on_a_host_once_per_host(self, run, calls, tmp_path, capsys):
+        hosts = [make_comfyui(tmp_path / name) for name in ("a", "b")]
+        assert run.test(hosts, ["-x"]) == 0
+        tests = str(ROOT / "tests")
+        assert calls == [
+            ([tests, f"--ignore={tests}/host", "-x"], {}),
+            ([f"{tests}/host", "-x"], {"COMFYUI": str(hosts[0])}),
+            ([f"{tests}/host", "-x"], {"COMFYUI": str(hosts[1])}),
+        ]
+        assert capsys.readouterr().out.endswith("\n6 passed, 0 failed, 0 skipped\n")
+
+    def test_without_a_host_it_says_so_loudly_and_succeeds(self, run, calls, capsys):
+        assert run.test([], []) == 0
+        assert len(calls) == 1
+        assert "NO COMFYUI" in capsys.readouterr().out
+
+    def test_a_path_narrows_both_parts_down(self, run, calls, tmp_path):
+        host = make_comfyui(tmp_path / "host")
+        this = f"{__file__}::TestTestCommand"
+        assert run.test([host], [this, "-k", "host"]) == 0
+        on_host = str(ROOT / "tests" / "host" / "conftest.py")
+        assert run.test([host], [on_host]) == 0
+        assert calls == [([this, "-k", "host"], {}), ([on_host], {"COMFYUI": str(host)})]
+
+    @pytest.mark.parametrize(
+        ("answers", "code", "line"),
+        [
+            ([(0, Counter(passed=3)), (1, Counter(passed=1, failed=1))], 1, "4 passed, 1 failed, 0 skipped"),
+            ([(2, Counter()), (0, Counter(passed=1))], 2, "1 passed, 0 failed, 0 skipped"),
+            ([(0, Counter(passed=3)), (5, Counter())], 0, "3 passed, 0 failed, 0 skipped"),
+            ([(5, Counter()), (5, Counter())], 5, "0 passed, 0 failed, 0 skipped"),
+        ],
+    )
+    def test_any_failure_is_the_whole_runs(self, run, calls, tmp_path, capsys, answers, code, line):
+        run.pytest_answers = answers
+        assert run.test([make_comfyui(tmp_path / "host")], []) == code
+        assert line in capsys.readouterr().out
+
+    def test_results_are_counted_as_pytest_has_them(self, run, monkeypatch, tmp_path):
+        monkeypatch.setattr(run, "PYTHON", sys.executable)
+        tests = tmp_path / "test_all_kinds.py"
+        tests.write_text(
+            "import pytest\n"
+            "def test_a(): pass\n"
+            "def test_b(): assert 0\n"
+            "def test_c(): pytest.skip('no')\n"
+            "@pytest.fixture\ndef broken(): 1 / 0\n"
+            "def test_d(broken): pass\n"
+        )
+        code, counts = run.pytest("a title", [str(tests), "-q", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"])
+        assert (code, counts) == (1, Counter(passed=1, failed=2, skipped=1))
+
+
+class TestCommandLine:
+    @pytest.fixture
+    def seen(self, run, installs, monkeypatch, tmp_path):
+        seen = []
+        make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
+        monkeypatch.setattr(run.subprocess, "call", lambda command, **_: seen.append(command[1:]) or 3)
+        return seen
+
+    def test_demo_gets_the_host_and_all_other_arguments(self, run, seen, tmp_path):
+        assert run.main(["demo", "--seed", "4"]) == 3
+        host = str(tmp_path / "home" / "comfy" / "ComfyUI")
+        assert seen == [[str(ROOT / "tools" / "demo.py"), "--comfyui", host, "--seed", "4"]]
+
+    def test_conformance_needs_no_host(self, run, seen):
+        assert run.main(["conformance", "somewhere"]) == 3
+        assert seen == [[str(ROOT / "tools" / "conformance.py"), "somewhere"]]
+
+    def test_what_goes_wrong_is_said_in_words(self, run, seen, capsys):
+        assert run.main(["demo", "--comfyui", "nowhere"]) == 2
+        assert "is not a ComfyUI folder" in capsys.readouterr().err
+
+    def test_a_command_is_required(self, run, capsys):
+        with pytest.raises(SystemExit):
+            run.main([])
+        assert "COMMAND" in capsys.readouterr().err
+
+
+def test_starts_in_no_time():
+    """The part of run.py that every command waits for, on any Python from 3.10."""
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for command in ("demo", "test", "conformance"):
+        assert command in done.stdout
