@@ -1,6 +1,7 @@
 """The patch on a real ComfyUI: what it leaves alone, what it composes with, and which tokens each pass gets."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -294,6 +295,35 @@ class TestComposition:
         replaced.set_model_attn2_replace(doubling, "middle", 0)
         sample(apply(replaced, pulid, identity))
         assert sorted(set(calls)) == list(range(10))
+
+    def test_lora_before_and_after_gives_the_same_picture(self, model, pulid, identity):
+        key = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_q.weight"
+        weight = model.get_model_object(key)
+        change = {key: (torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)),)}
+        before, after = model.clone(), apply(model, pulid, identity)
+        before.add_patches(change, 0.5)
+        after.add_patches(change, 0.5)
+        lora_first = sample(apply(before, pulid, identity))
+        assert torch.equal(lora_first, sample(after))
+        assert not torch.allclose(lora_first, sample(apply(model, pulid, identity)), atol=1e-4)
+
+    def test_threads_share_a_patch_without_meeting(self, model, pulid, identity):
+        patched = apply(model, pulid, identity, start_at=0.1, attn_mask=torch.rand(1, 32, 32))
+        on = patched.model_options["transformer_options"]["patches_replace"]["attn2"][("middle", 0, 0)]
+        channels = WIDTHS[-1]
+
+        def work(number):
+            with torch.inference_mode():
+                generator = torch.Generator().manual_seed(number)
+                q, k, v = torch.randn(3, 2, 24, channels, generator=generator)
+                options = {"n_heads": channels // 64, "cond_or_uncond": [number % 2, 1 - number % 2],
+                           "sigmas": torch.full((2,), 1.0 + number), "original_shape": [2, 4, 16, 24]}  # fmt: skip
+                return on(q, k, v, options)
+
+        alone = [work(number) for number in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(work, range(8)))
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
     def test_a_clone_holds_no_copies_of_tensors(self, model, pulid, identity):
         patched = apply(model, pulid, identity)
