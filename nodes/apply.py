@@ -101,7 +101,7 @@ class PulidApplyAdvanced(io.ComfyNode):
                     "projection",
                     options=[fusion.value for fusion in PROJECTIONS],
                     default=Fusion.ORTHOGONAL_V2.value,
-                    tooltip="How the person joins the picture: ortho_v2 as in fidelity, ortho as in extreme style, none.",
+                    tooltip="How the person joins the picture: ortho_v2 as in fidelity, ortho as in extreme style.",
                 ),
                 io.Int.Input(
                     "zero_tokens",
@@ -127,13 +127,22 @@ class PulidApplyAdvanced(io.ComfyNode):
                     "uncond",
                     options=["zeros", "noise"],
                     default="zeros",
-                    tooltip="What the negative branch sees: zeros as the authors do, or noise, which can calm burnt colours.",
+                    tooltip="What the negative branch sees: zeros as the authors do, or noise against burnt colours.",
                 ),
                 io.Float.Input(
-                    "noise", default=0.0, min=0.0, max=1.0, step=0.05, tooltip="How strong that noise is; only for noise."
+                    "noise",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How strong that noise is; only for noise.",
                 ),
                 io.Int.Input(
-                    "noise_seed", default=0, min=0, max=0xFFFFFFFF, tooltip="Another seed, another noise; only for noise."
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    tooltip="Another seed, another noise; only for noise.",
                 ),
                 MASK,
             ],
@@ -165,7 +174,12 @@ PROJECTIONS = {Fusion.ORTHOGONAL_V2: "fidelity", Fusion.ORTHOGONAL: "extreme sty
 
 def _part_weight(name: str, where: str):
     return io.Float.Input(
-        name, default=1.0, min=0.0, max=2.0, step=0.05, tooltip=f"Times the weight in {where}. 0 leaves that part alone."
+        name,
+        default=1.0,
+        min=0.0,
+        max=2.0,
+        step=0.05,
+        tooltip=f"Times the weight in {where}. 0 leaves that part alone.",
     )
 
 
@@ -191,8 +205,8 @@ def check_pair(pulid: Pulid, identity: IdEmbedding) -> None:
     """Raises MismatchError unless the identity was made with this PuLID file's encoder."""
     if (pulid.version, pulid.fingerprint) != (identity.version, identity.encoder):
         raise MismatchError(
-            f"The identity was made with PuLID {identity.version} (encoder {identity.encoder}), but the loaded PuLID is "
-            f"{pulid.version} (encoder {pulid.fingerprint}). Encode the identity again with the PuLID file you apply."
+            f"The identity was made with PuLID {identity.version} (encoder {identity.encoder}), but the loaded PuLID "
+            f"is {pulid.version} (encoder {pulid.fingerprint}). Encode the identity again with that PuLID file."
         )
 
 

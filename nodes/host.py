@@ -79,7 +79,11 @@ def check_layout(model, widths: tuple[int, ...]) -> None:
     for index, (site, width) in enumerate(zip(SITES, widths, strict=True)):
         attention = cross_attention(model, site)
         if attention is None or attention.to_k.in_features != TOKEN_WIDTH:
-            found = "has no cross-attention there" if attention is None else f"reads {attention.to_k.in_features} channels there"
+            found = (
+                "has no cross-attention there"
+                if attention is None
+                else f"reads {attention.to_k.in_features} channels there"
+            )
             raise MismatchError(
                 f"PuLID for SDXL needs an SDXL model, found {name}: its {site} (site {index} of 70) {found}. "
                 "Connect an SDXL base checkpoint; refiners, SSD-1B, SD 1.5, SD3 and Flux do not fit."

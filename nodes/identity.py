@@ -18,7 +18,7 @@ class PulidEncode(io.ComfyNode):
             node_id="PuLID_Encode",
             display_name="PuLID Encode Identity",
             category="PuLID",
-            description="Finds a face in each photograph and makes an identity of it. A batch is photographs of one person.",
+            description="Finds a face in each photograph and makes an identity. A batch is photographs of one person.",
             inputs=[
                 PulidSocket.Input("pulid", tooltip="From Load PuLID."),
                 io.Image.Input("image", tooltip="Photographs. The first is the main one."),
@@ -35,8 +35,8 @@ class PulidEncode(io.ComfyNode):
                     "photos",
                     options=["one person", "average", "one identity per photo"],
                     default="one person",
-                    tooltip="What several photographs are: one person as the authors do it, their mean, or an identity each "
-                    "(the first for the first picture of a batch, and so on).",
+                    tooltip="What several photographs are: one person as the authors do it, their mean, or an identity "
+                    "each (the first for the first picture of a batch, and so on).",
                 ),
                 io.Boolean.Input(
                     "id_mix",
@@ -55,8 +55,12 @@ class PulidEncode(io.ComfyNode):
             ],
             outputs=[
                 IdentitySocket.Output("encoded", display_name="identity"),
-                io.Image.Output("seen", display_name="faces", tooltip="What the vision tower sees, one per photograph."),
-                io.Image.Output("detections", tooltip="The photographs with all faces found; the chosen one is marked."),
+                io.Image.Output(
+                    "seen", display_name="faces", tooltip="What the vision tower sees, one per photograph."
+                ),
+                io.Image.Output(
+                    "detections", tooltip="The photographs with all faces found; the chosen one is marked."
+                ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
@@ -87,7 +91,9 @@ class PulidEncode(io.ComfyNode):
         identity = pulid.identify(faces, torch.stack([crop.arcface for crop in crops]), photos, id_mix)
         progress.update(1)
         seen = shrink(faces, VISION_SIZE).clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
-        notes.append(f"{len(crops)} of {len(image)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens.")
+        notes.append(
+            f"{len(crops)} of {len(image)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens."
+        )
         return io.NodeOutput(
             identity,
             seen,

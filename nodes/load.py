@@ -32,7 +32,7 @@ class PulidLoader(io.ComfyNode):
                     "pulid_file",
                     options=pulid_files,
                     default=pulid_files[0],
-                    tooltip="The PuLID file, in models/pulid. v1.1 suits most SDXL checkpoints, v1 suits SDXL-Lightning.",
+                    tooltip="The PuLID file, in models/pulid. v1.1 suits most SDXL checkpoints, v1 SDXL-Lightning.",
                 ),
                 io.Combo.Input(
                     "eva_clip",
@@ -62,7 +62,7 @@ class PulidLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, pulid_file, eva_clip):
-        # Taking these two over from ComfyUI lets a shared workflow name a file that is not here; execute says what to do.
+        # Taking these two over from ComfyUI lets a shared workflow name a file that is not here; find says what to do.
         return True
 
     @classmethod
@@ -78,7 +78,9 @@ class PulidLoader(io.ComfyNode):
         checkpoint = load_pulid(paths[0], host.OPERATIONS)
         tower = load_vision_tower(paths[1], host.OPERATIONS)
         if tower.config != EvaConfig():
-            raise ForeignWeights(f"{eva_clip} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}.")
+            raise ForeignWeights(
+                f"{eva_clip} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
+            )
         return io.NodeOutput(
             Pulid(
                 version=checkpoint.version,

@@ -30,7 +30,7 @@ class TokenMask:
         self._grids: dict[tuple, Tensor] = {}
 
     def tokens(self, like: Tensor, latent: tuple[int, int], chunks: int) -> Tensor:
-        """(1 or B, N) for activations like (B, N, C): mask m applies to latent m of each chunk, the last one repeats."""
+        """(1 or B, N) for activations like (B, N, C): mask m applies to latent m of a chunk, the last one repeats."""
         batch, positions, _ = like.shape
         key = (batch // chunks, chunks, positions, latent, like.dtype, like.device)
         if key not in self._grids:

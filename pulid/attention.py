@@ -55,7 +55,7 @@ class SiteKV:
     values: Tensor
 
     def prepare(self, heads: int, zero_tokens: int = 0, weight: float = 1.0) -> "HeadKV":
-        """Split into heads, with `zero_tokens` tokens whose key and value are zero, and what they add times `weight`."""
+        """Split into heads, with `zero_tokens` tokens of key and value zero, and what is added times `weight`."""
         keys, values, counts = self.keys, self.values * weight, self.keys.new_zeros(self.keys.shape[1])
         if zero_tokens:
             keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
@@ -123,7 +123,7 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _elsewhere(scaled: Tensor, kv: HeadKV, scale: float, fusion: Fusion) -> Tensor:
     """(1 - m) * heads of ortho_v2: the attention that does not go to the face tokens, summed over heads.
 
-    From the softmax of *unscaled* logits over all tokens; scaled (B, heads, T, N) holds the scaled ones, with log_counts.
+    From the softmax of *unscaled* logits over all tokens; scaled (B, heads, T, N) are the scaled ones and log_counts.
     -> (B, N, 1), or (B, 1, 1) for SHARED_V2.
     """
     if fusion is Fusion.ORTHOGONAL_V2:
@@ -154,7 +154,7 @@ def fuse(
 
     Sums over positions are made in float32, or in float32 accumulators where a matrix product makes them.
     """
-    batch, positions, channels = q.shape
+    batch, positions, _ = q.shape
     _, heads, tokens, dim = kv.keys.shape
     scale = dim**-0.5
     values = torch.stack([kv.values[row] for row in rows])  # (B, heads, T, dim)
@@ -185,8 +185,8 @@ def fuse(
 def _projected_share(base: Tensor, attention: Tensor, values: Tensor) -> Tensor:
     """sum_n base * A / sum_n base^2 per image and channel, (B, 1, C), where A = attention @ values.
 
-    base (B, N, C), attention (B, heads, T, N), values (B, heads, T, dim). The sum goes through attention @ base, which is
-    as small as the tokens are few; means instead of sums keep it inside float16's range.
+    base (B, N, C), attention (B, heads, T, N), values (B, heads, T, dim). The sum goes through attention @ base, which
+    is as small as the tokens are few; means instead of sums keep it inside float16's range.
     """
     batch, positions, channels = base.shape
     heads = values.shape[1]

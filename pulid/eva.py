@@ -190,7 +190,7 @@ def read_eva_state(state: Mapping[str, Tensor]) -> tuple[EvaConfig, dict[str, Te
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1_g.weight", "head.weight")
     if missing := [name for name in needed if name not in own]:
         raise ForeignWeights(
-            f"These weights are not an EVA02-CLIP vision tower: {', '.join(missing)} not found among {len(state)} tensors."
+            f"These weights are not an EVA02-CLIP vision tower: {', '.join(missing)} not among {len(state)} tensors."
         )
     width, _, patch, _ = own["patch_embed.proj.weight"].shape
     grid = round((own["pos_embed"].shape[1] - 1) ** 0.5)

@@ -38,9 +38,14 @@ class Schedule:
 
     @classmethod
     def make(
-        cls, percent_to_sigma: Callable[[float], float], start_at: float, end_at: float, curve: str = "flat", device=None
+        cls,
+        percent_to_sigma: Callable[[float], float],
+        start_at: float,
+        end_at: float,
+        curve: str = "flat",
+        device=None,
     ) -> "Schedule | None":
-        """From percents of sampling, 0..1; None when it would be 1 everywhere. `percent_to_sigma` is the model's own."""
+        """From percents of sampling, 0..1, by the model's own `percent_to_sigma`; None where it would always be 1."""
         if curve == "flat" and start_at <= 0 and end_at >= 1:
             return None
         steps = [] if curve == "flat" else [i / (KNOTS - 1) for i in range(KNOTS)]

@@ -75,7 +75,11 @@ def test_fuse_equals_a_plain_loop(
 ):
     q, base, keys, values = tensors(seed, batch, positions, heads, dim, tokens, rows)
     which = data.draw(st.lists(st.integers(0, rows - 1), min_size=batch, max_size=batch))
-    mask = torch.rand(batch if masks > 1 else 1, positions, generator=torch.Generator().manual_seed(seed)) if masks else None
+    mask = (
+        torch.rand(batch if masks > 1 else 1, positions, generator=torch.Generator().manual_seed(seed))
+        if masks
+        else None
+    )
     kept = [t.clone() for t in (q, base, keys, values)]
     out = fuse(q, base, kv_of(keys, values, heads, zero_tokens, weight), which, fusion, mask=mask)
     expected = by_hand(q, base, keys, values, which, heads, fusion, zero_tokens, weight, mask)
@@ -146,7 +150,9 @@ def test_half_precision_stays_within_its_rounding_of_float32(fusion, dtype):
     base = base + 3  # a channel whose sum over positions passes float16's largest number, 65504
     base[:, :, 0] += 30
     exact = fuse(q, base, kv_of(keys, values, 2, 8, 0.8), [0, 1], fusion)
-    rounded = fuse(*(t.to(dtype) for t in (q, base)), kv_of(keys.to(dtype), values.to(dtype), 2, 8, 0.8), [0, 1], fusion)
+    rounded = fuse(
+        *(t.to(dtype) for t in (q, base)), kv_of(keys.to(dtype), values.to(dtype), 2, 8, 0.8), [0, 1], fusion
+    )
     assert rounded.dtype == dtype
     step = torch.finfo(dtype).eps
     assert ((rounded.float() - exact).abs() <= 8 * step * (1 + base.abs())).all()

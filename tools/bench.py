@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 mount()
-from pulid_sdxl.pulid.attention import METHODS, Fusion, IdProjections, SiteKV, fuse  # noqa: E402
+from pulid_sdxl.pulid.attention import METHODS, IdProjections, SiteKV, fuse  # noqa: E402
 from pulid_sdxl.pulid.sites import SITES  # noqa: E402
 
 VERSION, TOKENS, WEIGHT = "v1", 10, 0.8
@@ -275,7 +275,7 @@ print(time.perf_counter() - start, memory("VmHWM") - before)
 
 
 def loading() -> Iterator[Row]:
-    """Time and peak memory of loading real-size stand-ins, over reading the same bytes plainly; files in the page cache."""
+    """Time and peak memory of loading real-size stand-ins, over reading the same bytes; files in the page cache."""
     import standins
 
     with tempfile.TemporaryDirectory() as folder:
@@ -366,7 +366,8 @@ def main() -> int:
         for part in parts:
             rows += show(part())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"{time.perf_counter() - start:.0f} s, {peak:.1f} GB at most, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    seconds, threads = time.perf_counter() - start, torch.get_num_threads()
+    print(f"{seconds:.0f} s, {peak:.1f} GB at most, torch {torch.__version__}, {threads} threads")
     if arguments.json:
         figures = [{**row.__dict__, "ratio": row.ratio} for row in rows]
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")

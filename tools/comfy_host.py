@@ -22,11 +22,11 @@ def enter(path: Path | str, *arguments: str) -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy.cli_args  # noqa: F401  reads sys.argv
+    import comfy.cli_args
 
     sys.argv[1:] = rest
     logging.getLogger("comfy").setLevel(logging.WARNING)
-    import comfy.model_management  # noqa: F401
+    import comfy.model_management
 
 
 SDXL_CONFIG = {
@@ -50,7 +50,7 @@ SDXL_CONFIG = {
 
 
 def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int | None = 0):
-    """A MODEL with SDXL's UNet at this width (320 is the real one), weights drawn from `seed`, or left alone if None."""
+    """A MODEL with SDXL's UNet at this width (320 is the real one), weights drawn from `seed`, left alone if None."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models

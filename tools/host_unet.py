@@ -45,7 +45,9 @@ def lines(reference: Reference) -> Iterator[Line]:
     for mode, method in METHODS.items():
         patched = PulidApply.execute(model, pulid, identity, method, whole.SCALE, 0.0, 1.0)[0]
         yield Line(f"whole UNet, {mode}", relative(run(patched, vectors), vectors[f"out.{mode}"]), UNET_TOLERANCE)
-    yield Line("whole UNet, unpatched afterwards", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE)
+    yield Line(
+        "whole UNet, unpatched afterwards", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE
+    )
 
 
 def main() -> int:

@@ -1,0 +1,13 @@
+"""Tests in this folder run on the ComfyUI that COMFYUI names; `run.py test` sets it, once for each."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    if not os.environ.get("COMFYUI"):
+        pytest.skip("COMFYUI names no ComfyUI folder")
+    return Path(os.environ["COMFYUI"])

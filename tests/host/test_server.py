@@ -1,0 +1,168 @@
+"""The pack as ComfyUI's own server loads and runs it, in a process of its own, driven as a browser drives it."""
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+
+import demo
+from comfy_server import ComfyServer, ServerError
+from parts import gather
+from PIL import Image
+from workflow import find, misfits, set_inputs, to_prompt
+
+WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
+PACK = "pulid-sdxl"
+HEAVY = {"insightface", "onnxruntime", "cv2", "facexlib", "skimage", "timm", "diffusers"}
+
+# A pack that lists, as choices of a node, what this Python has imported by the time the browser asks for nodes.
+PROBE = """
+import sys
+
+
+class Imported:
+    RETURN_TYPES, FUNCTION, CATEGORY = (), "run", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"modules": (sorted(sys.modules),)}}
+
+
+NODE_CLASS_MAPPINGS = {"Imported": Imported}
+"""
+
+# Public API: saved workflows depend on these names and their order.
+NODES = {
+    "PuLID_Loader": (["pulid_file", "eva_clip", "face_analysis", "provider", "missing_files"], [], ["pulid"]),
+    "PuLID_Encode": (
+        ["pulid", "image", "face", "face_index", "photos", "id_mix", "no_face"],
+        ["mask"],
+        ["identity", "faces", "detections"],
+    ),
+    "PuLID_Apply": (["model", "pulid", "identity", "method", "weight", "start_at", "end_at"], ["attn_mask"], ["model"]),
+}
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    demo.prepare_base(base, gather(None, None, comfyui))
+    astronaut = base / "input" / demo.prepare_photo(base / "input", None)
+    shutil.copyfile(astronaut, base / "input" / "copy.png")
+    Image.new("RGB", (320, 240), (128, 128, 128)).save(base / "input" / "grey.png")
+    probe = base / "custom_nodes" / "probe"
+    probe.mkdir()
+    (probe / "__init__.py").write_text(PROBE)
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.object_info()
+
+
+@pytest.fixture
+def prompt(info):
+    """The shipped workflow, small and short."""
+    prompt = to_prompt(json.loads(demo.WORKFLOW.read_text(encoding="utf-8")), info)
+    set_inputs(prompt, "LoadImage", image="astronaut.png")
+    set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name="standin_sdxl_fifth_width.safetensors")
+    set_inputs(prompt, "EmptyLatentImage", width=128, height=192)
+    set_inputs(prompt, "KSampler", steps=2)
+    return prompt
+
+
+def picture(server, prompt, outputs, class_type):
+    [entry] = outputs[find(prompt, class_type)]["images"]
+    return np.asarray(Image.open(io.BytesIO(server.picture(entry))).convert("RGB"))
+
+
+def test_the_pack_loads(server):
+    assert PACK in server.import_seconds()
+    assert server.failed_packs() == []
+
+
+def test_it_adds_at_most_a_tenth_of_a_second_to_the_start(server):
+    assert server.import_seconds()[PACK] <= 0.1
+
+
+def test_nothing_heavy_is_imported_at_start(info):
+    modules = set(info["Imported"]["input"]["required"]["modules"][0])
+    assert "torch" in modules  # the probe does see what is there
+    assert HEAVY & modules == set()
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_inputs_and_outputs_are_those_of_saved_workflows(info, node_id):
+    required, optional, outputs = NODES[node_id]
+    assert info[node_id]["input_order"]["required"] == required
+    assert info[node_id]["input_order"].get("optional", []) == optional
+    assert info[node_id]["output_name"] == outputs
+
+
+def test_every_node_and_input_explains_itself(info):
+    ours = {name: node for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
+    assert set(NODES) <= set(ours)
+    for name, node in ours.items():
+        assert node["description"], name
+        assert node["category"] == "PuLID"
+        for group in ("required", "optional"):
+            for key, (_, options) in node["input"].get(group, {}).items():
+                assert options.get("tooltip"), f"{name}.{key} has no tooltip"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_shipped_workflows_fit_the_nodes(info, path):
+    assert misfits(json.loads(path.read_text(encoding="utf-8")), info) == []
+
+
+def test_shipped_workflows_are_offered_as_templates(server):
+    assert set(server.get("/workflow_templates")[PACK]) == {path.stem for path in WORKFLOWS}
+
+
+def test_a_photograph_becomes_a_picture_twice_the_same(server, prompt):
+    outputs = server.run(prompt)
+    first = picture(server, prompt, outputs, "SaveImage")
+    assert first.shape == (192, 128, 3)
+    assert first.std() > 10  # not one flat colour
+
+    face = picture(server, prompt, outputs, "PreviewImage")
+    assert face.shape == (336, 336, 3)
+    assert face.std(axis=2).max() < 2  # grey
+    assert (face[[0, 0, -1, -1], [0, -1, 0, -1]] > 240).all()  # on white
+    assert (face[100:250, 100:250] < 200).mean() > 0.5  # with a face in the middle
+
+    set_inputs(prompt, "LoadImage", image="copy.png")  # the same photograph, so that nothing comes from a cache
+    again = picture(server, prompt, server.run(prompt), "SaveImage")
+    assert np.array_equal(first, again)
+
+    set_inputs(prompt, "PuLID_Apply", weight=0.0)
+    without = picture(server, prompt, server.run(prompt), "SaveImage")
+    assert np.abs(first.astype(float) - without).mean() > 1
+
+
+def test_a_photograph_without_a_face_stops_in_words(server, prompt):
+    set_inputs(prompt, "LoadImage", image="grey.png")
+    with pytest.raises(ServerError, match=r"Photograph 1 of 1: .*face"):
+        server.run(prompt)
+
+
+def test_a_missing_file_is_named_with_its_address(server, prompt):
+    name = "ip-adapter_pulid_sdxl_fp16.safetensors"  # offered, since it is published, but not here
+    set_inputs(prompt, "PuLID_Loader", pulid_file=name)
+    with pytest.raises(ServerError, match=f"{name}.* was not found.*https://"):
+        server.run(prompt)
+
+
+def test_a_value_out_of_range_is_refused_in_words(server, prompt):
+    set_inputs(prompt, "PuLID_Apply", weight=99.0)
+    with pytest.raises(ServerError, match=r"weight"):
+        server.run(prompt)

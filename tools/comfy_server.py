@@ -1,0 +1,183 @@
+"""Runs ComfyUI's own server as a process of its own, on 127.0.0.1 only, and one prompt at a time through it."""
+
+import asyncio
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+
+ADDRESS = "127.0.0.1"
+START_SECONDS = 300
+STOP_SECONDS = 20
+FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
+
+Report = Callable[[str], None]
+
+
+class ServerError(Exception):
+    """The server, or what it was asked to run, failed; the message is in words."""
+
+
+def link(source: Path, target: Path) -> None:
+    """Make `source`, a file or a folder, appear as `target`; copied where the system allows no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "output"))
+        else:
+            shutil.copyfile(source, target)
+
+
+class ComfyServer:
+    """A context manager; leaving it ends the process, whatever happened.
+
+    comfyui    the ComfyUI folder
+    base       folder with custom_nodes/, models/, input/ and so on; missing ones are made. The log goes there too.
+    arguments  further arguments of ComfyUI's main.py, such as --cpu
+    """
+
+    def __init__(self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ()):
+        self.comfyui, self.base, self.arguments = Path(comfyui), Path(base), arguments
+        self.log_file = self.base / "server.log"
+
+    def __enter__(self) -> "ComfyServer":
+        for folder in FOLDERS:
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind((ADDRESS, 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, str(self.comfyui / "main.py"), "--listen", ADDRESS, "--port", str(self.port)]
+        command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
+        command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
+        with self.log_file.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base)
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise ServerError(f"ComfyUI ended at start. Its log, {self.log_file}, closes with:\n{self.log_tail()}")
+            try:
+                self.get("/system_stats")
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise ServerError(f"ComfyUI did not answer within {START_SECONDS} s. Its log: {self.log_file}")
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+    def log_tail(self, lines: int = 15) -> str:
+        return "\n".join(self.log.splitlines()[-lines:])
+
+    def failed_packs(self) -> list[str]:
+        """Folder names of the packs in custom_nodes that ComfyUI could not import."""
+        return [Path(path).name for path in re.findall(r"\(IMPORT FAILED\): (.+)", self.log)]
+
+    def import_seconds(self) -> dict[str, float]:
+        """Folder name of each pack in custom_nodes -> how long ComfyUI says its import took."""
+        return {Path(path).name: float(time) for time, path in re.findall(r"([\d.]+) seconds.*?: (.+)", self.log)}
+
+    # --- HTTP ---
+
+    def read(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"http://{ADDRESS}:{self.port}{path}", timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> dict:
+        return json.loads(self.read(path))
+
+    def object_info(self) -> dict:
+        return self.get("/object_info")
+
+    def picture(self, entry: dict) -> bytes:
+        """The bytes of a picture, given its entry in a node's output."""
+        return self.read(f"/view?{urllib.parse.urlencode(entry)}")
+
+    def run(self, prompt: dict, report: Report = lambda line: None) -> dict[str, dict]:
+        """Run a prompt to its end; node id -> what that node put out ("images": [...]).
+
+        Raises ServerError with the host's or the node's own message.
+        """
+        return asyncio.run(self._run(prompt, report))
+
+    async def _run(self, prompt: dict, report: Report) -> dict[str, dict]:
+        async with (
+            aiohttp.ClientSession(f"http://{ADDRESS}:{self.port}") as session,
+            session.ws_connect("/ws?clientId=pulid", max_msg_size=0) as socket,  # 0: previews come as long messages
+        ):
+            async with session.post("/prompt", json={"prompt": prompt, "client_id": "pulid"}) as answer:
+                queued = await answer.json()
+            # ComfyUI takes a prompt that is partly wrong too, and runs the rest of it.
+            if answer.status != 200 or queued["node_errors"]:
+                raise ServerError(refusal(queued, prompt))
+            return await follow(socket, queued["prompt_id"], prompt, report)
+
+
+async def follow(
+    socket: aiohttp.ClientWebSocketResponse, prompt_id: str, prompt: dict, report: Report
+) -> dict[str, dict]:
+    """Report each node and each sampling step until the prompt is done; returns what its nodes put out."""
+    outputs = {}
+    async for message in socket:
+        if message.type is not aiohttp.WSMsgType.TEXT:
+            continue
+        event = json.loads(message.data)
+        data = event["data"]
+        if data.get("prompt_id", prompt_id) != prompt_id:
+            continue
+        if event["type"] == "executing" and data["node"]:
+            report(title(prompt, data["node"]))
+        elif event["type"] == "progress":
+            report(f"{title(prompt, data['node'])}: {data['value']} of {data['max']}")
+        elif event["type"] == "execution_error":
+            raise ServerError(f"{title(prompt, data['node_id'])} failed: {data['exception_message'].strip()}")
+        elif event["type"] == "executed" and data["output"]:
+            outputs[data["node"]] = data["output"]
+        elif event["type"] == "execution_success":
+            return outputs
+    raise ServerError("ComfyUI closed the connection before the picture was done.")
+
+
+def title(prompt: dict, node_id: str) -> str:
+    node = prompt.get(str(node_id), {})
+    return node.get("_meta", {}).get("title") or node.get("class_type", str(node_id))
+
+
+def refusal(answer: dict, prompt: dict) -> str:
+    """ComfyUI's reasons for not running a prompt, one a line."""
+    lines = [answer["error"]["message"]] if "error" in answer else []
+    for node_id, found in answer.get("node_errors", {}).items():
+        for error in found["errors"]:
+            lines.append(f"{title(prompt, node_id)}: {error['message']}: {error['details']}")
+    return "ComfyUI refused the workflow.\n  " + "\n  ".join(lines)

@@ -1,0 +1,224 @@
+"""The demo: the shipped workflow on a real photograph, through ComfyUI's own server, with whatever weights are there.
+
+    python3 run.py demo [--photo FILE] [--checkpoint FILE] [--seed N] [--steps N] [--size WIDTHxHEIGHT]
+
+Files that are not installed are replaced by stand-ins of the real architecture, made on the spot and named as such.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from comfy_server import ComfyServer, ServerError, link
+from mount import ROOT
+from parts import Part, gather
+from PIL import Image
+from pulid_sdxl.pulid.errors import PulidError
+from workflow import BYPASSED, Workflow, WorkflowError, find, set_inputs, to_prompt
+
+HERE = Path(__file__).parent
+BASE = ROOT / ".cache" / "demo"
+OUTPUT = ROOT / "output"
+WORKFLOW = ROOT / "workflows" / "pulid_simple.json"
+# Without a GPU and with a stand-in checkpoint there is nothing to see in more pixels or steps.
+QUICK_STEPS, QUICK_SIZE = 6, (448, 576)
+# What stands in, when there is no ComfyUI, for things that are no files.
+WITHOUT_COMFYUI = {
+    "SDXL UNet": "diffusers', random weights, a fifth of the width, all 70 sites",
+    "autoencoder": "diffusers', random weights, a quarter of the width",
+    "prompt": "random numbers",
+}
+
+started = time.monotonic()
+
+
+def say(line: str = "") -> None:
+    print(f"[{time.monotonic() - started:6.1f} s] {line}" if line else "", flush=True)
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.py demo", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder (run.py finds it)")
+    parser.add_argument("--photo", type=existing_file, help="a photograph of a person; default: an astronaut")
+    parser.add_argument("--checkpoint", type=existing_file, help="an SDXL checkpoint; default: a small stand-in")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=int, help=f"default: the workflow's, or {QUICK_STEPS} with a stand-in checkpoint"
+    )
+    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; default: the workflow's, or a quarter of its area")
+    return parser.parse_args(arguments)
+
+
+def existing_file(text: str) -> Path:
+    path = Path(text).expanduser().resolve()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is not a file")
+    return path
+
+
+def size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected something like 896x1152, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def prepare_photo(folder: Path, photo: Path | None) -> str:
+    """Put the photograph, by default NASA's of Eileen Collins (public domain), into ComfyUI's input folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if photo:
+        shutil.copyfile(photo, folder / photo.name)
+        return photo.name
+    import skimage.data
+
+    Image.fromarray(skimage.data.astronaut()).save(folder / "astronaut.png")
+    return "astronaut.png"
+
+
+def prepare_base(base: Path, parts: list[Part]) -> None:
+    """A base directory for ComfyUI: this pack, and links to the files, under the names the workflow knows."""
+    for folder in ("custom_nodes", "models"):
+        shutil.rmtree(base / folder, ignore_errors=True)
+    link(ROOT, base / "custom_nodes" / "pulid-sdxl")
+    if not checkpoint_of(parts).real:
+        link(HERE / "standin_host", base / "custom_nodes" / "standin_host")
+    for part in parts:
+        link(part.source, base / "models" / part.place)
+
+
+def checkpoint_of(parts: list[Part]) -> Part:
+    return next(part for part in parts if part.place.startswith("checkpoints/"))
+
+
+def print_table(photo: str, parts: list[Part], notes: dict[str, str]) -> None:
+    """What is real and what is not. notes: further stand-ins, which are no files, and what they are."""
+    rows = [("photograph", True, photo)]
+    rows += [(what, False, note) for what, note in notes.items()]
+    rows += [(part.what, part.real, f"{part.name}: {part.note}" if part.note else part.name) for part in parts]
+    print()
+    for what, real, detail in rows:
+        print(f"  {what:<16} {'real' if real else 'STAND-IN':<9} {detail}")
+    print(flush=True)
+
+
+def prompt_for(workflow: Workflow, info: dict, arguments: argparse.Namespace, photo: str, parts: list[Part]) -> dict:
+    """The shipped workflow with the demo's few inputs."""
+    prompt = to_prompt(workflow, info)
+    checkpoint = checkpoint_of(parts)
+    set_inputs(prompt, "LoadImage", image=photo)
+    set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=checkpoint.name)
+    set_inputs(prompt, "KSampler", seed=arguments.seed)
+    steps = arguments.steps or (None if checkpoint.real else QUICK_STEPS)
+    if steps:
+        set_inputs(prompt, "KSampler", steps=steps)
+    pixels = arguments.size or (None if checkpoint.real else QUICK_SIZE)
+    if pixels:
+        set_inputs(prompt, "EmptyLatentImage", width=pixels[0], height=pixels[1])
+    return prompt
+
+
+def without_identity(workflow: Workflow) -> Workflow:
+    """The same workflow with the Apply node bypassed, and nothing previewed."""
+    modes = {"PuLID_Apply": BYPASSED, "PreviewImage": BYPASSED}
+    return {**workflow, "nodes": [{**node, "mode": modes.get(node["type"], 0)} for node in workflow["nodes"]]}
+
+
+def has_accelerator() -> bool:
+    import torch
+
+    return torch.accelerator.is_available()
+
+
+def through_comfyui(arguments: argparse.Namespace, photo: str, parts: list[Part]) -> tuple[Path, Path]:
+    """Run the shipped workflow on ComfyUI's server; returns the files of the picture and of the face."""
+    workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
+    prepare_base(BASE, parts)
+    cpu = () if has_accelerator() else ("--cpu",)
+    say(f"Starting ComfyUI ({arguments.comfyui}){' on the CPU' if cpu else ''}")
+    server = ComfyServer(arguments.comfyui, BASE, ("--output-directory", str(OUTPUT), *cpu))
+    try:
+        with server:
+            info = server.object_info()
+            prompt = prompt_for(workflow, info, arguments, photo, parts)
+            outputs = server.run(prompt, report=say)
+            picture = saved_file(outputs, prompt)
+            [preview] = outputs[find(prompt, "PreviewImage")]["images"]
+            face = picture.with_name(f"{picture.stem}face.png")  # ComfyUI's names end in _
+            face.write_bytes(server.picture(preview))
+            if not checkpoint_of(parts).real:
+                say("Once more without PuLID, to see what it changes")
+                plain = prompt_for(without_identity(workflow), info, arguments, photo, parts)
+                set_inputs(plain, "SaveImage", filename_prefix="without_PuLID")
+                say_difference(Image.open(picture), Image.open(saved_file(server.run(plain, report=say), plain)))
+    except ServerError as error:
+        raise ServerError(f"{error}\n  ComfyUI's log: {server.log_file}") from error
+    return picture, face
+
+
+def saved_file(outputs: dict, prompt: dict) -> Path:
+    [saved] = outputs[find(prompt, "SaveImage")]["images"]
+    return OUTPUT / saved["subfolder"] / saved["filename"]
+
+
+def through_diffusers(arguments: argparse.Namespace, photo: str, parts: list[Part]) -> tuple[Path, Path]:
+    """Make a picture with the pack's own parts on diffusers' UNet; returns the files of the picture and of the face."""
+    import demo_diffusers
+
+    made = demo_diffusers.make(
+        BASE / "input" / photo, parts, arguments.seed, arguments.steps or QUICK_STEPS, arguments.size or QUICK_SIZE, say
+    )
+    OUTPUT.mkdir(exist_ok=True)
+    picture, face = OUTPUT / "without_ComfyUI.png", OUTPUT / "without_ComfyUI_face.png"
+    made.picture.save(picture)
+    made.face.save(face)
+    say_difference(made.picture, made.without)
+    return picture, face
+
+
+def say_difference(one: Image.Image, other: Image.Image) -> None:
+    change = np.abs(np.asarray(one, dtype=np.float32) - np.asarray(other, dtype=np.float32)).mean()
+    say(f"PuLID changes each channel of each pixel by {change:.1f} of 255 on average")
+
+
+def main() -> int:
+    arguments = options()
+    photo = prepare_photo(BASE / "input", arguments.photo)
+    if arguments.comfyui is None:
+        print("!" * 100 + "\nNO COMFYUI: a picture through diffusers' SDXL UNet instead.\n" + "!" * 100, flush=True)
+        if arguments.checkpoint:
+            say("--checkpoint needs ComfyUI; going on with random weights")
+            arguments.checkpoint = None
+    say("Gathering the files (stand-ins are made once)")
+    models = arguments.comfyui / "models" if arguments.comfyui else None
+    parts = gather(models, arguments.checkpoint, arguments.comfyui)
+    notes = {} if arguments.comfyui else WITHOUT_COMFYUI
+    print_table(photo, parts, notes)
+    try:
+        picture, face = (through_comfyui if arguments.comfyui else through_diffusers)(arguments, photo, parts)
+    except (ServerError, WorkflowError, PulidError) as error:
+        say(f"FAILED: {error}")
+        return 1
+
+    pixels = Image.open(picture).convert("RGB")
+    real = ["the photograph", *([f"ComfyUI and its sampling, {WORKFLOW.name}"] if arguments.comfyui else [])]
+    real += [part.what for part in parts if part.real]
+    standins = [*notes, *(part.what for part in parts if not part.real)]
+    print(f"\n  picture   {picture}  ({pixels.width} x {pixels.height})")
+    print(f"  face      {face}  (what the vision tower sees)")
+    print(f"  pixels    sha256 {hashlib.sha256(pixels.tobytes()).hexdigest()}")
+    print(f"  real      {', '.join(real)}")
+    if standins:
+        noise = "" if arguments.checkpoint else " (so the picture is noise)"
+        print(f"  stand-in  {', '.join(standins)}{noise}")
+    say("Done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

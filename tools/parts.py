@@ -1,0 +1,155 @@
+"""The files a picture needs: real ones where they are installed, otherwise stand-ins made on the spot and named so."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mount import ROOT, mount
+
+mount()
+from pulid_sdxl.models import catalogue, files  # noqa: E402
+from pulid_sdxl.pulid.errors import MissingWeights  # noqa: E402
+
+HERE = Path(__file__).parent
+CACHE = ROOT / ".cache" / "standins"
+STANDIN_CHECKPOINT = "standin_sdxl_fifth_width.safetensors"
+FIFTH = 0.2  # width of the stand-in UNet, relative to SDXL
+
+# What the stand-ins are made by: when one of these changes, they are made anew.
+MAKERS = (
+    HERE / "standins.py",
+    HERE / "standin_faces.py",
+    HERE / "standin_checkpoint.py",
+    HERE / "standin_host" / "__init__.py",
+    ROOT / "pulid" / "eva.py",
+    ROOT / "pulid" / "encoders.py",
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file.
+
+    what    in the user's words
+    place   where it belongs, relative to a ComfyUI `models` folder
+    source  where it lies
+    real    as its maker published it, or a stand-in
+    note    what a stand-in keeps of the real thing
+    """
+
+    what: str
+    place: str
+    source: Path
+    real: bool
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return Path(self.place).name
+
+
+def gather(models: Path | None, checkpoint: Path | None, comfyui: Path | None) -> list[Part]:
+    """All files of the workflow, those of the networks that make the picture first.
+
+    models      the `models` folder to look for real files in
+    checkpoint  an SDXL checkpoint; without one it and the PuLID file, whose widths belong together, are stand-ins
+    comfyui     gives the stand-in checkpoint its names and shapes; without it there is no checkpoint among the parts
+    """
+    parts = []
+    if checkpoint:
+        parts.append(Part("SDXL checkpoint", f"checkpoints/{checkpoint.name}", checkpoint.resolve(), True))
+    elif comfyui:
+        place = f"checkpoints/{STANDIN_CHECKPOINT}"
+        made = standins("checkpoint", lambda folder: make_checkpoint(comfyui, folder / place))
+        note = "random weights, a fifth of the width, all 70 sites"
+        parts.append(Part("SDXL checkpoint", place, made / place, False, note))
+
+    width = 1.0 if checkpoint else FIFTH
+    wanted = [
+        ("PuLID v1.1", catalogue.V1_1, f"pulid-{width:g}", lambda folder: make_pulid(folder, width)),
+        ("vision tower", catalogue.EVA_CLIP, "eva", make_eva),
+        ("face detector", catalogue.SCRFD, "faces", make_faces),
+        ("face recogniser", catalogue.GLINTR100, "faces", make_faces),
+        ("face landmarks", catalogue.RETINAFACE, "faces", make_faces),
+        ("face parsing", catalogue.BISENET, "faces", make_faces),
+    ]
+    for what, record, group, make in wanted:
+        place = f"{record.folders[0]}/{record.name}"
+        real = None if record is catalogue.V1_1 and not checkpoint else installed(models, record)
+        if real:
+            parts.append(Part(what, place, real, True))
+        else:
+            parts.append(Part(what, place, standins(group, make) / place, False, NOTES[record]))
+    return parts
+
+
+NOTES = {
+    catalogue.V1_1: "random weights, the real encoder, projections as wide as the UNet's",
+    catalogue.EVA_CLIP: "random weights, the real architecture",
+    catalogue.SCRFD: "CenterFace, trained, speaking as SCRFD",
+    catalogue.GLINTR100: "a small random network",
+    catalogue.RETINAFACE: "the real architecture, sees no face",
+    catalogue.BISENET: "the real architecture, one rounded shape",
+}
+
+
+def installed(models: Path | None, record: catalogue.WeightFile) -> Path | None:
+    """Where the real file lies, if it does."""
+    if models is None:
+        return None
+    try:
+        if record.folders == catalogue.ANTELOPEV2:
+            return files.find_antelopev2([models / "insightface"]) / record.name
+        return files.find(record, [models / folder for folder in record.folders])
+    except MissingWeights:
+        return None
+
+
+def standins(group: str, make: Callable[[Path], None]) -> Path:
+    """A folder of stand-ins, laid out like `models`; made if it is not there yet, never left half-made."""
+    digest = hashlib.sha256(b"".join(maker.read_bytes() for maker in MAKERS)).hexdigest()[:12]
+    for old in CACHE.glob("*"):
+        if old.name != digest:
+            shutil.rmtree(old)
+    folder = CACHE / digest / group
+    if not folder.is_dir():
+        partial = folder.with_name(f"{group}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for place in ("checkpoints", "pulid", "clip_vision"):
+            (partial / place).mkdir(parents=True)
+        make(partial)
+        partial.rename(folder)
+    return folder
+
+
+def make_checkpoint(comfyui: Path, path: Path) -> None:
+    # In a process of its own, since it takes a ComfyUI into its process.
+    command = [sys.executable, str(HERE / "standin_checkpoint.py"), str(comfyui), str(path)]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{made.stderr[-2000:]}")
+
+
+# What makes the stand-ins imports torch and onnx, which takes seconds: only when something has to be made.
+
+
+def make_pulid(folder: Path, width: float) -> None:
+    import standins
+
+    standins.make_pulid(folder / "pulid" / catalogue.V1_1.name, layout="v1.1", width_scale=width)
+
+
+def make_eva(folder: Path) -> None:
+    import standins
+
+    standins.make_eva(folder / "clip_vision" / catalogue.EVA_CLIP.name)
+
+
+def make_faces(folder: Path) -> None:
+    import standin_faces
+
+    standin_faces.make_face_models(folder)
