@@ -54,8 +54,8 @@ def is_comfyui(path: Path) -> bool:
     return (path / "main.py").is_file() and (path / "comfy" / "supported_models.py").is_file()
 
 
-def find_hosts(given: str | None) -> list[Path]:
-    """The ComfyUI folders to work with; empty when there is none and none can be had."""
+def find_hosts(given: str | None, clone: bool = True) -> list[Path]:
+    """The ComfyUI folders to work with; empty when there is none and none can be had, or may be cloned."""
     asked = given or os.environ.get("COMFYUI_PATH")
     if asked:
         hosts = [Path(part).expanduser().resolve() for part in asked.split(os.pathsep) if part]
@@ -66,7 +66,7 @@ def find_hosts(given: str | None) -> list[Path]:
     for host in (HERE.parent.parent, Path.home() / "comfy" / "ComfyUI", CACHE / "ComfyUI"):
         if is_comfyui(host):
             return [host]
-    return clone_host()
+    return clone_host() if clone else []
 
 
 def clone_host() -> list[Path]:
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--comfyui", metavar="FOLDER")
     known, rest = parser.parse_known_args(arguments)
     try:
-        hosts = find_hosts(known.comfyui)
+        hosts = find_hosts(known.comfyui, clone=known.command != "conformance")
         ensure_environment(hosts)
         return COMMANDS[known.command][0](hosts, rest)
     except Failure as failure:

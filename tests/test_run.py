@@ -255,7 +255,14 @@ class TestCommandLine:
         host = str(tmp_path / "home" / "comfy" / "ComfyUI")
         assert seen == [[str(ROOT / "tools" / "demo.py"), "--comfyui", host, "--seed", "4"]]
 
-    def test_conformance_needs_no_host(self, run, seen):
+    def test_conformance_takes_the_hosts_that_are_there(self, run, seen, tmp_path):
+        assert run.main(["conformance", "somewhere"]) == 3
+        host = tmp_path / "home" / "comfy" / "ComfyUI"
+        assert seen == [[str(ROOT / "tools" / "conformance.py"), f"--comfyui={host}", "somewhere"]]
+
+    def test_conformance_needs_no_host_and_clones_none(self, run, seen, tmp_path, monkeypatch):
+        (tmp_path / "home" / "comfy" / "ComfyUI" / "main.py").unlink()
+        monkeypatch.setattr(run, "clone_host", lambda: pytest.fail("cloned a ComfyUI"))
         assert run.main(["conformance", "somewhere"]) == 3
         assert seen == [[str(ROOT / "tools" / "conformance.py"), "somewhere"]]
 
