@@ -36,8 +36,15 @@ STAMP = VENV / "pulid-sdxl.json"
 HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
 HOST_TAG = "v0.3.64"
 CLONE_SECONDS = 300
-# torchaudio: only ComfyUI's audio nodes want it. The others are given by our own list, at a version that is pinned.
-HOST_REQUIREMENTS_LEFT_OUT = {"torchaudio", "torch", "torchvision"}
+# Only ComfyUI's audio nodes want torchaudio; our own list pins the other two. ComfyUI starts without its templates and
+# docs, and no version of the templates serves old and new hosts alike.
+HOST_REQUIREMENTS_LEFT_OUT = {
+    "torchaudio",
+    "torch",
+    "torchvision",
+    "comfyui-workflow-templates",
+    "comfyui-embedded-docs",
+}
 
 
 Command = Callable[[list[Path], list[str]], int]  # hosts, further arguments -> exit code

@@ -119,8 +119,10 @@ class TestEnvironment:
         assert listed == run.own_requirements()[: len(listed)]
         assert run.own_requirements()[len(listed)].startswith("torch==")  # where the test extra begins
 
-    def test_comments_and_what_we_pin_ourselves_are_left_out_of_the_hosts(self, run, tmp_path):
-        text = "torch\ntorchvision\ntorchaudio\ntorchsde\n\n#non essential:\nkornia>=0.7 # why\npydantic~=2.0\n"
+    def test_comments_and_what_no_test_needs_are_left_out_of_the_hosts(self, run, tmp_path):
+        text = (
+            "torch\ntorchaudio\ntorchsde\ncomfyui-workflow-templates==1\n\n#more:\nkornia>=0.7 # why\npydantic~=2.0\n"
+        )
         host = make_comfyui(tmp_path / "host", requirements=text)
         assert run.host_requirements(host) == ["torchsde", "kornia>=0.7", "pydantic~=2.0"]
 
