@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.modules import attention as host_attention
 from torch import Tensor
 
-from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse, mask_to_tokens, token_grid
+from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse, mask_to_tokens
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from .host import cross_attention
@@ -29,14 +29,17 @@ class TokenMask:
         self.mask = mask
         self._grids: dict[tuple, Tensor] = {}
 
-    def tokens(self, like: Tensor, latent: tuple[int, int], chunks: int) -> Tensor:
-        """(1 or B, N) for activations like (B, N, C): mask m applies to latent m of a chunk, the last one repeats."""
-        batch, positions, _ = like.shape
-        key = (batch // chunks, chunks, positions, latent, like.dtype, like.device)
+    def tokens(self, like: Tensor, grid: tuple[int, int], chunks: int) -> Tensor:
+        """(1 or B, N) for activations like (B, N, C): mask m applies to latent m of a chunk, the last one repeats.
+
+        grid  rows and columns of the N image tokens
+        """
+        images = len(like) // chunks
+        key = (images, chunks, grid, like.dtype, like.device)
         if key not in self._grids:
-            tokens = mask_to_tokens(self.mask, token_grid(positions, latent)).to(like)
+            tokens = mask_to_tokens(self.mask, grid).to(like)
             if len(tokens) > 1:
-                tokens = tokens[[min(i, len(tokens) - 1) for i in range(batch // chunks)] * chunks]
+                tokens = tokens[[min(i, len(tokens) - 1) for i in range(images)] * chunks]
             self._grids[key] = tokens
         return self._grids[key]
 
@@ -70,8 +73,8 @@ class AttentionPatch:
             strength = self.schedule.strength(extra_options["sigmas"].flatten()[0]).to(q.dtype)
         mask = None
         if self.mask is not None:
-            latent = tuple(extra_options["original_shape"][-2:])
-            mask = self.mask.tokens(q, latent, len(extra_options["cond_or_uncond"]))
+            grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
+            mask = self.mask.tokens(q, grid, len(extra_options["cond_or_uncond"]))
         rows = identity_rows(kv.rows - 1, len(q), extra_options)
         out = fuse(q, base, kv, rows, self.fusion, strength, mask)
         return self._with_added(out, q, k, v, extra_options) if self.added else out

@@ -208,17 +208,3 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 def mask_to_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """mask (M, H, W) 0..1 -> (M, h * w): the covered share of the picture area that each image token stands for."""
     return F.interpolate(mask.unsqueeze(1), size=grid, mode="area").flatten(1)
-
-
-def token_grid(positions: int, latent: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of the N image tokens of a site, from the latent's height and width.
-
-    Each level of the UNet halves the latent and rounds up, so odd sizes are exact too.
-    Raises ValueError when no level of this latent has N tokens.
-    """
-    height, width = latent
-    while height * width > positions:
-        height, width = -(-height // 2), -(-width // 2)
-    if height * width != positions:
-        raise ValueError(f"No level of a {latent[0]} x {latent[1]} latent has {positions} image tokens.")
-    return height, width

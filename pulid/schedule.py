@@ -64,8 +64,9 @@ class Schedule:
         if self.sigmas.numel() == 0:
             return inside.to(sigma)
         sigmas, strengths = self.sigmas.to(sigma), self.strengths.to(sigma)
-        right = torch.searchsorted(sigmas, sigma).clamp(1, len(sigmas) - 1)
-        left = right - 1
-        low, high = sigmas.take(left), sigmas.take(right)  # indexing with a 0-dimensional tensor would wait for it
+        right = (sigmas < sigma).sum().clamp(1, len(sigmas) - 1).view(1)
+        # index_select, since indexing with a 0-dimensional tensor would wait for it
+        low, high = sigmas.index_select(0, right - 1), sigmas.index_select(0, right)
         across = ((sigma - low) / (high - low)).clamp(0, 1)
-        return torch.lerp(strengths.take(left), strengths.take(right), across) * inside
+        strength = torch.lerp(strengths.index_select(0, right - 1), strengths.index_select(0, right), across)
+        return strength.squeeze(0) * inside

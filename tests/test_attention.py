@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pulid_sdxl.pulid.attention import METHODS, Fusion, IdProjections, SiteKV, fuse, mask_to_tokens, token_grid
+from pulid_sdxl.pulid.attention import METHODS, Fusion, IdProjections, SiteKV, fuse, mask_to_tokens
 
 OFFICIAL = (Fusion.PLAIN, Fusion.ORTHOGONAL, Fusion.ORTHOGONAL_V2)
 
@@ -195,21 +195,6 @@ def test_projections_take_their_widths_and_are_computed_in_the_dtype_asked_for()
 )
 def test_methods_are_the_authors(method, version, fusion, zero_tokens):
     assert (METHODS[method][version].fusion, METHODS[method][version].zero_tokens) == (fusion, zero_tokens)
-
-
-@given(height=st.integers(2, 300), width=st.integers(2, 300), level=st.integers(0, 3))
-def test_token_grid_is_found_for_every_latent(height, width, level):
-    rows, columns = height, width
-    for _ in range(level):
-        rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
-    assert math.prod(token_grid(rows * columns, (height, width))) == rows * columns
-
-
-def test_token_grid_keeps_the_orientation_and_refuses_what_is_no_level():
-    assert token_grid(65 * 33, (130, 65)) == (65, 33)
-    assert token_grid(33 * 17, (130, 65)) == (33, 17)
-    with pytest.raises(ValueError, match="100 image tokens"):
-        token_grid(100, (130, 65))
 
 
 def test_mask_to_tokens_gives_the_covered_share():

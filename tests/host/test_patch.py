@@ -16,6 +16,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
@@ -219,6 +220,28 @@ class TestMasks:
         out = sample(apply(model, pulid, identity, attn_mask=masks), batch=3, height=height, width=width)
         assert out.isfinite().all()
 
+    def test_the_grid_is_the_sites_own_for_odd_sizes_too(self, model, pulid, identity, monkeypatch):
+        seen = {}
+        fuse = patch.fuse
+
+        def recording(q, base, kv, rows, fusion, strength, mask):
+            seen[q.shape[1]] = mask
+            return fuse(q, base, kv, rows, fusion, strength, mask)
+
+        monkeypatch.setattr(patch, "fuse", recording)
+        top = torch.zeros(1, 33, 10)
+        top[:, :11] = 1  # the upper third
+        sample(apply(model, pulid, identity, attn_mask=top), height=33, width=13)
+        assert set(seen) == {17 * 7, 9 * 4}  # 33 x 13 halved once and twice, rounded up
+        rows = seen[9 * 4].view(9, 4)
+        assert torch.equal(rows[:3], torch.ones(3, 4))
+        assert torch.equal(rows[4:], torch.zeros(5, 4))
+
+    def test_a_latent_that_is_shrunk_on_its_way_keeps_its_mask(self, model, pulid, identity):
+        shrunk = PatchModelAddDownscale.execute(model, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")[0]
+        out = sample(apply(shrunk, pulid, identity, attn_mask=torch.rand(1, 20, 20)), height=32, width=24)
+        assert out.isfinite().all()
+
     def test_mask_m_applies_to_picture_m_and_the_last_repeats(self, model, pulid, identity):
         masks = torch.stack((torch.zeros(8, 8), torch.ones(8, 8)))
         out = sample(apply(model, pulid, identity, attn_mask=masks), batch=3)
@@ -317,7 +340,7 @@ class TestComposition:
                 generator = torch.Generator().manual_seed(number)
                 q, k, v = torch.randn(3, 2, 24, channels, generator=generator)
                 options = {"n_heads": channels // 64, "cond_or_uncond": [number % 2, 1 - number % 2],
-                           "sigmas": torch.full((2,), 1.0 + number), "original_shape": [2, 4, 16, 24]}  # fmt: skip
+                           "sigmas": torch.full((2,), 1.0 + number), "activations_shape": [2, channels, 4, 6]}  # fmt: skip
                 return on(q, k, v, options)
 
         alone = [work(number) for number in range(8)]
