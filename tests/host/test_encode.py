@@ -127,7 +127,7 @@ def test_grey_and_transparent_photographs_are_taken(channels):
 def test_a_photograph_8000_px_wide_is_taken():
     wide = photograph(height=2000, width=8000)
     wide[0, 960:1040, 3960:4040] = 1  # survives shrinking to 1024
-    pulid, out = encode(wide)
+    _, out = encode(wide)
     assert out.args[2].shape == (1, 256, 1024, 3)
 
 

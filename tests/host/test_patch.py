@@ -339,8 +339,12 @@ class TestComposition:
             with torch.inference_mode():
                 generator = torch.Generator().manual_seed(number)
                 q, k, v = torch.randn(3, 2, 24, channels, generator=generator)
-                options = {"n_heads": channels // 64, "cond_or_uncond": [number % 2, 1 - number % 2],
-                           "sigmas": torch.full((2,), 1.0 + number), "activations_shape": [2, channels, 4, 6]}  # fmt: skip
+                options = {
+                    "n_heads": channels // 64,
+                    "cond_or_uncond": [number % 2, 1 - number % 2],
+                    "sigmas": torch.full((2,), 1.0 + number),
+                    "activations_shape": [2, channels, 4, 6],
+                }
                 return on(q, k, v, options)
 
         alone = [work(number) for number in range(8)]
