@@ -59,7 +59,9 @@ class PulidEncode(io.ComfyNode):
                     "seen", display_name="faces", tooltip="What the vision tower sees, one per photograph."
                 ),
                 io.Image.Output(
-                    "detections", tooltip="The photographs with all faces found; the chosen one is marked."
+                    "found",
+                    display_name="detections",
+                    tooltip="The photographs with all faces found; the chosen one is marked.",
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],

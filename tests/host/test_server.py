@@ -149,6 +149,17 @@ def test_a_photograph_becomes_a_picture_twice_the_same(server, prompt):
     assert np.abs(first.astype(float) - without).mean() > 1
 
 
+def test_a_slider_runs_apply_again_and_nothing_before_it(server, prompt):
+    server.run(prompt)
+    for change in ({"weight": 0.55}, {"method": "neutral"}, {"start_at": 0.2}):
+        set_inputs(prompt, "PuLID_Apply", **change)
+        ran = []
+        server.run(prompt, ran.append)
+        nodes = [line for line in ran if ":" not in line]  # the others are progress
+        assert nodes[0].startswith("Apply PuLID")
+        assert not {"Load PuLID (SDXL)", "PuLID Encode Identity", "Photo of the person"} & set(nodes)
+
+
 def test_a_photograph_without_a_face_stops_in_words(server, prompt):
     set_inputs(prompt, "LoadImage", image="grey.png")
     with pytest.raises(ServerError, match=r"Photograph 1 of 1: .*face"):
@@ -159,6 +170,12 @@ def test_a_missing_file_is_named_with_its_address(server, prompt):
     name = "ip-adapter_pulid_sdxl_fp16.safetensors"  # offered, since it is published, but not here
     set_inputs(prompt, "PuLID_Loader", pulid_file=name)
     with pytest.raises(ServerError, match=f"{name}.* was not found.*https://"):
+        server.run(prompt)
+
+
+def test_a_file_that_only_another_machine_has_is_named(server, prompt):
+    set_inputs(prompt, "PuLID_Loader", pulid_file="someone\\else.safetensors")
+    with pytest.raises(ServerError, match=r"else\.safetensors was not found\. Looked in"):
         server.run(prompt)
 
 
