@@ -109,7 +109,9 @@ class InsightFaceAnalyzer:
     def recognise(self, photo: Photo, face: Face) -> Tensor:
         """ArcFace embedding (512,) of a face, aligned as ArcFace was trained: to 112 px by its landmarks."""
         landmarks = face.landmarks.astype(np.float32)  # as the detector gave them; InsightFace aligns in this precision
-        return torch.from_numpy(self._recogniser.get(bgr(photo), SimpleNamespace(kps=landmarks)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="insightface")  # its use of scikit-image
+            return torch.from_numpy(self._recogniser.get(bgr(photo), SimpleNamespace(kps=landmarks)))
 
     def recognise_crop(self, crop: np.ndarray) -> Tensor:
         """ArcFace embedding (512,) of a crop (512, 512, 3) that is only shrunk to 112 px."""
