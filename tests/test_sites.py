@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers_unet import widths
+from diffusers_unet import sdxl_config, widths
 from pulid_sdxl.pulid.sites import SITES, file_index
 
 
@@ -18,14 +18,7 @@ def test_there_are_70_and_the_middle_block_is_where_comfyui_looks_it_up():
 
 def test_channels_follow_diffusers_order_of_sdxl():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-        )
+        unet = UNet2DConditionModel(**sdxl_config())
     assert [site.channels for site in SITES] == widths(unet)
 
 

@@ -114,20 +114,10 @@ def count_flops(call: Callable) -> dict[str, int]:
 def step_flops() -> int:
     """FLOPs of SDXL's UNet on a batch of two at 1024 px, by torch's own counter, on the meta device."""
     from diffusers import UNet2DConditionModel
+    from diffusers_unet import sdxl_config
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        unet = UNet2DConditionModel(**sdxl_config())
         more = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
         inputs = torch.empty(2, 4, 128, 128), torch.empty(2), torch.empty(2, 77, 2048)
         return count_flops(lambda: unet(*inputs, added_cond_kwargs=more))["flops"]

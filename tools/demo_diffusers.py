@@ -23,20 +23,6 @@ from pulid_sdxl.pulid.identity import Version
 from standins import random_state
 from torch import Tensor, nn
 
-# SDXL's UNet in diffusers' terms, at a fifth of its width.
-UNET = {
-    "sample_size": 128,
-    "block_out_channels": (64, 128, 256),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (1, 2, 4),  # diffusers' name for the number of heads
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
 # SDXL's autoencoder at a quarter of its width.
 VAE = {
     "block_out_channels": (32, 64, 128, 128),
@@ -68,7 +54,7 @@ def make(photo: Path, parts: list[Part], seed: int, steps: int, size: tuple[int,
     face, version, site_kvs = encode(photo, files)
 
     report("Building diffusers' UNet")
-    unet = randomised(UNet2DConditionModel(**UNET))
+    unet = randomised(UNet2DConditionModel(**diffusers_unet.sdxl_config(64)))
     vae = randomised(AutoencoderKL(**VAE))
     plain = sample(unet, seed, steps, size, lambda step: report(f"Without PuLID: {step} of {steps}"))
     method = METHODS[METHOD][version]

@@ -10,6 +10,24 @@ mount()
 from pulid_sdxl.pulid.attention import Fusion, HeadKV, SiteKV, fuse  # noqa: E402
 
 
+def sdxl_config(model_channels: int = 320) -> dict:
+    """SDXL's UNet in diffusers' terms, at this width; heads of 64."""
+    return {
+        "sample_size": 128,
+        "block_out_channels": tuple(model_channels * level for level in (1, 2, 4)),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        # diffusers' name for the number of heads
+        "attention_head_dim": tuple(model_channels * level // 64 for level in (1, 2, 4)),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+
+
 class SiteProcessor:
     """diffusers' contract for one attention, with PuLID fused in before `to_out`."""
 
