@@ -154,7 +154,7 @@ async def follow(
             continue
         event = json.loads(message.data)
         data = event["data"]
-        if data.get("prompt_id", prompt_id) != prompt_id:
+        if data.get("prompt_id") != prompt_id:  # a new connection is told the last node of the prompt before
             continue
         if event["type"] == "executing" and data["node"]:
             report(title(prompt, data["node"]))
