@@ -12,6 +12,8 @@ import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
+import comfy.controlnet
+import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
 import torch
@@ -158,6 +160,55 @@ def test_all_70_sites_fire_the_middle_ones_included(model, pulid, identity, monk
         replacements[key] = through
     sample(patched)
     assert fired == {site.key for site in SITES}
+
+
+class TestMemory:
+    def test_weights_that_stay_off_the_device_give_the_same_picture(self, model, pulid, identity):
+        lowvram = comfy_host.sdxl(MODEL_CHANNELS)
+        lowvram.load(torch.device("cpu"), lowvram_model_memory=1)  # as --lowvram and --novram leave nearly all of them
+        resting = Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None)
+        resting.projections.load(torch.device("cpu"), lowvram_model_memory=1)
+        assert any(getattr(module, "comfy_cast_weights", False) for module in lowvram.model.modules())
+        patched = apply(lowvram, resting, identity)
+        options = patched.model_options["transformer_options"]
+        out = patched.model.diffusion_model(**unet_inputs(), transformer_options={**options, **PASS})
+        reference = apply(model, pulid, identity)
+        options = reference.model_options["transformer_options"]
+        assert torch.equal(
+            out, reference.model.diffusion_model(**unet_inputs(), transformer_options={**options, **PASS})
+        )
+
+    def test_networks_are_held_by_the_patcher_that_the_host_chose_at_start(self, monkeypatch):
+        class Chosen(comfy.model_patcher.ModelPatcher):
+            pass
+
+        monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Chosen, raising=False)
+        assert isinstance(host.managed(torch.nn.Linear(1, 1)), Chosen)
+
+    def test_keys_and_values_follow_the_queries_to_their_device_and_dtype(self, model, pulid, identity):
+        on = apply(model, pulid, identity).model_options["transformer_options"]["patches_replace"]["attn2"]
+        site = on[("middle", 0, 0)]
+        q, k, v = torch.empty(3, 2, 24, WIDTHS[-1], device="meta", dtype=torch.bfloat16)
+        site.base = lambda q, k, v, extra_options: q
+        out = site(q, k, v, {"n_heads": WIDTHS[-1] // 64, **PASS})
+        assert (out.device.type, out.dtype) == ("meta", torch.bfloat16)
+
+    def test_the_host_moves_a_patch_by_device_and_never_to_a_storage_dtype(self, model, pulid, identity):
+        on = apply(model, pulid, identity).model_options["transformer_options"]["patches_replace"]["attn2"]
+        moved = on[("middle", 0, 0)].to(torch.device("meta")).to(torch.float8_e4m3fn)
+        assert (moved.kv.keys.device.type, moved.kv.keys.dtype) == ("meta", torch.float32)
+        assert on[("middle", 0, 0)].kv.keys.device.type == "cpu"
+
+
+PASS = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}  # what the host adds to the options of every pass
+
+
+def unet_inputs():
+    generator = torch.Generator().manual_seed(9)
+    shapes = {"x": (2, 4, 16, 24), "context": (2, 77, 2048), "y": (2, 2816)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | {
+        "timesteps": torch.full((2,), 500.0)
+    }
 
 
 class TestSchedule:
@@ -450,6 +501,10 @@ class TestTokensOfEveryPass:
         sample(watched, negative=longer)
         assert self.met == self.EXPECTED
 
+    def test_a_controlnet_on_the_positive_alone_splits_the_batch(self, watched):
+        sample(watched, positive=conditioning(POSITIVE, control=Control()))
+        assert self.met == self.EXPECTED
+
     def test_sag_sends_the_negative_alone(self, watched):
         sample(SelfAttentionGuidance.execute(watched, 0.5, 2.0)[0], height=32, width=32)
         assert self.met == self.EXPECTED
@@ -493,6 +548,13 @@ class TestTokensOfEveryPass:
 
     def test_without_a_guider_index_0_is_the_positive(self):
         assert patch.identity_rows(1, 4, {"cond_or_uncond": [1, 0]}) == [1, 1, 0, 0]
+
+
+class Control(comfy.controlnet.ControlBase):
+    """A ControlNet that adds nothing."""
+
+    def get_control(self, x, t, cond, batched_number, transformer_options):
+        return None
 
 
 class TestAdvanced:
