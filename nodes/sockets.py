@@ -34,7 +34,7 @@ class Pulid:
     encoder: object
     projections: object
     analyzer: FaceAnalyzer
-    _uncond: dict[tuple[float, int], Tensor] = field(default_factory=dict)
+    _zeros: Tensor | None = None  # uncond tokens; they depend on the weights alone
     _noisy: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
     _projected: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
 
@@ -42,7 +42,9 @@ class Pulid:
         """Grey faces on white (P, 3, 512, 512) and their embeddings (P, 512) -> ID tokens on the CPU."""
         device = host.load(self.tower, self.encoder)
         features = self.tower.model.features(to_vision_input(faces).to(device))
-        uncond = self._uncond_tokens().to(device)
+        if self._zeros is None:
+            self._zeros = self._uncond_tokens()
+        uncond = self._zeros.to(device)
         x = face_vectors(arcface.to(device), features)
         made = embed(self.encoder.model, self.version, self.fingerprint, x, features.hidden, uncond, photos, id_mix)
         return replace(made, cond=made.cond.cpu(), uncond=made.uncond.cpu())
@@ -53,15 +55,14 @@ class Pulid:
         if (noise, seed) not in kept:
             uncond = self._uncond_tokens(noise, seed)
             parts = -(-identity.tokens // uncond.shape[1])  # v1 joins the tokens of several photographs
+            kept.clear()  # a seed that changes at every run must not pile up keys and values
             kept[noise, seed] = replace(identity, uncond=uncond.repeat(1, parts, 1)[:, : identity.tokens])
         return kept[noise, seed]
 
     def _uncond_tokens(self, noise: float = 0.0, seed: int = 0) -> Tensor:
-        if (noise, seed) not in self._uncond:
-            positions = self.tower.model.config.grid**2 + 1
-            device = host.load(self.encoder)
-            self._uncond[noise, seed] = uncond_tokens(self.encoder.model, positions, device, noise, seed).cpu()
-        return self._uncond[noise, seed]
+        positions = self.tower.model.config.grid**2 + 1
+        device = host.load(self.encoder)
+        return uncond_tokens(self.encoder.model, positions, device, noise, seed).cpu()
 
     def project(self, identity: IdEmbedding, device: torch.device, dtype: torch.dtype) -> tuple[SiteKV, ...]:
         """Keys and values of every site: one row per identity, then the negative branch's. Made once per identity."""

@@ -1,7 +1,9 @@
 """The patch on a real ComfyUI: what it leaves alone, what it composes with, and which tokens each pass gets."""
 
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,7 +29,9 @@ from pulid_sdxl.nodes import host, patch
 from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
 from pulid_sdxl.nodes.sockets import Pulid
 from pulid_sdxl.pulid.attention import IdProjections
+from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
+from pulid_sdxl.pulid.eva import EvaConfig
 from pulid_sdxl.pulid.identity import IdEmbedding
 from pulid_sdxl.pulid.sites import SITES
 
@@ -57,6 +61,14 @@ def projections(widths=WIDTHS):
 @pytest.fixture(scope="module")
 def pulid():
     return Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None)
+
+
+@pytest.fixture(scope="module")
+def noisy():
+    """A loaded PuLID with an encoder, for what the negative branch sees."""
+    torch.manual_seed(2)
+    tower = SimpleNamespace(model=SimpleNamespace(config=EvaConfig(image_size=28)))
+    return Pulid("v1", "print", WIDTHS, tower, host.managed(IdEncoder()), host.managed(projections()), None)
 
 
 def make_identity(seed=1, people=1, tokens=10, version="v1", encoder="print"):
@@ -585,6 +597,36 @@ class TestAdvanced:
             for options in ({}, {"weight_curve": "ease in"}, {"weight_curve": "ease out"}, {"zero_tokens": 80})
         ]
         assert all(not torch.allclose(a, b, atol=1e-3) for i, a in enumerate(pictures) for b in pictures[:i])
+
+
+class TestNoise:
+    def test_noise_reaches_the_negative_branch_alone_and_follows_its_seed(self, noisy, identity):
+        one, other = noisy.with_noise(identity, 0.5, 1), noisy.with_noise(identity, 0.5, 2)
+        assert torch.equal(one.cond, identity.cond)
+        assert one.uncond.shape == identity.uncond.shape
+        assert not torch.equal(one.uncond, other.uncond)
+        assert torch.equal(noisy.with_noise(identity, 0.5, 1).uncond, one.uncond)
+        joined = make_identity(tokens=25)
+        assert noisy.with_noise(joined, 0.5, 1).uncond.shape == (1, 25, 2048)
+
+    def test_it_changes_the_picture(self, model, noisy, identity):
+        run = TestAdvanced().run
+        pictures = [
+            sample(run(model, noisy, identity, uncond="noise", noise=noise, noise_seed=seed))
+            for noise, seed in ((0.0, 0), (0.5, 1), (0.5, 2), (0.5, 1))
+        ]
+        assert torch.equal(pictures[0], sample(apply(model, noisy, identity)))
+        assert torch.equal(pictures[1], pictures[3])
+        assert not torch.allclose(pictures[0], pictures[1], atol=1e-4)
+        assert not torch.allclose(pictures[1], pictures[2], atol=1e-4)
+
+    def test_seeds_that_change_at_every_run_do_not_pile_up(self, model, noisy):
+        person = make_identity(4)
+        for seed in range(4):
+            TestAdvanced().run(model, noisy, person, uncond="noise", noise=0.5, noise_seed=seed)
+        gc.collect()
+        assert len(noisy._noisy[person]) == 1
+        assert sum(len(kept) for kept in noisy._projected.values()) <= 4
 
 
 class TestRefusals:
