@@ -6,7 +6,6 @@ computed twice, everything after it in float32. Absolute times are this machine'
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -379,9 +378,8 @@ def main() -> int:
     with torch.inference_mode():
         for part in parts:
             rows += show(part())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     seconds, threads = time.perf_counter() - start, torch.get_num_threads()
-    print(f"{seconds:.0f} s, {peak:.1f} GB at most, torch {torch.__version__}, {threads} threads")
+    print(f"{seconds:.0f} s, torch {torch.__version__}, {threads} threads")
     if arguments.json:
         figures = [{**row.__dict__, "ratio": row.ratio} for row in rows]
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
