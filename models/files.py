@@ -1,13 +1,10 @@
 """Finds weight files in folders that somebody else names, and says where to get the ones that are not there."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path, PureWindowsPath
 
 from ..pulid.errors import InputError, MissingWeights
 from .catalogue import ANTELOPEV2_ZIP, BY_NAME, GLINTR100, SCRFD, WeightFile
-
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 # Where people and programs put antelopev2, below an InsightFace folder. The published zip holds a folder of its own
 # name, so unpacking it where the files belong nests it once more.
@@ -22,7 +19,7 @@ ANTELOPEV2_PLACES = (
 def find(file: WeightFile | str, folders: Iterable[Path | str]) -> Path:
     """The first of `folders` that holds the file decides.
 
-    file     a record of the catalogue, or a name as `list_weights` gives it; either kind of slash will do, since
+    file     a record of the catalogue, or a name as a list of files gives it; either kind of slash will do, since
              workflows travel between systems
     folders  the folders that may hold it, in order
 
@@ -37,23 +34,6 @@ def find(file: WeightFile | str, folders: Iterable[Path | str]) -> Path:
         if (candidate := folder.joinpath(*relative.parts)).is_file():
             return candidate
     raise MissingWeights(_missing(name, BY_NAME.get(relative.name), folders))
-
-
-def list_weights(folders: Iterable[Path | str]) -> list[str]:
-    """Names of the weight files in `folders` and below, sorted, relative to their folder, with forward slashes.
-
-    Follows links, as ComfyUI does; leaves out hidden files and folders (caches, what macOS leaves on shared disks).
-    """
-    names = set()
-    for folder in map(Path, folders):
-        for place, below, files in os.walk(folder, followlinks=True):
-            below[:] = [name for name in below if not name.startswith(".")]
-            names.update(
-                Path(place, name).relative_to(folder).as_posix()
-                for name in files
-                if name.lower().endswith(WEIGHT_SUFFIXES) and not name.startswith(".")
-            )
-    return sorted(names)
 
 
 def find_antelopev2(folders: Iterable[Path | str]) -> Path:

@@ -1,6 +1,5 @@
 """What this pack asks of ComfyUI: folders, devices and dtypes, managed memory, and the layout of a model."""
 
-import logging
 from pathlib import Path
 
 import comfy.model_management
@@ -14,8 +13,6 @@ from ..models.catalogue import FACEXLIB, PULID
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import MismatchError
 from ..pulid.sites import SITES, Site
-
-log = logging.getLogger(__name__)
 
 OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the input, so that storage may be float16
 COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -1,6 +1,5 @@
 """What goes on a MODEL: one AttentionPatch per cross-attention site, over whatever was there before."""
 
-import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,6 @@ from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse, mask_to_tokens
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from .host import cross_attention
-
-log = logging.getLogger(__name__)
 
 KEY = "pulid_sdxl"  # of our wrapper and callback on a model, and of what we leave in transformer_options
 

@@ -96,35 +96,6 @@ def test_a_file_nobody_published_has_no_address(tmp_path):
     )
 
 
-# ---- list_weights ----
-
-
-def test_weights_are_listed_once_sorted_and_without_what_is_hidden(tmp_path):
-    for name in (
-        "a/pulid_v1.bin",
-        "a/deep/er/x.safetensors",
-        "a/README.md",
-        "a/._pulid_v1.bin",
-        "a/.cache/y.safetensors",
-        "b/pulid_v1.bin",
-        "b/EVA.PT",
-    ):
-        touch(tmp_path / name)
-
-    names = files.list_weights([tmp_path / "a", tmp_path / "b", tmp_path / "absent"])
-
-    assert names == ["EVA.PT", "deep/er/x.safetensors", "pulid_v1.bin"]
-    assert all(files.find(name, [tmp_path / "a", tmp_path / "b"]).is_file() for name in names)
-
-
-def test_listing_follows_linked_folders(tmp_path):
-    touch(tmp_path / "elsewhere" / "x.safetensors")
-    (tmp_path / "pulid").mkdir()
-    (tmp_path / "pulid" / "shared").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-
-    assert files.list_weights([tmp_path / "pulid"]) == ["shared/x.safetensors"]
-
-
 # ---- antelopev2 ----
 
 
