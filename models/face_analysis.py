@@ -20,18 +20,18 @@ from ..pulid.errors import DamagedWeights, ForeignWeights, InputError, MissingWe
 from ..pulid.faces import Face, Photo, faces_of
 from ..pulid.packages import import_package
 from .catalogue import GLINTR100, SCRFD
+from .files import state_of
 from .reading import read_tensors
 
 log = logging.getLogger(__name__)
-
-# Sides of the square the photograph is fitted into, in the order they are tried: the authors' 640 first, then smaller
-# for close-ups, which the detector finds too large, then larger for small faces.
-DETECTOR_SIZES = (*range(640, 255, -64), *range(704, 1281, 64))
 
 RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
 FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CPU = torch.device("cpu")
+Bring = Callable[[], torch.device]  # brings a network to the device it is to run on, and returns that
 
 # What a user calls an ONNX execution provider, fastest first; the CPU can always run what the others cannot.
 PROVIDERS = {
@@ -67,7 +67,7 @@ class InsightFaceAnalyzer:
     retinaface  facexlib's detection_Resnet50_Final.pth
     bisenet     facexlib's parsing_bisenet.pth
     providers   for the two ONNX networks, from available_providers()
-    device      for the two torch networks
+    manage      takes charge of a torch network and returns what brings it to its device; here it stays on the CPU
 
     Raises MissingWeights at once if a file is not there; DamagedWeights, ForeignWeights or MissingPackage at first use.
     """
@@ -78,7 +78,7 @@ class InsightFaceAnalyzer:
         retinaface: Path,
         bisenet: Path,
         providers: Sequence[str] = (PROVIDERS["CPU"],),
-        device: torch.device | str = "cpu",
+        manage: Callable[[nn.Module], Bring] = lambda network: lambda: CPU,
     ):
         self._detector_file = antelope / SCRFD.name
         self._recogniser_file = antelope / GLINTR100.name
@@ -88,22 +88,27 @@ class InsightFaceAnalyzer:
             if not file.is_file():
                 raise MissingWeights(f"{file.name} was not found in {file.parent}. Put it there.")
         self._providers = list(providers)
-        self._device = torch.device(device)
+        self._manage = manage
 
-    def detect(self, photo: Photo) -> list[Face]:
-        """InsightFace's faces, at the first of DETECTOR_SIZES that shows any."""
-        image = bgr(photo)
-        for side in DETECTOR_SIZES:
-            # The size goes to detect(): since InsightFace 1.0 the detector's own `input_size` is ignored.
-            rows, landmarks = self._detector.detect(image, input_size=(side, side))  # (n, 5): box, score; (n, 5, 2)
-            if faces := faces_of(rows[:, :4], landmarks, rows[:, 4]):
-                return faces
-        return []
+    @property
+    def source(self) -> tuple:
+        """Tells these weights from others, and what runs them."""
+        files = self._detector_file, self._recogniser_file, self._retinaface_file, self._bisenet_file
+        return (*map(state_of, files), *self._providers)
+
+    def detect(self, photo: Photo, side: int) -> list[Face]:
+        """InsightFace's faces in the photograph, fitted into a square of `side` px, a multiple of 32."""
+        # The size goes to detect(): since InsightFace 1.0 the detector's own `input_size` is ignored.
+        rows, landmarks = self._detector.detect(bgr(photo), input_size=(side, side))  # (n, 5): box, score; (n, 5, 2)
+        return faces_of(rows[:, :4], landmarks, rows[:, 4])
 
     def detect_for_alignment(self, photo: Photo) -> list[Face]:
         """RetinaFace's faces, at the photograph's own size."""
+        network, bring = self._retinaface
+        network.device = bring()  # it moves what it makes to this device, and has its mean apart from its weights
+        network.mean_tensor = network.mean_tensor.to(network.device)
         with torch.inference_mode():
-            rows = self._retinaface.detect_faces(bgr(photo), RETINAFACE_SCORE)  # (n, 15): box, score, landmarks
+            rows = network.detect_faces(bgr(photo), RETINAFACE_SCORE)  # (n, 15): box, score, landmarks
         return faces_of(rows[:, :4], rows[:, 5:].reshape(-1, 5, 2), rows[:, 4])
 
     def recognise(self, photo: Photo, face: Face) -> Tensor:
@@ -119,11 +124,13 @@ class InsightFaceAnalyzer:
 
     def parse(self, crops: Tensor) -> Tensor:
         """BiSeNet's label map: (B, 3, 512, 512) RGB 0..1 -> (B, 512, 512) uint8."""
+        network, bring = self._bisenet
+        device = bring()
         mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD))[..., None, None]
         with torch.inference_mode():
             # One crop at a time keeps the peak low. Of BiSeNet's three outputs, two only helped its training.
-            crops = ((crops.cpu().float() - mean) / std).to(self._device).split(1)
-            return torch.cat([self._bisenet(crop)[0].argmax(1).byte() for crop in crops]).cpu()
+            crops = ((crops.cpu().float() - mean) / std).to(device).split(1)
+            return torch.cat([network(crop)[0].argmax(1).byte() for crop in crops]).cpu()
 
     @cached_property
     def _detector(self):
@@ -134,16 +141,16 @@ class InsightFaceAnalyzer:
         return load_onnx(self._recogniser_file, "recognition", self._providers)
 
     @cached_property
-    def _retinaface(self) -> nn.Module:
+    def _retinaface(self) -> tuple[nn.Module, Bring]:
         retinaface = import_package("facexlib.detection.retinaface")
-        return load_torch(
-            self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device=self._device), self._device
-        )
+        network = load_torch(self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device=CPU))
+        return network, self._manage(network)
 
     @cached_property
-    def _bisenet(self) -> nn.Module:
+    def _bisenet(self) -> tuple[nn.Module, Bring]:
         bisenet = import_package("facexlib.parsing.bisenet")
-        return load_torch(self._bisenet_file, lambda: bisenet.BiSeNet(FACE_PARTS), self._device)
+        network = load_torch(self._bisenet_file, lambda: bisenet.BiSeNet(FACE_PARTS))
+        return network, self._manage(network)
 
 
 def load_onnx(file: Path, task: str, providers: list[str]):
@@ -168,8 +175,8 @@ def load_onnx(file: Path, task: str, providers: list[str]):
     return model
 
 
-def load_torch(file: Path, make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """The network that `make` builds, with the weights of one of facexlib's files, ready to run."""
+def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
+    """The network that `make` builds on the CPU, with the weights of one of facexlib's files, ready to run."""
     # Trained on several GPUs, RetinaFace was saved with `module.` before every name.
     state = {name.removeprefix("module."): tensor for name, tensor in read_tensors(file).items()}
     # Building draws random weights, which are then replaced: leave the host's random numbers as they were.
@@ -180,7 +187,7 @@ def load_torch(file: Path, make: Callable[[], nn.Module], device: torch.device) 
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise ForeignWeights(f"{file.name} in {file.parent} holds another network's weights. Get it again.") from error
-    return network.to(device).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 def bgr(image: np.ndarray) -> np.ndarray:

@@ -71,3 +71,9 @@ def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:
 
 def _listed(folders: list[Path]) -> str:
     return ", ".join(map(str, folders)) or "no folder (none is configured)"
+
+
+def state_of(file: Path) -> tuple[str, int, int]:
+    """Tells a file from the same one changed: its path, size in bytes and time of change."""
+    about = file.stat()
+    return str(file), about.st_size, about.st_mtime_ns

@@ -1,5 +1,6 @@
 """What this pack asks of ComfyUI: folders, devices and dtypes, managed memory, and the layout of a model."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
@@ -56,6 +57,12 @@ def managed(module: nn.Module):
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.text_encoder_offload_device(),
     )
+
+
+def manage(module: nn.Module) -> Callable[[], torch.device]:
+    """Puts the module under ComfyUI's memory management; what comes back brings it to its device when called."""
+    patcher = managed(module)
+    return lambda: load(patcher)
 
 
 def load(*patchers) -> torch.device:

@@ -1,14 +1,23 @@
 """The node that makes an identity from photographs."""
 
+from dataclasses import dataclass
+
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
+from torch import Tensor
 
+from ..pulid.embed import Photos, reads_together
 from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import ORDERS, VISION_SIZE, find_face, grey_on_white, read_photo, shrink
+from ..pulid.faces import ORDERS, read_photo
+from ..pulid.identity import IdEmbedding
+from .kept import Kept
+from .looking import Choice, Look, Photograph, look, photographs
 from .preview import draw_faces
-from .sockets import IdentitySocket, PulidSocket
+from .sockets import IdentitySocket, Pulid, PulidSocket
+
+KEPT = Kept(128 * 2**20)  # a look is 0.6 MB, 14 MB where PuLID v1.1 reads photographs together
 
 
 class PulidEncode(io.ComfyNode):
@@ -71,34 +80,52 @@ class PulidEncode(io.ComfyNode):
     def execute(cls, pulid, image, face, face_index, photos, id_mix, no_face, mask=None):
         if len(image) == 0:
             raise InputError("The image batch is empty: connect at least one photograph.")
-        progress = ProgressBar(len(image) + 1)
-        photographs, found, notes = [read_photo(picture) for picture in image], [], []
-        for number, photo in enumerate(photographs, start=1):
-            throw_exception_if_processing_interrupted()
-            where = None if mask is None else mask[min(number, len(mask)) - 1]
-            try:
-                found.append(find_face(photo, pulid.analyzer, face, face_index, where))
-            except InputError as error:
-                message = f"Photograph {number} of {len(image)}: {error}"
-                if no_face == "stop" or not isinstance(error, NoFaceError):
-                    raise type(error)(message) from error
-                found.append(None)
-                notes.append(message)
-            progress.update(1)
-        crops = [sight.crop for sight in found if sight is not None]
-        if not crops:
-            raise NoFaceError("\n".join(("No photograph was left.", *notes)))
-        pixels = torch.stack([crop.pixels for crop in crops])
-        faces = grey_on_white(pixels, pulid.analyzer.parse(pixels))
-        identity = pulid.identify(faces, torch.stack([crop.arcface for crop in crops]), photos, id_mix)
+        choice = Choice(face, face_index, reads_together(pulid.version, photos))
+        taken = photographs(image, mask, pulid.source, choice)
+        key = (*(photograph.key for photograph in taken), photos, id_mix, no_face)
+        if (encoded := KEPT.get(key)) is None:
+            encoded = encode(pulid, taken, choice, photos, id_mix, no_face == "skip photo")
+            KEPT.put(key, encoded, encoded.tensors)
+        return io.NodeOutput(encoded.identity, encoded.seen, encoded.found, ui=encoded.ui)
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What the node gives; ui is what it shows."""
+
+    identity: IdEmbedding
+    seen: Tensor
+    found: Tensor
+    ui: dict
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.identity.cond, self.identity.uncond, self.seen, self.found
+
+
+def encode(pulid: Pulid, taken: list[Photograph], choice: Choice, photos: Photos, id_mix: bool, skip: bool) -> Encoded:
+    """Looks at each photograph and makes the identity of what was seen."""
+    progress, used, drawn, notes = ProgressBar(len(taken)), [], [], []
+    looks = look(pulid, taken, choice, KEPT, throw_exception_if_processing_interrupted)
+    for number, (photograph, seen) in enumerate(zip(taken, looks, strict=True), start=1):
+        name = f"Photograph {number} of {len(taken)}"
+        sight = None
+        if isinstance(seen, Look):
+            used.append(seen)
+            sight = seen.sight
+            notes.append(f"{name}: face {sight.index} of {len(sight.faces)}, {choice.order}; {sight.how}.")
+        elif skip:
+            notes.append(f"{name}: skipped. {seen}")
+        else:
+            raise NoFaceError(f"{name}: {seen}")
+        drawn.append(draw_faces(read_photo(photograph.pixels), sight))
         progress.update(1)
-        seen = shrink(faces, VISION_SIZE).clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
-        notes.append(
-            f"{len(crops)} of {len(image)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens."
-        )
-        return io.NodeOutput(
-            identity,
-            seen,
-            draw_faces(photographs, found),
-            ui={**ui.PreviewImage(seen, cls=cls).as_dict(), "text": notes},
-        )
+    if not used:
+        raise NoFaceError("\n".join(("No photograph was left.", *notes)))
+    identity = pulid.identify([one.reading for one in used], photos, id_mix)
+    notes.append(
+        f"{len(used)} of {len(taken)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens."
+    )
+    seen, found = torch.stack([one.seen for one in used]), torch.stack(drawn).float().div_(255)
+    shown = [picture for shown in (seen, found) for picture in ui.PreviewImage(shown).as_dict()["images"]]
+    return Encoded(identity, seen, found, {"images": shown, "text": notes})

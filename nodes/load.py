@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..models import catalogue
 from ..models.checkpoints import load_pulid, load_vision_tower
 from ..models.face_analysis import PROVIDERS, InsightFaceAnalyzer, available_providers
-from ..models.files import find, find_antelopev2
+from ..models.files import find, find_antelopev2, state_of
 from ..pulid.errors import ForeignWeights
 from ..pulid.eva import EvaConfig
 from . import host
@@ -74,6 +74,7 @@ class PulidLoader(io.ComfyNode):
             find(catalogue.RETINAFACE, facexlib),
             find(catalogue.BISENET, facexlib),
             available_providers(provider),
+            host.manage,
         )
         checkpoint = load_pulid(paths[0], host.OPERATIONS)
         tower = load_vision_tower(paths[1], host.OPERATIONS)
@@ -90,5 +91,6 @@ class PulidLoader(io.ComfyNode):
                 encoder=host.managed(checkpoint.encoder),
                 projections=host.managed(checkpoint.projections),
                 analyzer=analyzer,
+                source=(*map(state_of, paths), analyzer.source),
             )
         )

@@ -1,7 +1,5 @@
 """Pictures that show what was found."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -12,12 +10,8 @@ from ..pulid.faces import Photo, Sight
 CHOSEN, OTHER = (64, 220, 96), (250, 180, 40)  # RGB
 
 
-def draw_faces(photos: Sequence[Photo], sights: Sequence[Sight | None]) -> Tensor:
-    """Photographs (H, W, 3) of one size with every face's box, index and score -> IMAGE (B, H, W, 3)."""
-    return torch.stack([_draw(photo, sight) for photo, sight in zip(photos, sights, strict=True)])
-
-
-def _draw(photo: Photo, sight: Sight | None) -> Tensor:
+def draw_faces(photo: Photo, sight: Sight | None) -> Tensor:
+    """The photograph with every face's box, index and score, the chosen one in its own colour: (H, W, 3) uint8."""
     picture = Image.fromarray(photo)
     pen = ImageDraw.Draw(picture)
     line = max(2, max(photo.shape) // 300)
@@ -29,4 +23,4 @@ def _draw(photo: Photo, sight: Sight | None) -> Tensor:
         corner = face.box[0], max(0, face.box[1] - 10 * line)
         pen.rectangle(pen.textbbox(corner, label, font=font), fill=color)
         pen.text(corner, label, fill=(0, 0, 0), font=font)
-    return torch.from_numpy(np.array(picture)).float() / 255
+    return torch.from_numpy(np.array(picture))

@@ -1,5 +1,6 @@
 """The two socket types of this pack, and what travels through the first."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
@@ -8,13 +9,31 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pulid.attention import SiteKV
-from ..pulid.embed import Photos, embed, face_vectors, uncond_tokens
+from ..pulid.embed import Photos, combine, face_vectors, reads_together, uncond_tokens
 from ..pulid.faces import FaceAnalyzer, to_vision_input
 from ..pulid.identity import IdEmbedding, Version
 from . import host
 
 PulidSocket = io.Custom("PULID_SDXL")
 IdentitySocket = io.Custom("PULID_IDENTITY")  # an IdEmbedding
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What was read in one face: its own tokens, or what the encoder needs to look at it together with others.
+
+    tokens  (T, D)
+    x       (1280,)
+    hidden  5 x (577, 1024)
+    """
+
+    tokens: Tensor | None
+    x: Tensor | None = None
+    hidden: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (self.tokens, self.x, *self.hidden) if tensor is not None]
 
 
 @dataclass(eq=False)
@@ -25,6 +44,7 @@ class Pulid:
     widths                channels of the 70 sites that the projections were made for
     tower, encoder, projections  managed networks; they compute in float32 from whatever dtype they are stored in
     analyzer              the face networks, built at first use
+    source                tells these weights from others: two that are equal give equal results
     """
 
     version: Version
@@ -34,20 +54,38 @@ class Pulid:
     encoder: object
     projections: object
     analyzer: FaceAnalyzer
+    source: Hashable
     _zeros: Tensor | None = None  # uncond tokens; they depend on the weights alone
     _noisy: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
     _projected: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
 
-    def identify(self, faces: Tensor, arcface: Tensor, photos: Photos, id_mix: bool) -> IdEmbedding:
-        """Grey faces on white (P, 3, 512, 512) and their embeddings (P, 512) -> ID tokens on the CPU."""
+    def read(self, faces: Tensor, arcface: Tensor, together: bool) -> list[Reading]:
+        """Grey faces on white (P, 3, 512, 512) and their embeddings (P, 512) -> a Reading each, on the CPU.
+
+        together  the encoder will look at these and other photographs at once, in `identify`
+        """
         device = host.load(self.tower, self.encoder)
         features = self.tower.model.features(to_vision_input(faces).to(device))
+        x = face_vectors(arcface.to(device), features)
+        # Copies of rows, so that one photograph that is kept does not keep those it was read with.
+        if not together:
+            return [Reading(tokens.clone()) for tokens in self.encoder.model(x, features.hidden).cpu()]
+        rows = zip(x.cpu(), *(stream.cpu() for stream in features.hidden), strict=True)
+        return [Reading(None, own.clone(), tuple(stream.clone() for stream in hidden)) for own, *hidden in rows]
+
+    def identify(self, readings: Sequence[Reading], photos: Photos, id_mix: bool) -> IdEmbedding:
+        """What was read in each photograph -> ID tokens on the CPU."""
         if self._zeros is None:
             self._zeros = self._uncond_tokens()
-        uncond = self._zeros.to(device)
-        x = face_vectors(arcface.to(device), features)
-        made = embed(self.encoder.model, self.version, self.fingerprint, x, features.hidden, uncond, photos, id_mix)
-        return replace(made, cond=made.cond.cpu(), uncond=made.uncond.cpu())
+        if reads_together(self.version, photos):
+            device = host.load(self.encoder)
+            x = torch.stack([reading.x for reading in readings]).unsqueeze(0).to(device)
+            # One stage at a time: those of many photographs would fill a device.
+            streams = zip(*(reading.hidden for reading in readings), strict=True)
+            tokens = self.encoder.model(x, (torch.cat(stream).unsqueeze(0).to(device) for stream in streams)).cpu()
+        else:
+            tokens = torch.stack([reading.tokens for reading in readings])
+        return combine(tokens, self._zeros, self.version, self.fingerprint, photos, id_mix)
 
     def with_noise(self, identity: IdEmbedding, noise: float, seed: int) -> IdEmbedding:
         """The identity with the encoder's answer to noise, instead of zeros, in its negative branch."""

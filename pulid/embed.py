@@ -33,10 +33,15 @@ def uncond_tokens(encoder: nn.Module, positions: int, device=None, noise: float 
     return encoder(x, hidden)
 
 
-def _join(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:
+def join(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:
     """v1's rule: all tokens of the first photograph, of each further one the first five (all when mixing people)."""
     first, *further = tokens
     return torch.cat((first, *(t if id_mix else t[:, :FACE_TOKENS] for t in further)), dim=1)
+
+
+def reads_together(version: Version, photos: Photos) -> bool:
+    """Whether the encoder looks at all photographs at once, so that no photograph has tokens of its own."""
+    return version == "v1.1" and photos == "one person"
 
 
 def embed(
@@ -49,27 +54,37 @@ def embed(
     photos: Photos = "one person",
     id_mix: bool = False,
 ) -> IdEmbedding:
-    """ID tokens of P photographs.
+    """ID tokens of P photographs: x (P, 1280) from `face_vectors`, hidden 5 x (P, positions, 1024).
 
-    x         (P, 1280), from `face_vectors`
-    hidden    5 x (P, 1 + patches, 1024)
-    uncond    (1, 10 | 32, D), from `uncond_tokens` of the same encoder
+    The rest as in `combine`. Raises InputError when there is no photograph.
+    """
+    if len(x) == 0:
+        raise InputError("An identity needs at least one photograph with a face; none was left.")
+    if reads_together(version, photos):
+        x, hidden = x.unsqueeze(0), [stream.flatten(0, 1).unsqueeze(0) for stream in hidden]
+    return combine(encoder(x, hidden), uncond, version, fingerprint, photos, id_mix)
+
+
+def combine(
+    tokens: Tensor,
+    uncond: Tensor,
+    version: Version,
+    fingerprint: str,
+    photos: Photos = "one person",
+    id_mix: bool = False,
+) -> IdEmbedding:
+    """One IdEmbedding of several photographs' tokens.
+
+    tokens    (P, T, D), P >= 1, each photograph's own; (1, T, D) where the encoder read them together
+    uncond    (1, T, D), from `uncond_tokens` of the same encoder
     photos    "one person": the authors' rule. v1 joins tokens, v1.1 reads all photographs at once (always 32 tokens).
               "average": the mean of each photograph's own tokens.
               "one identity per photo": R = P rows.
     id_mix    v1 only: every photograph gives all its tokens, to mix people. v1.1 always reads all of each.
-    Raises InputError when there is no photograph.
     """
-    count = x.shape[0]
-    if count == 0:
-        raise InputError("An identity needs at least one photograph with a face; none was left.")
-    if photos == "one person" and version == "v1.1":
-        together = [stream.flatten(0, 1).unsqueeze(0) for stream in hidden]  # (P, M, 1024) -> (1, P * M, 1024)
-        return IdEmbedding(encoder(x.unsqueeze(0), together), uncond, version, fingerprint)
-    tokens = encoder(x, hidden)  # (P, T, D)
-    if photos == "one person":
-        cond = _join(tokens.split(1), id_mix)
-        return IdEmbedding(cond, _join([uncond] * count, id_mix), version, fingerprint)
     if photos == "average":
-        return IdEmbedding(tokens.mean(dim=0, keepdim=True), uncond, version, fingerprint)
+        tokens = tokens.mean(dim=0, keepdim=True)
+    elif photos == "one person":
+        uncond = join([uncond] * len(tokens), id_mix)
+        tokens = join(tokens.split(1), id_mix)
     return IdEmbedding(tokens, uncond, version, fingerprint)

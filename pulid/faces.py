@@ -24,6 +24,12 @@ Size = tuple[int, int]  # width, height in pixels
 LONG_EDGE = 1024  # the authors shrink larger photographs to this
 SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors' own resizing rounds to nothing
 
+# Sides of the square that a photograph is fitted into for InsightFace's detector, px, in the order they are tried: the
+# authors' 640 first, then smaller for close-ups, which the detector finds too large, then larger for small faces.
+DETECTOR_SIZES = (*range(640, 255, -64), *range(768, 1281, 128))
+CLOSE_UP_SIZES = tuple(range(640, 255, -128))
+TURNED_SIZES = (640, 320, 1280)
+
 # Boxes that overlap more than this are one face: both detectors draw the line here among their own boxes.
 SAME_FACE_IOU = 0.4
 
@@ -76,8 +82,8 @@ class Face:
 class FaceAnalyzer(Protocol):
     """The networks a face goes through. Photographs and crops go in as RGB; results come back on the CPU."""
 
-    def detect(self, photo: Photo) -> list[Face]:
-        """InsightFace's faces; empty when it sees none."""
+    def detect(self, photo: Photo, side: int) -> list[Face]:
+        """InsightFace's faces in a photograph fitted into a square of `side` px; empty when it sees none."""
 
     def detect_for_alignment(self, photo: Photo) -> list[Face]:
         """RetinaFace's faces, whose landmarks the authors align with; empty when it sees none."""
@@ -92,33 +98,118 @@ class FaceAnalyzer(Protocol):
         """BiSeNet's label map (B, 512, 512) uint8 of aligned crops (B, 3, 512, 512) RGB 0..1."""
 
 
+@dataclass(frozen=True)
+class View:
+    """One way to hold a photograph before the detector.
+
+    words     what is said of it to the user
+    margin    added on each side, as a share of the photograph's width and height
+    quarters  quarter turns, counterclockwise
+    sides     sizes to try
+    """
+
+    words: str
+    margin: float
+    quarters: int
+    sides: tuple[int, ...]
+
+    def of(self, photo: Photo) -> Photo:
+        """The photograph held this way; the photograph itself where nothing is to be done."""
+        across, down = self._border(photo)
+        if across or down:
+            around = ((down, down), (across, across))
+            photo = np.stack([np.pad(photo[..., c], around, constant_values=CROP_BORDER[c]) for c in range(3)], axis=-1)
+        return np.ascontiguousarray(np.rot90(photo, self.quarters))
+
+    def back(self, face: Face, photo: Photo) -> Face:
+        """A face found in `of(photo)`, in the photograph's own pixels."""
+        corners = self._back(np.reshape(face.box, (2, 2)), photo)
+        box = (*map(float, corners.min(axis=0)), *map(float, corners.max(axis=0)))
+        return Face(box, self._back(face.landmarks, photo), face.score)
+
+    def _border(self, photo: Photo) -> Size:
+        return int(self.margin * photo.shape[1]), int(self.margin * photo.shape[0])
+
+    def _back(self, points: np.ndarray, photo: Photo) -> np.ndarray:
+        across, down = self._border(photo)
+        right, bottom = photo.shape[1] + 2 * across - 1, photo.shape[0] + 2 * down - 1
+        x, y = points.T
+        x, y = ((x, y), (right - y, x), (right - x, bottom - y), (y, bottom - x))[self.quarters]
+        return np.stack((x - across, y - down), axis=1)
+
+
+# In the order they are tried. A close-up that fills the frame is found with some room around it, a picture that a
+# phone laid on its side once it is turned.
+VIEWS = (
+    View("", 0.0, 0, DETECTOR_SIZES),
+    View("with a margin of half its size", 0.5, 0, CLOSE_UP_SIZES),
+    View("turned 90 degrees", 0.0, 3, TURNED_SIZES),
+    View("turned 180 degrees", 0.0, 2, TURNED_SIZES),
+    View("turned 270 degrees", 0.0, 1, TURNED_SIZES),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """All faces of a photograph, in its own pixels.
+
+    detected  InsightFace's; empty when it sees none
+    others    RetinaFace's
+    how       what found them, for the user
+    """
+
+    detected: list[Face]
+    others: list[Face]
+    how: str
+
+
+def find_faces(photo: Photo, analyzer: FaceAnalyzer) -> Found:
+    """Looks at the photograph in each of VIEWS until InsightFace sees a face; turns it only if RetinaFace sees none."""
+    upright = analyzer.detect_for_alignment(photo)
+    for view in VIEWS:
+        if view.quarters and upright:
+            break
+        held = view.of(photo)
+        for side in view.sides:
+            if detected := analyzer.detect(held, side):
+                others = upright
+                if view.quarters:
+                    others = [view.back(face, photo) for face in analyzer.detect_for_alignment(held)]
+                how = f"InsightFace at {side} px"
+                how = f"{how}, photograph {view.words}" if view.words else how
+                return Found([view.back(face, photo) for face in detected], others, how)
+    return Found([], upright, "RetinaFace alone" if upright else "nothing")
+
+
 @dataclass(frozen=True, eq=False)
 class Sight:
-    """What was seen in a photograph: all faces in the order they were counted in, and the chosen one of them."""
+    """What was seen in a photograph: all faces in the order they were counted in, and which of them was chosen.
+
+    how  what found them, for the user
+    """
 
     faces: list[Face]
     index: int
-    crop: FaceCrop
+    how: str
 
 
 def find_face(
     photo: Photo, analyzer: FaceAnalyzer, order: str = "largest", index: int = 0, mask: Tensor | None = None
-) -> Sight:
-    """The chosen face of a photograph, aligned and recognised, among all that were seen.
+) -> tuple[Sight, FaceCrop]:
+    """All faces of a photograph, and the chosen one of them, aligned and recognised.
 
     InsightFace's faces are chosen from; where it sees none, RetinaFace's are, and the recogniser looks at the crop.
     mask  (H, W) 0..1 of any size, spread over the photograph: only faces it touches count, the best covered first
     Raises NoFaceError if neither sees a face, InputError if there is no face with that index or under the mask.
     """
-    detected = analyzer.detect(photo)
-    others = analyzer.detect_for_alignment(photo)
+    found = find_faces(photo, analyzer)
     size = photo.shape[1], photo.shape[0]
-    faces = in_order(detected or others, order, size)
+    faces = in_order(found.detected or found.others, order, size)
     if mask is not None:
         faces = under_mask(faces, mask, size)
     face = pick(faces, index)
-    if detected:
-        landmarks = (same_face(face, others) or face).landmarks
+    if found.detected:
+        landmarks = (same_face(face, found.others) or face).landmarks
         crop = align(photo, landmarks)
         arcface = analyzer.recognise(photo, face)
     else:
@@ -126,7 +217,8 @@ def find_face(
         crop = align(photo, landmarks)
         arcface = analyzer.recognise_crop(crop)
     pixels = torch.from_numpy(crop).permute(2, 0, 1).contiguous() / 255  # (512, 512, 3) -> (3, 512, 512)
-    return Sight(faces, index, FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score))
+    crop = FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score)
+    return Sight(faces, index, found.how), crop
 
 
 def read_photo(image: Tensor) -> Photo:

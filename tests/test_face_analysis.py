@@ -11,7 +11,7 @@ import pytest
 import skimage.data
 import torch
 from pulid_sdxl.models import face_analysis
-from pulid_sdxl.models.face_analysis import DETECTOR_SIZES, InsightFaceAnalyzer, available_providers
+from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer, available_providers
 from pulid_sdxl.pulid import faces
 from pulid_sdxl.pulid.errors import (
     DamagedWeights,
@@ -121,14 +121,14 @@ def group():
     ],
 )
 def test_each_rule_picks_the_person_it_names(group, analyzer, order, index, person):
-    x0, y0, x1, y1 = faces.find_face(group, analyzer, order, index).crop.box
+    x0, y0, x1, y1 = faces.find_face(group, analyzer, order, index)[1].box
 
     assert x0 < person[0] * SHRUNK < x1 and y0 < person[1] * SHRUNK < y1
 
 
 def test_the_center_is_the_photographs_own(group, analyzer):
     left_part = np.ascontiguousarray(group[:, : int(1000 * SHRUNK)])
-    x0, _, x1, _ = faces.find_face(left_part, analyzer, "center").crop.box
+    x0, _, x1, _ = faces.find_face(left_part, analyzer, "center")[1].box
     assert x0 < LAUGHING[0] * SHRUNK < x1
 
 
@@ -143,21 +143,21 @@ def test_size_and_center_by_construction(analyzer, order, index, place):
         wall[:size, x : x + size] = cv2.resize(PORTRAIT, (size, size))
         middles.append(x + size / 2)
 
-    x0, _, x1, _ = faces.find_face(wall, analyzer, order, index).crop.box
+    x0, _, x1, _ = faces.find_face(wall, analyzer, order, index)[1].box
 
     assert x0 < middles[place] < x1
 
 
 def test_crop_embedding_and_box_are_of_the_same_person(group, analyzer):
     sights = [faces.find_face(group, analyzer, "left to right", index) for index in range(len(PEOPLE))]
-    embeddings = functional.normalize(torch.stack([sight.crop.arcface for sight in sights]))
+    embeddings = functional.normalize(torch.stack([found.arcface for _, found in sights]))
 
-    for index, sight in enumerate(sights):
-        assert sight.crop.box == sight.faces[index].box
+    for index, (sight, found) in enumerate(sights):
+        assert found.box == sight.faces[index].box
         # Seen again in its own crop, the face lies where it was laid, and its embedding is the one it came with.
-        crop = (sight.crop.pixels.permute(1, 2, 0) * 255).round().byte().numpy()
-        again = faces.in_order(analyzer.detect(crop), "center", crop.shape[1::-1])[0]
-        landmarks = sight.crop.landmarks.numpy()
+        crop = (found.pixels.permute(1, 2, 0) * 255).round().byte().numpy()
+        again = faces.in_order(analyzer.detect(crop, 640), "center", crop.shape[1::-1])[0]
+        landmarks = found.landmarks.numpy()
         laid = np.c_[landmarks, np.ones(5)] @ faces.alignment(landmarks).T
         assert np.linalg.norm(again.landmarks - laid, axis=1).mean() < 30  # px of 512; an eye is about 50 wide
         likeness = embeddings @ functional.normalize(analyzer.recognise(crop, again), dim=0)
@@ -174,7 +174,7 @@ def test_faces_and_embeddings_are_insightfaces_own(group, analyzer, models):
     app.prepare(ctx_id=0, det_size=(640, 640))
     expected = app.get(np.ascontiguousarray(group[..., ::-1]))
 
-    found = analyzer.detect(group)
+    found = analyzer.detect(group, 640)
 
     assert len(found) == len(expected) == 6
     for face, other in zip(found, expected, strict=True):
@@ -233,7 +233,7 @@ def test_a_crop_is_recognised_and_parsed_as_the_authors_do(seeing):
     blank = np.full((300, 350, 3), 90, np.uint8)  # nothing for InsightFace
     analyzer = analyzer_of(seeing)
 
-    crop = faces.find_face(blank, analyzer).crop
+    crop = faces.find_face(blank, analyzer)[1]
 
     recogniser = get_model(str(seeing / ANTELOPE / "glintr100.onnx"), providers=["CPUExecutionProvider"])
     aligned = np.ascontiguousarray((crop.pixels * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1])
@@ -248,50 +248,72 @@ def test_a_crop_is_recognised_and_parsed_as_the_authors_do(seeing):
     assert labels.dtype == torch.uint8 and torch.equal(labels, expected.byte())
 
 
-# ---- Detector sizes ----
+# ---- Sizes, margins and turns ----
 
 
-class RecordingDetector:
-    """Sees one face at the given size only, and keeps the sizes it was asked for."""
+class OneRow:
+    """A detector that reports this row."""
 
     taskname = "detection"
 
-    def __init__(self, size, row=(10, 10, 60, 70, 0.9)):
-        self.size, self.row, self.asked = size, row, []
+    def __init__(self, row):
+        self.row, self.asked = row, []
 
     def detect(self, image, input_size=None):
         self.asked.append(input_size)
-        seen = 1 if input_size == (self.size, self.size) else 0
-        return np.tile(np.float32(self.row), (seen, 1)), np.ones((seen, 5, 2), np.float32)
+        return np.float32([self.row]), np.ones((1, 5, 2), np.float32)
 
 
-DOWN = [640, 576, 512, 448, 384, 320, 256]
-UP = [704, 768, 832, 896, 960, 1024, 1088, 1152, 1216, 1280]
-
-
-@pytest.mark.parametrize(
-    ("size", "asked"),
-    [(640, [640]), (320, DOWN[:6]), (256, DOWN), (768, [*DOWN, 704, 768]), (1280, DOWN + UP), (None, DOWN + UP)],
-)
-def test_sizes_are_passed_to_detect_and_end_with_the_first_that_shows_a_face(models, monkeypatch, size, asked):
-    detector = RecordingDetector(size)
+def test_the_size_is_passed_to_detect(models, monkeypatch):
+    detector = OneRow((10, 10, 60, 70, 0.9))
     monkeypatch.setattr(face_analysis, "load_onnx", lambda *_: detector)
 
-    found = analyzer_of(models).detect(np.zeros((64, 64, 3), np.uint8))
+    found = analyzer_of(models).detect(np.zeros((64, 64, 3), np.uint8), 448)
 
-    assert detector.asked == [(side, side) for side in asked]
-    assert len(found) == (0 if size is None else 1)
+    assert detector.asked == [(448, 448)]
+    assert found[0].box == (10, 10, 60, 70)
 
 
 def test_a_box_of_nan_does_not_count_as_a_face(models, monkeypatch):
-    detector = RecordingDetector(640, row=(np.nan, 10, 60, 70, 0.9))
-    monkeypatch.setattr(face_analysis, "load_onnx", lambda *_: detector)
-    assert analyzer_of(models).detect(np.zeros((64, 64, 3), np.uint8)) == []
-    assert len(detector.asked) == len(DETECTOR_SIZES)
+    monkeypatch.setattr(face_analysis, "load_onnx", lambda *_: OneRow((np.nan, 10, 60, 70, 0.9)))
+    assert analyzer_of(models).detect(np.zeros((64, 64, 3), np.uint8), 640) == []
+
+
+class Upright(InsightFaceAnalyzer):
+    """Counts only sure faces with the mouth well below the eyes: the detector of these tests sees lying ones too."""
+
+    def detect(self, photo, side):
+        return [face for face in super().detect(photo, side) if self.stands(face)]
+
+    def stands(self, face):
+        eyes, mouth = face.landmarks[:2, 1].mean(), face.landmarks[3:, 1].mean()
+        return face.score > 0.7 and mouth - eyes > 0.3 * (face.box[3] - face.box[1])
+
+
+@pytest.mark.parametrize(
+    ("photo", "how"),
+    [
+        (PORTRAIT, "InsightFace at 640 px"),
+        (np.rot90(PORTRAIT, 1), "turned 90 degrees"),
+        (np.rot90(PORTRAIT, 2), "turned 180 degrees"),
+        (np.rot90(PORTRAIT, 3), "turned 270 degrees"),
+    ],
+    ids=["upright", "on its left side", "upside down", "on its right side"],
+)
+def test_a_picture_on_its_side_gives_the_upright_face(models, photo, how):
+    photo, analyzer = np.ascontiguousarray(photo), analyzer_of(models, Upright)
+    _, upright = faces.find_face(PORTRAIT, analyzer)
+
+    sight, found = faces.find_face(photo, analyzer)
+
+    assert sight.how.endswith(how)
+    assert (found.pixels - upright.pixels).abs().mean() < 0.02
+    assert functional.cosine_similarity(found.arcface, upright.arcface, dim=0) > 0.98
 
 
 def test_one_session_serves_every_size(analyzer):
-    analyzer.detect(np.zeros((64, 64, 3), np.uint8))
+    for side in (640, 320):
+        analyzer.detect(np.zeros((64, 64, 3), np.uint8), side)
     sessions = {id(session) for session in analyzer._detector.resolution_sessions.values()}
     assert len(sessions) == 1
 
@@ -314,7 +336,7 @@ def test_networks_are_built_once(models, monkeypatch):
     assert built == []
 
     for _ in range(2):
-        analyzer.parse(faces.find_face(PORTRAIT, analyzer).crop.pixels[None])
+        analyzer.parse(faces.find_face(PORTRAIT, analyzer)[1].pixels[None])
 
     assert sorted(built) == sorted(
         ["scrfd_10g_bnkps.onnx", "glintr100.onnx", "detection_Resnet50_Final.pth", "parsing_bisenet.pth"]
@@ -325,7 +347,7 @@ def test_the_hosts_random_numbers_are_left_alone(models):
     torch.manual_seed(5)
     before = torch.get_rng_state()
     analyzer = analyzer_of(models)
-    analyzer.parse(faces.find_face(PORTRAIT, analyzer).crop.pixels[None])
+    analyzer.parse(faces.find_face(PORTRAIT, analyzer)[1].pixels[None])
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -344,7 +366,7 @@ def test_importing_the_module_imports_none_of_the_heavy_packages():
 
 BLANK = np.zeros((64, 64, 3), np.uint8)
 USES = {
-    "detector": (ANTELOPE / "scrfd_10g_bnkps.onnx", lambda analyzer: analyzer.detect(BLANK)),
+    "detector": (ANTELOPE / "scrfd_10g_bnkps.onnx", lambda analyzer: analyzer.detect(BLANK, 640)),
     "recogniser": (ANTELOPE / "glintr100.onnx", lambda analyzer: analyzer.recognise_crop(BLANK)),
     "retinaface": (RETINAFACE, lambda analyzer: analyzer.detect_for_alignment(BLANK)),
     "bisenet": (BISENET, lambda analyzer: analyzer.parse(torch.zeros(1, 3, 512, 512))),

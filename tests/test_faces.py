@@ -34,7 +34,7 @@ class FakeAnalyzer:
         self.detected, self.for_alignment = list(detected), list(for_alignment)
         self.recognised_crops = []
 
-    def detect(self, photo):
+    def detect(self, photo, side):
         return self.detected
 
     def detect_for_alignment(self, photo):
@@ -120,7 +120,7 @@ LEFT, MIDDLE, RIGHT = face_at(60, 200, 30, 40), face_at(190, 60, 60, 70), face_a
 @pytest.mark.parametrize("seen", [[LEFT, MIDDLE, RIGHT], [RIGHT, LEFT, MIDDLE]])
 def test_every_order_and_index_picks_the_face_it_names(photo, order, expected, seen):
     assert faces.in_order(seen, order, SIZE) == expected
-    assert [faces.find_face(photo, FakeAnalyzer(seen), order, index).crop.box for index in range(3)] == [
+    assert [faces.find_face(photo, FakeAnalyzer(seen), order, index)[1].box for index in range(3)] == [
         face.box for face in expected
     ]
 
@@ -166,7 +166,7 @@ def mask_over(*places, shape=(30, 40)):
 def test_a_mask_over_one_face_takes_it_whatever_the_order(photo, face, order):
     x0, y0, x1, y1 = (int(edge / 10) for edge in face.box)
     mask = mask_over((y0, y1 + 1, x0, x1 + 1))
-    assert faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT]), order, 0, mask).crop.box == face.box
+    assert faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT]), order, 0, mask)[1].box == face.box
 
 
 def test_of_several_faces_under_a_mask_the_best_covered_comes_first():
@@ -196,10 +196,9 @@ def test_embedding_box_and_crop_are_of_the_chosen_face(photo):
     twins = [face_at(331, 121, 52, 62, 0.99), face_at(191, 61, 58, 72, 0.99), face_at(61, 199, 31, 41, 0.99)]
     analyzer = FakeAnalyzer([LEFT, MIDDLE, RIGHT], twins)
 
-    sight = faces.find_face(photo, analyzer, "right to left", 0)
+    sight, found = faces.find_face(photo, analyzer, "right to left", 0)
 
-    found = sight.crop
-    assert sight.faces == [RIGHT, MIDDLE, LEFT] and sight.index == 0
+    assert [face.box for face in sight.faces] == [RIGHT.box, MIDDLE.box, LEFT.box] and sight.index == 0
     assert found.box == RIGHT.box
     assert found.score == RIGHT.score
     assert torch.equal(found.arcface, torch.tensor(RIGHT.box))
@@ -213,7 +212,7 @@ def test_embedding_box_and_crop_are_of_the_chosen_face(photo):
     "others", [[], [LEFT, MIDDLE], [face_at(365, 120, 50, 60)]], ids=["none", "others", "a shoulder"]
 )
 def test_without_a_twin_the_detectors_own_landmarks_serve(photo, others):
-    found = faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT], others), "right to left").crop
+    found = faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT], others), "right to left")[1]
     assert np.array_equal(found.landmarks.numpy(), RIGHT.landmarks)
 
 
@@ -225,7 +224,7 @@ def test_of_two_twins_the_one_that_overlaps_best_serves():
 def test_a_face_that_only_the_second_detector_sees_is_recognised_from_its_crop(photo):
     analyzer = FakeAnalyzer([], [LEFT, MIDDLE])
 
-    found = faces.find_face(photo, analyzer, "left to right", 1).crop
+    found = faces.find_face(photo, analyzer, "left to right", 1)[1]
 
     assert found.box == MIDDLE.box
     assert found.arcface.tolist() == [7.0] * 512
@@ -258,6 +257,111 @@ def test_detections_that_are_not_finite_or_have_no_area_are_dropped():
     kept = faces.faces_of(boxes, landmarks, np.full(5, 0.9))
 
     assert [face.box for face in kept] == [(0, 0, 9, 9)]
+
+
+# ---- Sizes, margins and turns ----
+
+
+class Particular(FakeAnalyzer):
+    """Sees a face only in a photograph held one way, at one size: a white patch that lies as `patch` says."""
+
+    def __init__(self, side=None, shape=None, patch=None, upright=()):
+        super().__init__(for_alignment=upright)
+        self.side, self.shape, self.patch, self.asked = side, shape, patch, []
+
+    def detect(self, photo, side):
+        self.asked.append((photo.shape[:2], side))
+        if side != self.side or photo.shape[:2] != self.shape:
+            return []
+        y, x = (int(values.mean()) for values in np.nonzero((photo == 255).all(axis=2)))
+        return [face_at(x, y)] if self.patch in (None, (x, y)) else []
+
+
+DOWN = (640, 576, 512, 448, 384, 320, 256)
+UP = (768, 896, 1024, 1152, 1280)
+SPOT = (100, 60)  # x, y in a photograph 400 px wide and 300 high
+
+
+@pytest.fixture
+def spotted():
+    photo = np.full((300, 400, 3), 40, np.uint8)
+    photo[SPOT[1], SPOT[0]] = 255
+    return photo
+
+
+@pytest.mark.parametrize(
+    ("side", "sides"),
+    [(640, DOWN[:1]), (320, DOWN[:6]), (256, DOWN), (768, (*DOWN, 768)), (1280, DOWN + UP)],
+)
+def test_sizes_are_tried_in_turn_up_to_the_first_that_shows_a_face(spotted, side, sides):
+    analyzer = Particular(side, (300, 400))
+
+    sight, _ = faces.find_face(spotted, analyzer)
+
+    assert analyzer.asked == [((300, 400), asked) for asked in sides]
+    assert sight.how == f"InsightFace at {side} px"
+
+
+@pytest.mark.parametrize(
+    ("side", "shape", "patch", "how"),
+    [
+        (640, (600, 800), (300, 210), "InsightFace at 640 px, photograph with a margin of half its size"),
+        (256, (600, 800), (300, 210), "InsightFace at 256 px, photograph with a margin of half its size"),
+        (640, (400, 300), (239, 100), "InsightFace at 640 px, photograph turned 90 degrees"),
+        (320, (300, 400), None, "InsightFace at 320 px"),
+        (1280, (400, 300), (60, 299), "InsightFace at 1280 px, photograph turned 270 degrees"),
+    ],
+)
+def test_margins_and_turns_find_the_face_in_the_photographs_own_pixels(spotted, side, shape, patch, how):
+    analyzer = Particular(side, shape, patch)
+
+    sight, crop = faces.find_face(spotted, analyzer)
+
+    assert sight.how == how
+    assert sight.faces[0].center == pytest.approx(SPOT)
+    assert crop.box == sight.faces[0].box
+
+
+@pytest.mark.parametrize("view", faces.VIEWS, ids=lambda view: view.words)
+def test_every_pixel_goes_back_to_where_it_came_from(view):
+    rng = np.random.default_rng(2)
+    photo = rng.integers(0, 255, (30, 44, 3), dtype=np.uint8)
+    for x, y in ((0, 0), (43, 0), (7, 29), (20, 11)):
+        marked = photo.copy()
+        marked[y, x] = 255
+        held = view.of(marked)
+        v, u = (int(values[0]) for values in np.nonzero((held == 255).all(axis=2)))
+        found = faces.Face((u - 2, v - 1, u + 2, v + 1), np.tile([float(u), v], (5, 1)), 0.5)
+
+        back = view.back(found, photo)
+
+        assert back.landmarks.tolist() == [[x, y]] * 5
+        assert back.center == (x, y)
+        assert back.box[2] > back.box[0] and back.box[3] > back.box[1]
+
+
+def test_what_surrounds_a_photograph_is_what_surrounds_a_crop(spotted):
+    held = faces.VIEWS[1].of(spotted)
+    assert held.shape == (600, 800, 3)
+    assert held[0, 0].tolist() == held[-1, -1].tolist() == list(faces.CROP_BORDER)
+    assert np.array_equal(held[150:450, 200:600], spotted)
+
+
+def test_nothing_is_turned_where_the_second_detector_sees_a_face_upright(spotted):
+    analyzer = Particular(640, (400, 300), upright=[face_at(*SPOT)])
+
+    sight, crop = faces.find_face(spotted, analyzer)
+
+    assert sight.how == "RetinaFace alone"
+    assert crop.arcface.tolist() == [7.0] * 512
+    assert {shape for shape, _ in analyzer.asked} == {(300, 400), (600, 800)}
+
+
+def test_a_photograph_without_a_face_is_looked_at_every_way_once(spotted):
+    analyzer = Particular()
+    with pytest.raises(NoFaceError):
+        faces.find_face(spotted, analyzer)
+    assert len(analyzer.asked) == sum(len(view.sides) for view in faces.VIEWS) == len(DOWN + UP) + 4 + 9
 
 
 # ---- Reading a photograph ----

@@ -331,9 +331,10 @@ def encoding() -> Iterator[Row]:
             models / "insightface/models/antelopev2",
             models / "facexlib/detection_Resnet50_Final.pth",
             models / "facexlib/parsing_bisenet.pth",
+            manage=host.manage,
         )
         managed = (host.managed(module) for module in (tower, checkpoint.encoder, checkpoint.projections))
-        pulid = Pulid("v1", checkpoint.fingerprint, checkpoint.projections.widths, *managed, analyzer)
+        pulid = Pulid("v1", checkpoint.fingerprint, checkpoint.projections.widths, *managed, analyzer, "bench")
         photo = torch.from_numpy(skimage.data.astronaut().copy()).float()[None] / 255
         times = []
         for shift in range(2):  # another photograph each time

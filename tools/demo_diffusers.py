@@ -70,7 +70,7 @@ def encode(photo: Path, files: dict[str, Path]) -> tuple[Tensor, Version, tuple[
         files["scrfd_10g_bnkps.onnx"].parent, files["detection_Resnet50_Final.pth"], files["parsing_bisenet.pth"]
     )
     pixels = torch.from_numpy(np.asarray(Image.open(photo).convert("RGB")) / np.float32(255))
-    crop = find_face(read_photo(pixels), analyzer).crop
+    _, crop = find_face(read_photo(pixels), analyzer)
     faces = grey_on_white(crop.pixels[None], analyzer.parse(crop.pixels[None]))
 
     tower = load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"], dtype=torch.float32)

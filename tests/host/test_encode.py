@@ -14,7 +14,9 @@ comfy_host.enter(os.environ["COMFYUI"])
 import folder_paths
 import numpy as np
 import torch
+from pulid_sdxl.nodes import identity, kept, looking
 from pulid_sdxl.nodes.identity import PulidEncode
+from pulid_sdxl.nodes.sockets import Pulid, Reading
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding
@@ -30,7 +32,11 @@ def previews_go_elsewhere(tmp_path, monkeypatch):
 class OnePixelIsAFace:
     """An analyzer that sees a face at each white pixel: its recogniser gives the place back."""
 
-    def detect(self, photo):
+    def __init__(self):
+        self.looks = 0
+
+    def detect(self, photo, side):
+        self.looks += 1
         spots = np.argwhere((photo == 255).all(axis=2))[:, ::-1]
         return [Face((x - 20, y - 20, x + 20.0 + index, y + 20), LANDMARKS - 50 + (x, y), 0.9)
                 for index, (x, y) in enumerate(spots)]  # fmt: skip
@@ -45,14 +51,26 @@ class OnePixelIsAFace:
         return torch.ones(len(crops), 512, 512, dtype=torch.uint8)
 
 
-class Identifies:
-    """Stands where the loaded PuLID does; remembers what it was given."""
+class Identifies(Pulid):
+    """A PuLID whose analyzer is given and whose networks are not there; remembers what it was given."""
 
-    analyzer = OnePixelIsAFace()
+    def __init__(self, version="v1", source=None):
+        super().__init__(version, "print", (), None, None, None, OnePixelIsAFace(), source or object())
+        self.faces, self.batches = [], []
 
-    def identify(self, faces, arcface, photos, id_mix):
-        self.faces, self.arcface, self.photos, self.id_mix = faces, arcface, photos, id_mix
-        return IdEmbedding(torch.zeros(1, 10, 2048), torch.zeros(1, 10, 2048), "v1", "print")
+    def read(self, faces, arcface, together):
+        self.batches.append(len(faces))
+        self.faces += zip(faces, arcface, strict=True)
+        return [Reading(torch.full((10, 2048), float(row[0]))) for row in arcface]
+
+    def identify(self, readings, photos, id_mix):
+        self.readings, self.photos, self.id_mix = readings, photos, id_mix
+        return IdEmbedding(torch.zeros(1, 10, 2048), torch.zeros(1, 10, 2048), self.version, "print")
+
+    @property
+    def lefts(self):
+        """Left edges of the boxes of the faces that were read."""
+        return [arcface[0].item() for _, arcface in self.faces]
 
 
 def photograph(*spots, height=200, width=300, channels=3):
@@ -76,8 +94,11 @@ def test_one_photograph_gives_an_identity_and_both_previews():
     assert seen.shape == (1, 336, 336, 3)
     assert detections.shape == (1, 200, 300, 3)
     assert not torch.equal(detections, photograph((100, 100)))  # the box is drawn
-    assert out.ui["text"] == ["1 of 1 photographs used, PuLID v1, 10 ID tokens."]
-    assert len(out.ui["images"]) == 1
+    assert out.ui["text"] == [
+        "Photograph 1 of 1: face 0 of 1, largest; InsightFace at 640 px.",
+        "1 of 1 photographs used, PuLID v1, 10 ID tokens.",
+    ]
+    assert len(out.ui["images"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -85,14 +106,14 @@ def test_one_photograph_gives_an_identity_and_both_previews():
 )
 def test_the_chosen_face_is_the_one_that_is_recognised(face, index, left):
     pulid, _ = encode(photograph((40, 60), (100, 100), (200, 140)), face=face, face_index=index)
-    assert pulid.arcface[0, 0] == left
+    assert pulid.lefts == [left]
 
 
 def test_a_mask_chooses_the_face_it_covers():
     mask = torch.zeros(1, 100, 150)
     mask[:, 60:80, 90:110] = 1  # half the photograph's size: around (200, 140)
     pulid, _ = encode(photograph((40, 60), (200, 140)), face="left to right", mask=mask)
-    assert pulid.arcface[0, 0] == 180
+    assert pulid.lefts == [180]
     with pytest.raises(InputError, match=r"Photograph 1 of 1: The mask touches no face"):
         encode(photograph((40, 60)), mask=mask)
 
@@ -107,9 +128,11 @@ def test_no_face_can_be_skipped_and_is_said():
     batch = torch.cat((photograph(), photograph((100, 100)), photograph()))
     pulid, out = encode(batch, no_face="skip photo")
     assert len(pulid.faces) == 1
-    assert [line.split(":")[0] for line in out.ui["text"][:2]] == ["Photograph 1 of 3", "Photograph 3 of 3"]
-    assert out.ui["text"][2].startswith("1 of 3 photographs used")
-    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1"):
+    assert [line[:28] for line in out.ui["text"]] == [
+        "Photograph 1 of 3: skipped. ", "Photograph 2 of 3: face 0 of", "Photograph 3 of 3: skipped. ",
+        "1 of 3 photographs used, PuL",
+    ]  # fmt: skip
+    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1: skipped"):
         encode(photograph(), no_face="skip photo")
 
 
@@ -121,7 +144,7 @@ def test_an_index_beyond_the_last_says_how_many_faces_there_are():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grey_and_transparent_photographs_are_taken(channels):
     pulid, _ = encode(photograph((100, 100), channels=channels))
-    assert pulid.faces.shape == (1, 3, 512, 512)
+    assert pulid.faces[0][0].shape == (3, 512, 512)
 
 
 def test_a_photograph_8000_px_wide_is_taken():
@@ -147,4 +170,102 @@ def test_what_cannot_be_a_photograph_is_refused_in_words(image, words):
 
 def test_choices_reach_the_encoder():
     pulid, _ = encode(torch.cat([photograph((100, 100))] * 2), photos="average", id_mix=True)
-    assert (pulid.photos, pulid.id_mix, len(pulid.arcface)) == ("average", True, 2)
+    assert (pulid.photos, pulid.id_mix, len(pulid.readings)) == ("average", True, 2)
+
+
+def test_one_mask_serves_all_photographs_and_several_serve_one_each():
+    batch = torch.cat([photograph((40, 60), (200, 140))] * 3)
+    left, right = torch.zeros(2, 200, 300)
+    left[40:80, 20:60], right[120:160, 180:220] = 1, 1
+    assert encode(batch, mask=right[None])[0].lefts == [180] * 3
+    assert encode(batch, mask=torch.stack((left, right)))[0].lefts == [20, 180, 180]
+
+
+# ---- Kept by content ----
+
+
+def test_the_same_photograph_is_not_looked_at_again():
+    source = "the same weights"
+    first, out = encode(photograph((100, 100)), Identifies(source=source))
+    again, repeated = encode(photograph((100, 100)), Identifies(source=source))
+    assert first.analyzer.looks == 1 and again.analyzer.looks == 0 and not again.faces
+    assert all(mine is others for mine, others in zip(out.args, repeated.args, strict=True))
+    assert out.ui == repeated.ui
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"image": photograph((101, 100))},
+        {"face": "center"},
+        {"face_index": 1},
+        {"mask": torch.ones(1, 8, 8)},
+        {"pulid": Identifies(source="other weights")},
+    ],
+    ids=["another photograph", "another order", "another index", "a mask", "other weights"],
+)
+def test_whatever_changes_what_is_seen_looks_again(changed):
+    two = photograph((40, 60), (200, 140))
+    encode(two, Identifies(source="these weights"))
+    pulid, _ = encode(**{"image": two, "pulid": Identifies(source="these weights"), **changed})
+    assert pulid.analyzer.looks == 1 and len(pulid.faces) == 1
+
+
+@pytest.mark.parametrize("changed", [{"photos": "average"}, {"id_mix": True}, {"no_face": "skip photo"}])
+def test_what_is_made_of_the_same_photographs_looks_at_none_again(changed):
+    batch = torch.cat((photograph((40, 60)), photograph((90, 60))))
+    encode(batch, Identifies(source=str(changed)))
+    pulid, _ = encode(batch, Identifies(source=str(changed)), **changed)
+    assert pulid.analyzer.looks == 0 and len(pulid.readings) == 2
+
+
+def test_of_a_batch_only_the_new_photograph_is_looked_at():
+    pulid = Identifies()
+    encode(torch.cat((photograph((40, 60)), photograph((90, 60)))), pulid)
+    encode(torch.cat((photograph((40, 60)), photograph((50, 60)), photograph((90, 60)))), pulid)
+    assert pulid.lefts == [20, 70, 30]
+    assert [reading.tokens[0, 0].item() for reading in pulid.readings] == [20, 30, 70]
+
+
+def test_that_a_photograph_shows_no_face_is_kept_too():
+    pulid = Identifies()
+    for _ in range(2):
+        with pytest.raises(NoFaceError, match="Photograph 1 of 1"):
+            encode(photograph(), pulid)
+    looks = pulid.analyzer.looks
+    encode(torch.cat((photograph(), photograph((40, 60)))), pulid, no_face="skip photo")
+    assert pulid.analyzer.looks == looks + 1
+
+
+def test_photographs_go_through_the_networks_a_few_at_a_time(monkeypatch):
+    batch = torch.cat([photograph((40 + shift, 60)) for shift in range(10)])
+    pulid, out = encode(batch)
+    assert pulid.batches == [looking.BATCH, looking.BATCH, 2]
+    assert pulid.lefts == [20 + shift for shift in range(10)]
+    assert out.args[1].shape[0] == out.args[2].shape[0] == 10
+
+
+def test_what_is_kept_stays_within_its_limit(monkeypatch):
+    monkeypatch.setattr(identity, "KEPT", few := kept.Kept(5 * 2**20))
+    pulid = Identifies()
+    for shift in range(12):
+        encode(photograph((40 + shift, 60)), pulid)
+    assert 0 < few.bytes <= few.limit
+    assert pulid.analyzer.looks == 12
+    encode(photograph((51, 60)), pulid)
+    assert pulid.analyzer.looks == 12
+    encode(photograph((40, 60)), pulid)
+    assert pulid.analyzer.looks == 13
+
+
+def test_interrupting_stops_before_the_next_photograph(monkeypatch):
+    pulid, checks = Identifies(), iter([None, None, InterruptedError()])
+
+    def check():
+        if error := next(checks):
+            raise error
+
+    monkeypatch.setattr(identity, "throw_exception_if_processing_interrupted", check)
+    with pytest.raises(InterruptedError):
+        encode(torch.cat([photograph((40 + shift, 60)) for shift in range(5)]), pulid)
+    assert pulid.analyzer.looks == 2

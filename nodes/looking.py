@@ -1,0 +1,108 @@
+"""Looks at the photographs of a batch, a few at a time, and keeps what was seen in each."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..pulid.errors import InputError, NoFaceError
+from ..pulid.faces import VISION_SIZE, Sight, find_face, grey_on_white, read_photo, shrink
+from ..pulid.identity import FaceCrop
+from .kept import Kept, digest
+from .sockets import Pulid, Reading
+
+BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which face of a photograph, and whether the encoder will look at it together with those of others."""
+
+    order: str
+    index: int
+    together: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Photograph:
+    """One photograph to look at.
+
+    pixels  (H, W, C), a row of an IMAGE batch
+    mask    (H, W) over the face to take, or None
+    key     tells what will be seen from anything else: by content, weights and choice
+    """
+
+    pixels: Tensor
+    mask: Tensor | None
+    key: Hashable
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was seen in one photograph.
+
+    seen  (336, 336, 3), the face as the vision tower sees it, 0..1
+    """
+
+    sight: Sight
+    seen: Tensor
+    reading: Reading
+
+
+def photographs(image: Tensor, mask: Tensor | None, *circumstances: Hashable) -> list[Photograph]:
+    """The rows of an IMAGE batch with their masks (B, H, W); the last mask serves for all that follow."""
+    masks = [None if mask is None else mask[min(row, len(mask) - 1)] for row in range(len(image))]
+    return [
+        Photograph(picture, where, (*circumstances, digest(picture), None if where is None else digest(where)))
+        for picture, where in zip(image, masks, strict=True)
+    ]
+
+
+def look(
+    pulid: Pulid, taken: Sequence[Photograph], choice: Choice, kept: Kept, step: Callable[[], None]
+) -> Iterator[Look | NoFaceError]:
+    """What is seen in each photograph, in order; a NoFaceError for one that shows no face.
+
+    kept  looks by key, from earlier times and for later
+    step  is called before each photograph is looked at, and may raise
+
+    Raises InputError, with the photograph's number, for one that cannot be used.
+    """
+    waiting: list[tuple[Hashable, Look | NoFaceError | tuple[Sight, FaceCrop]]] = []
+    for number, photograph in enumerate(taken, start=1):
+        step()
+        if (seen := kept.get(photograph.key)) is None:
+            try:
+                seen = find_face(
+                    read_photo(photograph.pixels), pulid.analyzer, choice.order, choice.index, photograph.mask
+                )
+            except NoFaceError as error:
+                seen = error.with_traceback(None)  # which would keep the photograph
+                kept.put(photograph.key, seen)
+            except InputError as error:
+                raise InputError(f"Photograph {number} of {len(taken)}: {error}") from error
+        waiting.append((photograph.key, seen))
+        if sum(isinstance(one, tuple) for _, one in waiting) in (0, BATCH):
+            yield from _read(pulid, waiting, choice, kept)
+            waiting = []
+    yield from _read(pulid, waiting, choice, kept)
+
+
+def _read(pulid: Pulid, waiting: list, choice: Choice, kept: Kept) -> Iterator[Look | NoFaceError]:
+    """Sends the crops among these through the networks together; what is ready already passes by."""
+    found = [one for _, one in waiting if isinstance(one, tuple)]
+    looks = iter(_looks(pulid, found, choice) if found else ())
+    for key, one in waiting:
+        if isinstance(one, tuple):
+            one = next(looks)
+            kept.put(key, one, (one.seen, *one.reading.tensors))
+        yield one
+
+
+def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], choice: Choice) -> list[Look]:
+    pixels = torch.stack([crop.pixels for _, crop in found])
+    faces = grey_on_white(pixels, pulid.analyzer.parse(pixels))
+    readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), choice.together)
+    seen = shrink(faces, VISION_SIZE).clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
+    return [Look(sight, one.clone(), reading) for (sight, _), one, reading in zip(found, seen, readings, strict=True)]
