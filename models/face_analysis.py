@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
 FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
+CAFFE_MEAN = (104.0, 117.0, 123.0)  # BGR, what RetinaFace was trained with
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -105,7 +106,7 @@ class InsightFaceAnalyzer:
     def detect_for_alignment(self, photo: Photo) -> list[Face]:
         """RetinaFace's faces, at the photograph's own size."""
         network, bring = self._retinaface
-        network.device = bring()  # it moves what it makes to this device, and has its mean apart from its weights
+        network.device = bring()
         network.mean_tensor = network.mean_tensor.to(network.device)
         with torch.inference_mode():
             rows = network.detect_faces(bgr(photo), RETINAFACE_SCORE)  # (n, 15): box, score, landmarks
@@ -143,7 +144,8 @@ class InsightFaceAnalyzer:
     @cached_property
     def _retinaface(self) -> tuple[nn.Module, Bring]:
         retinaface = import_package("facexlib.detection.retinaface")
-        network = load_torch(self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device=CPU))
+        network = load_torch(self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device="meta"))
+        network.mean_tensor = torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1)  # no part of its weights
         return network, self._manage(network)
 
     @cached_property
@@ -179,8 +181,8 @@ def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
     """The network that `make` builds on the CPU, with the weights of one of facexlib's files, ready to run."""
     # Trained on several GPUs, RetinaFace was saved with `module.` before every name.
     state = {name.removeprefix("module."): tensor for name, tensor in read_tensors(file).items()}
-    # Building draws random weights, which are then replaced: leave the host's random numbers as they were.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    # On the meta device nothing is drawn at random only to be replaced: it is quick, and the host's numbers stay.
+    with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # facexlib's deprecated argument
         network = make()
     try:

@@ -310,39 +310,26 @@ def loading(repeats: int) -> Iterator[Row]:
     yield Row("  peak memory of it", peak_ours / 1e6, peak_plain / 1e6, "MB")
 
 
-def encoding() -> Iterator[Row]:
-    """A first and a further photograph through face networks, vision tower and encoder, with stand-in weights."""
-    import skimage.data
-    import standin_faces
-    import standins
-    from pulid_sdxl.models import checkpoints, face_analysis
-    from pulid_sdxl.nodes import host
-    from pulid_sdxl.nodes.identity import PulidEncode
-    from pulid_sdxl.nodes.sockets import Pulid
+def encoding(comfyui: str, photographs: int, many: int) -> Iterator[Row]:
+    """From photograph to identity with stand-in weights, over the published way; then `many` photographs at once.
 
+    Each in a process of its own.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        models = Path(folder)
-        standin_faces.make_face_models(models)
-        standins.make_pulid(models / "pulid.safetensors", layout="v1-converted", width_scale=0.1)
-        standins.make_eva(models / "eva.pt", layout="published")
-        checkpoint = checkpoints.load_pulid(models / "pulid.safetensors", host.OPERATIONS)
-        tower = checkpoints.load_vision_tower(models / "eva.pt", host.OPERATIONS)
-        analyzer = face_analysis.InsightFaceAnalyzer(
-            models / "insightface/models/antelopev2",
-            models / "facexlib/detection_Resnet50_Final.pth",
-            models / "facexlib/parsing_bisenet.pth",
-            manage=host.manage,
-        )
-        managed = (host.managed(module) for module in (tower, checkpoint.encoder, checkpoint.projections))
-        pulid = Pulid("v1", checkpoint.fingerprint, checkpoint.projections.widths, *managed, analyzer, "bench")
-        photo = torch.from_numpy(skimage.data.astronaut().copy()).float()[None] / 255
-        times = []
-        for shift in range(2):  # another photograph each time
-            start = time.perf_counter()
-            PulidEncode.execute(pulid, photo.roll(8 * shift, dims=2), "largest", 0, "one person", False, "stop")
-            times.append(time.perf_counter() - start)
-    yield Row("first photograph encoded", times[0], None, "s")
-    yield Row("a further photograph, over the first", times[-1], times[0], "s")
+
+        def run(*words) -> str:
+            command = [sys.executable, str(Path(__file__).with_name("bench_encoding.py")), *map(str, words)]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        run("make", folder)
+        ours, other = (json.loads(run(how, folder, comfyui, photographs)) for how in ("ours", "published"))
+        yield Row("first photograph encoded, over the published way", ours[0], other[0], "s", 0.6)
+        further = (statistics.median(times[1:photographs]) for times in (ours, other))
+        yield Row("  a further photograph", *further, "s", 0.8)
+        yield Row("  the same photograph again", ours[-1], None, "s", 0.005)
+        if many:
+            peaks = (int(run("peak", folder, comfyui, count)) / 1e6 for count in (many, 4))
+            yield Row(f"  peak memory of {many} photographs, over that of 4", *peaks, "MB", 1.1)
 
 
 def show(rows: Iterator[Row]) -> list[Row]:
@@ -374,7 +361,11 @@ def main() -> int:
         import comfy_host
 
         comfy_host.enter(arguments.comfyui)  # after counting: it changes what torch makes of attention
-        parts += [encoding, *(lambda size=size: steps(*size) for size in sizes), lambda: slider(FULL)]
+        parts += [
+            lambda: encoding(1 if arguments.quick else 5),
+            *(lambda size=size: steps(*size) for size in sizes),
+            lambda: slider(FULL),
+        ]
     else:
         print("No ComfyUI: operators, bytes and loading only.")
     with torch.inference_mode():
