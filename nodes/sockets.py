@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pulid.attention import SiteKV
-from ..pulid.embed import Photos, combine, face_vectors, reads_together, uncond_tokens
+from ..pulid.embed import Photos, face_vectors, identity_of, reads_together, uncond_tokens
 from ..pulid.faces import FaceAnalyzer, to_vision_input
 from ..pulid.identity import IdEmbedding, Version
 from . import host
@@ -85,7 +85,7 @@ class Pulid:
             tokens = self.encoder.model(x, (torch.cat(stream).unsqueeze(0).to(device) for stream in streams)).cpu()
         else:
             tokens = torch.stack([reading.tokens for reading in readings])
-        return combine(tokens, self._zeros, self.version, self.fingerprint, photos, id_mix)
+        return identity_of(tokens, self._zeros, self.version, self.fingerprint, photos, id_mix)
 
     def with_noise(self, identity: IdEmbedding, noise: float, seed: int) -> IdEmbedding:
         """The identity with the encoder's answer to noise, instead of zeros, in its negative branch."""

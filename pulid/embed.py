@@ -33,8 +33,11 @@ def uncond_tokens(encoder: nn.Module, positions: int, device=None, noise: float 
     return encoder(x, hidden)
 
 
-def join(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:
-    """v1's rule: all tokens of the first photograph, of each further one the first five (all when mixing people)."""
+def join_tokens(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:
+    """v1's rule: all tokens of the first photograph, of each further one the first five (all when mixing people).
+
+    (R, T, D) each -> (R, sum of tokens, D)
+    """
     first, *further = tokens
     return torch.cat((first, *(t if id_mix else t[:, :FACE_TOKENS] for t in further)), dim=1)
 
@@ -56,16 +59,16 @@ def embed(
 ) -> IdEmbedding:
     """ID tokens of P photographs: x (P, 1280) from `face_vectors`, hidden 5 x (P, positions, 1024).
 
-    The rest as in `combine`. Raises InputError when there is no photograph.
+    The rest as in `identity_of`. Raises InputError when there is no photograph.
     """
     if len(x) == 0:
         raise InputError("An identity needs at least one photograph with a face; none was left.")
     if reads_together(version, photos):
         x, hidden = x.unsqueeze(0), [stream.flatten(0, 1).unsqueeze(0) for stream in hidden]
-    return combine(encoder(x, hidden), uncond, version, fingerprint, photos, id_mix)
+    return identity_of(encoder(x, hidden), uncond, version, fingerprint, photos, id_mix)
 
 
-def combine(
+def identity_of(
     tokens: Tensor,
     uncond: Tensor,
     version: Version,
@@ -85,6 +88,6 @@ def combine(
     if photos == "average":
         tokens = tokens.mean(dim=0, keepdim=True)
     elif photos == "one person":
-        uncond = join([uncond] * len(tokens), id_mix)
-        tokens = join(tokens.split(1), id_mix)
+        uncond = join_tokens([uncond] * len(tokens), id_mix)
+        tokens = join_tokens(tokens.split(1), id_mix)
     return IdEmbedding(tokens, uncond, version, fingerprint)

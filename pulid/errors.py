@@ -8,6 +8,7 @@
     │   ├── MissingWeights    it is not where it was looked for
     │   ├── ForeignWeights    it is whole, but something else than what was asked for
     │   └── DamagedWeights    truncated, altered, or not a weight file at all
+    ├── IdentityFileError     an identity file: not there, something else, truncated, altered, or not to be written
     └── MissingPackage        a Python package that the node needs cannot be imported
 
 A message says what was expected, what was found, and what to do next.
@@ -44,6 +45,10 @@ class ForeignWeights(WeightsError):
 
 class DamagedWeights(WeightsError):
     """A truncated or altered file, or one that never was a weight file."""
+
+
+class IdentityFileError(PulidError):
+    """An identity file cannot be read or written."""
 
 
 class MissingPackage(PulidError, ImportError):

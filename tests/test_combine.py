@@ -1,0 +1,222 @@
+"""How two identities become one, and what is left of each."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from pulid_sdxl.pulid.combine import MODES, combine
+from pulid_sdxl.pulid.embed import embed, uncond_tokens
+from pulid_sdxl.pulid.encoders import FACE_WIDTH, HIDDEN_WIDTH, IdEncoder
+from pulid_sdxl.pulid.errors import InputError, MismatchError
+from pulid_sdxl.pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, thumbnails
+
+TOKENS = {"v1": 10, "v1.1": 32}
+CALCULATED = ("average", "add", "subtract")
+
+
+def tokens(rows, count, seed):
+    return torch.randn(rows, count, 2048, generator=torch.Generator().manual_seed(seed))
+
+
+def identity(seed, version="v1", rows=1, encoder="print", photographs=1):
+    """Tokens as v1 lays them out for several photographs, or v1.1 for any number of them."""
+    nobody = tokens(1, TOKENS[version], seed=1000)
+    uncond = torch.cat((nobody, *[nobody[:, :5]] * (photographs - 1)), dim=1)
+    return IdEmbedding(tokens(rows, uncond.shape[1], seed), uncond, version, encoder)
+
+
+@pytest.fixture(params=TOKENS)
+def pair(request):
+    return identity(1, request.param), identity(2, request.param)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return IdEncoder().requires_grad_(False)
+
+
+def encoded(encoder, photographs, **options):
+    """An identity of these photographs, told apart by numbers."""
+    drawn = [torch.Generator().manual_seed(number) for number in photographs]
+    x = torch.cat([torch.randn(1, FACE_WIDTH, generator=g) for g in drawn])
+    hidden = [torch.cat([torch.randn(1, 5, HIDDEN_WIDTH, generator=g) for g in drawn]) for _ in range(5)]
+    return embed(encoder, "v1", "print", x, hidden, uncond_tokens(encoder, 5), **options)
+
+
+@pytest.mark.parametrize(("mode", "id_mix"), [("mix", True), ("auxiliary", False)])
+def test_joining_v1_identities_is_encoding_their_photographs_together(encoder, mode, id_mix):
+    joined = combine(encoded(encoder, [1]), encoded(encoder, [2]), mode)
+
+    together = encoded(encoder, [1, 2], id_mix=id_mix)
+    assert torch.allclose(joined.cond, together.cond, atol=1e-5)
+    assert torch.equal(joined.uncond, together.uncond)
+
+
+def test_mix_takes_all_tokens_and_auxiliary_the_first_five_of_the_second(pair):
+    first, second = pair
+    mix, auxiliary = combine(*pair, "mix"), combine(*pair, "auxiliary")
+
+    assert torch.equal(mix.cond, torch.cat((first.cond, second.cond), dim=1))
+    assert torch.equal(auxiliary.cond, torch.cat((first.cond, second.cond[:, :5]), dim=1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_negative_branch_has_as_many_tokens_as_the_result(pair, mode):
+    combined = combine(*pair, mode)
+
+    assert combined.uncond.shape == (1, combined.tokens, 2048)
+    assert (combined.version, combined.encoder) == (pair[0].version, "print")
+
+
+def test_the_weight_of_average_runs_from_the_first_to_the_second(pair):
+    first, second = pair
+
+    assert torch.equal(combine(*pair, "average", 0.0).cond, first.cond)
+    assert torch.equal(combine(*pair, "average", 1.0).cond, second.cond)
+    quarter = combine(*pair, "average", 0.25).cond
+    assert quarter[0, 3, 7].item() == pytest.approx(
+        0.75 * first.cond[0, 3, 7].item() + 0.25 * second.cond[0, 3, 7].item()
+    )
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("add", 1), ("subtract", -1)])
+def test_add_and_subtract_move_by_what_the_second_adds_to_nobody(pair, mode, sign):
+    first, second = pair
+
+    moved = combine(*pair, mode, 0.5).cond
+
+    for token, channel in ((0, 0), (7, 99), (9, 2047)):
+        person = second.cond[0, token, channel].item() - second.uncond[0, token, channel].item()
+        expected = first.cond[0, token, channel].item() + sign * 0.5 * person
+        assert moved[0, token, channel].item() == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(combine(*pair, mode, 0.0).cond, first.cond)
+
+
+def test_a_person_less_themselves_is_nobody(pair):
+    first, _ = pair
+
+    assert torch.allclose(combine(first, first, "subtract", 1.0).cond, first.uncond, atol=1e-5)
+
+
+def test_what_is_added_can_be_taken_away_again(pair):
+    first, second = pair
+
+    assert torch.allclose(combine(combine(*pair, "add"), second, "subtract").cond, first.cond, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["mix", "auxiliary"])
+def test_joining_does_not_use_the_weight(pair, mode):
+    assert torch.equal(combine(*pair, mode, 0.0).cond, combine(*pair, mode, 1.0).cond)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_two_that_go_in_stay_as_they_are(pair, mode):
+    before = [copy.clone() for one in pair for copy in (one.cond, one.uncond)]
+    combine(*pair, mode)
+    assert all(map(torch.equal, before, [kept for one in pair for kept in (one.cond, one.uncond)]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("rows", "found"), [((1, 3), 3), ((3, 1), 3), ((3, 3), 3), ((1, 1), 1)])
+def test_one_identity_serves_every_row_of_the_other(mode, rows, found):
+    first, second = identity(1, rows=rows[0]), identity(2, rows=rows[1])
+
+    combined = combine(first, second, mode)
+
+    assert len(combined.cond) == found
+    for row in range(found):
+        alone = combine(
+            replace(first, cond=first.cond[[min(row, rows[0] - 1)]]),
+            replace(second, cond=second.cond[[min(row, rows[1] - 1)]]),
+            mode,
+        )
+        assert torch.equal(combined.cond[row], alone.cond[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_numbers_of_identities_are_refused_with_both(mode):
+    with pytest.raises(MismatchError, match=r"identity_1 holds 2 identities, identity_2 holds 3\."):
+        combine(identity(1, rows=2), identity(2, rows=3), mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("other", [identity(2, "v1.1"), identity(2, encoder="other")], ids=["version", "encoder"])
+def test_identities_of_two_encoders_are_refused_with_both(mode, other):
+    with pytest.raises(MismatchError) as refusal:
+        combine(identity(1), other, mode)
+
+    for one in (identity(1), other):
+        assert f"PuLID {one.version} (encoder {one.encoder})" in str(refusal.value)
+
+
+@pytest.mark.parametrize("mode", CALCULATED)
+def test_different_numbers_of_tokens_join_but_are_not_calculated_with(mode):
+    one, three = identity(1), identity(2, photographs=3)
+
+    with pytest.raises(MismatchError, match="identity_1 has 10 tokens and identity_2 20: "):
+        combine(one, three, mode)
+    assert combine(one, three, "mix").tokens == 30
+    assert combine(three, one, "auxiliary").tokens == 25
+
+
+@pytest.mark.parametrize("mode", CALCULATED)
+def test_as_many_tokens_that_play_other_parts_are_not_calculated_with(encoder, mode):
+    three, mixed = encoded(encoder, [1, 2, 3]), encoded(encoder, [4, 5], id_mix=True)
+    assert three.tokens == mixed.tokens == 20
+
+    with pytest.raises(MismatchError, match="which play other parts"):
+        combine(three, mixed, mode)
+
+
+@pytest.mark.parametrize("mode", CALCULATED)
+def test_the_rounding_of_another_machine_makes_no_other_layout(pair, mode):
+    first, second = pair
+    rounded = replace(second, uncond=second.uncond.half().float())
+
+    assert torch.equal(combine(first, rounded, mode).uncond, first.uncond)
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan, math.inf])
+def test_a_weight_outside_its_range_is_refused(pair, weight):
+    with pytest.raises(InputError, match="between 0 and 1, found"):
+        combine(*pair, "average", weight)
+
+
+def test_an_unknown_mode_is_refused_with_the_known_ones(pair):
+    with pytest.raises(InputError, match=r"'blend'.* mix, auxiliary, average, add, subtract"):
+        combine(*pair, "blend")
+
+
+def shades(*values):
+    return torch.stack([torch.full((PREVIEW_SIZE, PREVIEW_SIZE, 3), value, dtype=torch.uint8) for value in values])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shown"),
+    [
+        (None, None, None),
+        (shades(1), None, [1]),
+        (None, shades(2), [2]),
+        (shades(1), shades(2, 3), [1, 2, 3]),
+        (shades(*range(8)), shades(20, 21), [0, 1, 2, 3, 4, 5, 20, 21]),
+        (shades(*range(8)), shades(*range(20, 28)), [0, 1, 2, 3, 20, 21, 22, 23]),
+    ],
+    ids=["none", "first", "second", "both", "many and few", "many and many"],
+)
+def test_the_faces_of_both_are_shown(pair, first, second, shown):
+    combined = combine(replace(pair[0], preview=first), replace(pair[1], preview=second), "mix")
+
+    found = combined.preview
+    assert (found if found is None else found[:, 0, 0, 0].tolist()) == shown
+
+
+def test_thumbnails_are_small_and_at_most_eight():
+    faces = torch.arange(20.0).div(19)[:, None, None, None].expand(-1, 3, 512, 512)
+
+    small = thumbnails(faces)
+
+    assert small.shape == (PREVIEWS, PREVIEW_SIZE, PREVIEW_SIZE, 3)
+    assert small.dtype == torch.uint8
+    assert small[:, 5, 5, 1].tolist() == [round(255 * index / 19) for index in range(8)]
