@@ -17,6 +17,8 @@ from torch import Tensor
 from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights
 from .catalogue import BY_NAME
 
+SAFETENSORS = rb"(?s).{5}\0\0\0{"  # length of the header, below 2 ** 40, and a JSON object
+
 # What a failed download leaves under the name of a weight file.
 NOT_WEIGHTS = (
     (rb"\Z", "is empty"),
@@ -125,7 +127,7 @@ def _read_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
 
 
 FORMATS = (
-    (rb"(?s).{5}\0\0\0{", _read_safetensors),  # length of the header, below 2 ** 40, and a JSON object
+    (SAFETENSORS, _read_safetensors),
     (rb"PK\x03\x04", _read_zip),
     (rb"\x80[\x02-\x05]", _read_pickle),  # PyTorch before 1.6; it cannot be mapped
 )

@@ -4,11 +4,23 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host
 from .apply import PulidApply, PulidApplyAdvanced
+from .combine import PulidCombineIdentities
 from .identity import PulidEncode
+from .identity_files import PulidLoadIdentity, PulidSaveIdentity
 from .load import PulidLoader
+from .similarity import PulidFaceSimilarity
 
 
 class PulidExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_folders()
-        return [PulidLoader, PulidEncode, PulidApply, PulidApplyAdvanced]
+        return [
+            PulidLoader,
+            PulidEncode,
+            PulidCombineIdentities,
+            PulidSaveIdentity,
+            PulidLoadIdentity,
+            PulidApply,
+            PulidApplyAdvanced,
+            PulidFaceSimilarity,
+        ]

@@ -19,12 +19,14 @@ OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the inpu
 COMPUTE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 INSIGHTFACE = "insightface"
+IDENTITIES = "pulid_identities"
 # Folder name under models/ -> extensions that ComfyUI lists there. All can be set in extra_model_paths.yaml.
 OWN_FOLDERS = {
     PULID[0]: folder_paths.supported_pt_extensions,
     FACEXLIB[0]: {".pth"},
     INSIGHTFACE: {".onnx"},
     "eva_clip": folder_paths.supported_pt_extensions,
+    IDENTITIES: {".safetensors"},
 }
 VISION_FOLDERS = ("eva_clip", "clip_vision", "text_encoders")  # ComfyUI maps the old name `clip` to text_encoders
 
@@ -36,6 +38,12 @@ def register_folders() -> None:
         paths, known = folder_paths.folder_names_and_paths[name]
         if not known:  # an empty set would list every file there
             folder_paths.folder_names_and_paths[name] = (paths, set(extensions))
+    folder_paths.add_model_folder_path(IDENTITIES, str(saved_identities()))
+
+
+def saved_identities() -> Path:
+    """Where identities are saved: below the output folder and listed with the rest, as ComfyUI does with LoRAs."""
+    return Path(folder_paths.get_output_directory(), IDENTITIES)
 
 
 def folders(*names: str) -> list[Path]:

@@ -1,0 +1,118 @@
+"""The node that says how alike the faces of pictures are to a person."""
+
+from collections.abc import Iterator
+
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.utils import ProgressBar
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..pulid.errors import InputError, NoFaceError
+from ..pulid.faces import Face, FaceAnalyzer, Photo, in_order, read_photo
+from ..pulid.similarity import mean_direction, similarities
+from .preview import draw_boxes
+from .sockets import PulidSocket
+
+FLATTERED = (
+    "The recogniser that measures here also made the identity, so it flatters: compare scores with each other only."
+)
+
+
+class PulidFaceSimilarity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PuLID_FaceSimilarity",
+            display_name="PuLID Face Similarity",
+            category="PuLID",
+            description=f"How alike the faces of pictures are to a person, from -1 to 1. {FLATTERED}",
+            inputs=[
+                PulidSocket.Input("pulid", tooltip="From Load PuLID."),
+                io.Image.Input(
+                    "reference", tooltip="Photographs of the person; the largest face of each, all of them together."
+                ),
+                io.Image.Input(
+                    "image", tooltip="Pictures to measure. Of several faces in one, the most similar counts."
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    "similarity", display_name="similarity", tooltip="The mean over the pictures that show a face."
+                ),
+                io.String.Output("scores", display_name="per image", tooltip="A line for each picture."),
+                io.Image.Output(
+                    "compared",
+                    display_name="annotated image",
+                    tooltip="The pictures with every face's score; the one that counts is green.",
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, pulid, reference, image):
+        progress = ProgressBar(len(reference) + len(image))
+        person = _person(pulid.analyzer, reference, progress)
+        drawn, scored = [], {}
+        for name, photo, faces in _detected(pulid.analyzer, image, "Picture", progress):
+            scores = similarities(_recognised(pulid.analyzer, photo, faces), person).tolist() if faces else []
+            chosen = scores.index(max(scores)) if scores else None
+            drawn.append(draw_boxes(photo, [face.box for face in faces], [f"{score:.2f}" for score in scores], chosen))
+            scored[name] = scores
+        best = [max(scores) for scores in scored.values() if scores]
+        if not best:
+            raise NoFaceError(
+                f"No face was found in any of the {len(image)} pictures, so there is nothing to compare. Check that "
+                "they show a face, in view and upright."
+            )
+        lines = [f"{name}: {_described(scores)}" for name, scores in scored.items()]
+        mean = sum(best) / len(best)
+        annotated = torch.stack(drawn).float().div_(255)
+        text = [*lines, f"Mean of {len(best)} of {len(image)}: {mean:.3f}", FLATTERED]
+        shown = {**ui.PreviewImage(annotated, cls=cls).as_dict(), "text": text}
+        return io.NodeOutput(mean, "\n".join(lines), annotated, ui=shown)
+
+
+def _person(analyzer: FaceAnalyzer, reference: Tensor, progress: ProgressBar) -> Tensor:
+    """The direction (512,) of the largest faces of all references. Raises NoFaceError naming one that shows none."""
+    embeddings = []
+    for name, photo, faces in _detected(analyzer, reference, "Reference", progress):
+        if not faces:
+            raise NoFaceError(f"{name}: No face found. Use photographs where the face is in view and upright.")
+        largest = in_order(faces, "largest", photo.shape[1::-1])[:1]
+        embeddings.append(_recognised(analyzer, photo, largest))
+    return mean_direction(torch.cat(embeddings))
+
+
+def _detected(
+    analyzer: FaceAnalyzer, batch: Tensor, kind: str, progress: ProgressBar
+) -> Iterator[tuple[str, Photo, list[Face]]]:
+    """For each picture of a batch its name in messages, the photograph and its faces."""
+    if len(batch) == 0:
+        raise InputError(f"{kind}: the image batch is empty. Connect at least one picture.")
+    for number, picture in enumerate(batch, start=1):
+        throw_exception_if_processing_interrupted()
+        name = f"{kind} {number} of {len(batch)}"
+        try:
+            photo = read_photo(picture)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        yield name, photo, analyzer.detect(photo)
+        progress.update(1)
+
+
+def _recognised(analyzer: FaceAnalyzer, photo: Photo, faces: list[Face]) -> Tensor:
+    """Embeddings (F, 512); with many faces in a picture this takes a while, so it can be interrupted."""
+    embeddings = []
+    for face in faces:
+        throw_exception_if_processing_interrupted()
+        embeddings.append(analyzer.recognise(photo, face))
+    return torch.stack(embeddings)
+
+
+def _described(scores: list[float]) -> str:
+    if not scores:
+        return "no face, no score"
+    return f"{max(scores):.3f}" + (f", the best of {len(scores)} faces" if len(scores) > 1 else "")
