@@ -1,0 +1,196 @@
+"""The nodes that combine, save and load identities, in a real ComfyUI."""
+
+import os
+from datetime import datetime
+
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+
+import comfy_host
+
+comfy_host.enter(os.environ["COMFYUI"])
+
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image
+from pulid_sdxl.nodes import host
+from pulid_sdxl.nodes.apply import check_pair
+from pulid_sdxl.nodes.combine import PulidCombineIdentities
+from pulid_sdxl.nodes.identity_files import PulidLoadIdentity, PulidSaveIdentity
+from pulid_sdxl.nodes.sockets import Pulid
+from pulid_sdxl.pulid.errors import IdentityFileError, InputError, MismatchError
+from pulid_sdxl.pulid.identity import IdEmbedding, thumbnails
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """Output, temporary and model folders of this test's own, known to ComfyUI as at a start."""
+    for kind in ("output", "temp"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(host, "OWN_FOLDERS", {host.IDENTITIES: {".safetensors"}})
+    host.register_folders()
+    return tmp_path
+
+
+def identity(version="v1", tokens=10, preview=True, encoder="0123456789abcdef"):
+    torch.manual_seed(tokens)
+    faces = thumbnails(torch.rand(2, 3, 512, 512)) if preview else None
+    return IdEmbedding(torch.randn(1, tokens, 2048), torch.randn(1, tokens, 2048), version, encoder, faces)
+
+
+def save(prefix="anna", **options):
+    return PulidSaveIdentity.execute(identity(**options), prefix)
+
+
+def load(name="anna_00001_.safetensors"):
+    return PulidLoadIdentity.execute(name)
+
+
+def choices():
+    [combo] = PulidLoadIdentity.define_schema().inputs
+    return combo.options
+
+
+# Public API: saved workflows depend on these names and their order.
+@pytest.mark.parametrize(
+    ("node", "node_id", "inputs", "outputs"),
+    [
+        (
+            PulidCombineIdentities,
+            "PuLID_CombineIdentities",
+            ["identity_1", "identity_2", "mode", "weight"],
+            ["identity"],
+        ),
+        (PulidSaveIdentity, "PuLID_SaveIdentity", ["identity", "filename_prefix"], []),
+        (PulidLoadIdentity, "PuLID_LoadIdentity", ["identity_file"], ["identity"]),
+    ],
+)
+def test_inputs_and_outputs_are_those_of_saved_workflows(node, node_id, inputs, outputs):
+    schema = node.GET_SCHEMA()
+    assert schema.node_id == node_id
+    assert [entry.id for entry in schema.inputs] == inputs
+    assert [entry.display_name for entry in schema.outputs] == outputs
+    assert all(entry.tooltip for entry in schema.inputs)
+
+
+def test_what_is_saved_is_listed_and_loads_without_copying(folders):
+    assert choices() == []
+
+    out = save("family/anna")
+
+    assert out.ui["text"] == ["Saved as family/anna_00001_.safetensors"]
+    assert (folders / "output" / "pulid_identities" / "family" / "anna_00001_.safetensors").is_file()
+    assert choices() == [os.path.join("family", "anna_00001_.safetensors")]
+    [loaded] = load(choices()[0]).args
+    made = identity()
+    assert torch.equal(loaded.cond, made.cond)
+    assert torch.equal(loaded.uncond, made.uncond)
+    assert torch.equal(loaded.preview, made.preview)
+
+
+def test_a_file_put_among_the_models_is_listed_too(folders):
+    save()
+    models = folders / "models" / "pulid_identities"
+    models.mkdir(parents=True)
+    (folders / "output" / "pulid_identities" / "anna_00001_.safetensors").rename(models / "bob.safetensors")
+    (models / "notes.txt").touch()
+
+    assert choices() == ["bob.safetensors"]
+    assert load("bob.safetensors").args[0].tokens == 10
+
+
+def test_the_faces_are_shown_when_saving_and_when_loading(folders):
+    for out in (save(), load()):
+        shown = [np.asarray(Image.open(folders / "temp" / picture["filename"])) for picture in out.ui["images"]]
+        assert [picture.shape for picture in shown] == [(128, 128, 3)] * 2
+        assert np.abs(shown[1] - identity().preview[1].numpy().astype(int)).max() <= 1
+
+
+def test_an_identity_without_a_preview_says_the_rest():
+    save(preview=False, version="v1.1", tokens=32)
+    out = load()
+
+    assert set(out.ui) == {"text"}
+    assert out.ui["text"][0].startswith("PuLID v1.1, 1 x 32 ID tokens, saved 20")
+
+
+@pytest.mark.parametrize("prefix", ["%year%-anna", "%year%/anna", "%year%/%month%/anna"])
+def test_variables_of_comfyui_are_filled_in(folders, prefix):
+    out = save(prefix)
+
+    name = prefix.replace("%year%", f"{datetime.now():%Y}").replace("%month%", f"{datetime.now():%m}")
+    assert out.ui["text"] == [f"Saved as {name}_00001_.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["", "../anna", "/tmp/anna", "con", "a\0b"])
+def test_a_name_that_leads_elsewhere_is_refused_in_words(folders, name):
+    for use in (save, load):
+        with pytest.raises(InputError, match="cannot name an identity file"):
+            use(name)
+    assert list((folders / "output").iterdir()) == []
+
+
+def test_nothing_is_made_behind_a_link(folders):
+    elsewhere = folders / "elsewhere"
+    elsewhere.mkdir()
+    (folders / "output" / "pulid_identities").mkdir()
+    (folders / "output" / "pulid_identities" / "link").symlink_to(elsewhere)
+
+    with pytest.raises(InputError, match="is a link"):
+        save("link/new/anna")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_a_file_that_only_another_machine_has_is_named_with_what_to_do():
+    assert PulidLoadIdentity.validate_inputs("bob.safetensors") is True
+    with pytest.raises(IdentityFileError) as refusal:
+        load("bob.safetensors")
+    assert "'bob.safetensors' in models/pulid_identities and output/pulid_identities" in str(refusal.value)
+    assert "Save it with PuLID Save Identity" in str(refusal.value)
+
+
+def test_a_changed_file_is_loaded_again_and_the_same_is_not(folders):
+    save()
+    name = "anna_00001_.safetensors"
+    before = PulidLoadIdentity.fingerprint_inputs(name)
+    assert PulidLoadIdentity.fingerprint_inputs(name) == before
+
+    path = folders / "output" / "pulid_identities" / name
+    path.unlink()
+    assert PulidLoadIdentity.fingerprint_inputs(name) is None
+    save(tokens=20)
+
+    assert PulidLoadIdentity.fingerprint_inputs(name) != before
+
+
+@pytest.mark.parametrize(("version", "encoder"), [("v1.1", "0123456789abcdef"), ("v1", "fedcba9876543210")])
+def test_a_loaded_identity_of_another_encoder_is_refused_with_both(version, encoder):
+    save()
+    pulid = Pulid(version, encoder, (), None, None, None, None)
+
+    with pytest.raises(MismatchError) as refusal:
+        check_pair(pulid, load().args[0])
+
+    assert "PuLID v1 (encoder 0123456789abcdef)" in str(refusal.value)
+    assert f"is {version} (encoder {encoder})" in str(refusal.value)
+
+
+@pytest.mark.parametrize(("mode", "tokens"), [("mix", 20), ("auxiliary", 15), ("average", 10), ("subtract", 10)])
+def test_loaded_identities_combine(mode, tokens):
+    save()
+    one, same = load().args[0], load().args[0]
+
+    [combined] = PulidCombineIdentities.execute(one, same, mode, 0.5).args
+
+    assert combined.tokens == tokens
+    assert len(combined.preview) == 4
+    save_again = PulidSaveIdentity.execute(combined, "both")
+    assert save_again.ui["text"] == ["Saved as both_00001_.safetensors"]
+    assert torch.equal(load("both_00001_.safetensors").args[0].cond, combined.cond)
