@@ -1,7 +1,10 @@
-"""The nodes that combine, save and load identities, in a real ComfyUI."""
+"""The nodes that combine, save and load identities, in a real ComfyUI: in this process, then through its server."""
 
+import io
 import os
-from datetime import datetime
+import urllib.error
+import urllib.request
+from datetime import datetime, timezone
 
 import pytest
 
@@ -13,9 +16,12 @@ import comfy_host
 comfy_host.enter(os.environ["COMFYUI"])
 
 import folder_paths
+import mount
 import numpy as np
 import torch
+from comfy_server import ADDRESS, ComfyServer, ServerError
 from PIL import Image
+from pulid_sdxl.models import identities
 from pulid_sdxl.nodes import host
 from pulid_sdxl.nodes.apply import check_pair
 from pulid_sdxl.nodes.combine import PulidCombineIdentities
@@ -194,3 +200,96 @@ def test_loaded_identities_combine(mode, tokens):
     save_again = PulidSaveIdentity.execute(combined, "both")
     assert save_again.ui["text"] == ["Saved as both_00001_.safetensors"]
     assert torch.equal(load("both_00001_.safetensors").args[0].cond, combined.cond)
+
+
+# ---- Through the server ----
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    """ComfyUI with this pack and no models at all."""
+    base = tmp_path_factory.mktemp("base")
+    (base / "custom_nodes").mkdir()
+    (base / "custom_nodes" / "pulid-sdxl").symlink_to(mount.ROOT)
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
+        yield server
+
+
+def saved_by_hand(server, name, **options):
+    folder = server.base / "output" / "pulid_identities"
+    return identities.save(identity(**options), folder, name, datetime.now(timezone.utc), "1").name
+
+
+def average_and_save(first, second, prefix):
+    return {
+        "1": {"class_type": "PuLID_LoadIdentity", "inputs": {"identity_file": first}},
+        "2": {"class_type": "PuLID_LoadIdentity", "inputs": {"identity_file": second}},
+        "3": {
+            "class_type": "PuLID_CombineIdentities",
+            "inputs": {"identity_1": ["1", 0], "identity_2": ["2", 0], "mode": "average", "weight": 0.5},
+        },
+        "4": {"class_type": "PuLID_SaveIdentity", "inputs": {"identity": ["3", 0], "filename_prefix": prefix}},
+    }
+
+
+def test_a_workflow_saves_what_another_lists_and_loads(server):
+    first, second = (saved_by_hand(server, name, tokens=32, version="v1.1") for name in ("anna", "bea"))
+
+    shown = server.run(average_and_save(first, second, "between"))
+
+    assert shown["4"]["text"] == ["Saved as between_00001_.safetensors"]
+    assert [np.asarray(Image.open(io.BytesIO(server.picture(entry)))).shape for entry in shown["1"]["images"]] == [
+        (128, 128, 3)
+    ] * 2
+    [kind, options] = server.object_info()["PuLID_LoadIdentity"]["input"]["required"]["identity_file"]
+    listed = options["options"] if kind == "COMBO" else kind  # older hosts give the list in place of the kind
+    assert {first, second, "between_00001_.safetensors"} <= set(listed)
+    server.run(average_and_save("between_00001_.safetensors", first, "again"))
+
+
+def test_only_a_changed_file_is_loaded_again(server):
+    names = saved_by_hand(server, "carl", tokens=20), saved_by_hand(server, "dora", tokens=20)
+    prompt = average_and_save(*names, "cached")
+    for _ in range(2):
+        assert server.run(prompt)["4"]["text"] == ["Saved as cached_00001_.safetensors"]
+    path = server.base / "output" / "pulid_identities" / names[0]
+    times = path.stat()
+    path.unlink()
+    changed = identity(tokens=20)
+    path.write_bytes(identities.pack_identity(changed, datetime.now(timezone.utc), "2"))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    ran = server.run(prompt)
+
+    assert ran["1"]["text"][0].endswith("by version 2.")
+    assert ran["4"]["text"] == ["Saved as cached_00002_.safetensors"]
+
+
+def test_a_workflow_that_names_a_file_of_another_machine_is_answered_in_words(server):
+    mine = saved_by_hand(server, "emil")
+    with pytest.raises(ServerError, match=r"no identity 'family/zoe\.safetensors' in .*Save it with"):
+        server.run(average_and_save("family\\zoe.safetensors", mine, "x"))
+
+
+def test_identities_that_do_not_combine_are_answered_in_words(server):
+    names = saved_by_hand(server, "finn"), saved_by_hand(server, "gina", version="v1.1", tokens=32)
+    with pytest.raises(ServerError, match=r"identity_1 was made with PuLID v1 .* identity_2 with PuLID v1\.1"):
+        server.run(average_and_save(*names, "x"))
+
+
+def test_the_model_browser_of_comfyui_shows_the_faces(server):
+    name = saved_by_hand(server, "hugo")
+
+    pictures = []
+    for folder in range(2):  # ComfyUI numbers the folders of one kind
+        url = f"http://{ADDRESS}:{server.port}/experiment/models/preview/pulid_identities/{folder}/{name}"
+        try:
+            with urllib.request.urlopen(url) as answer:
+                pictures.append(Image.open(io.BytesIO(answer.read())).convert("RGB"))
+        except urllib.error.HTTPError as error:
+            error.close()
+
+    [picture] = pictures
+    difference = np.asarray(picture).astype(int) - identity().preview[0].numpy()
+    assert picture.size == (128, 128)
+    assert np.abs(difference).mean() < 40  # it comes as lossy WebP, and noise is hard on that
