@@ -1,11 +1,13 @@
 """Identities on disk: a safetensors file that says what it holds, and comes back to the bit or not at all.
 
-A file gets its name only when it is whole, and never one that is taken. Reading takes no more memory than the file may
-have bytes, trusts nothing in it, and needs no network. Format: https://github.com/huggingface/safetensors; the small
+A file gets its name only when it is whole, and never one that is taken. Reading trusts nothing in a file, and takes
+memory for one of MAX_BYTES at most. Format: https://github.com/huggingface/safetensors; the small
 pictures go under `ssmd_cover_images`, where ComfyUI's model browser looks for them.
 """
 
 import base64
+import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -200,9 +202,20 @@ def _give_name(part: Path, path: Path) -> None:
         os.link(part, path)
     except FileExistsError:
         raise
-    except OSError:  # exFAT and some network folders know no second name for a file: claim the name, then take it over
-        path.open("xb").close()
-        part.replace(path)
+    except OSError:  # exFAT and some network folders know no second name for a file
+        _rename(part, path)
+
+
+def _rename(part: Path, path: Path) -> None:
+    """As a renaming may overwrite, whoever of our processes made the claim first may look and rename."""
+    claim = path.with_name(f".{path.name}{PART}")
+    claim.open("xb").close()
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        part.rename(path)
+    finally:
+        claim.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
@@ -217,8 +230,9 @@ def _sync_folder(folder: Path) -> None:
 def _remove_left_behind(folder: Path) -> None:
     """Parts of files whose process was ended while it wrote them."""
     for part in folder.glob(f".*{PART}"):
-        if time.time() - part.stat().st_mtime > LEFT_BEHIND:
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process's, which has just become a file, or may not be removed
+            if time.time() - part.stat().st_mtime > LEFT_BEHIND:
+                part.unlink()
 
 
 def pack_version() -> str:
