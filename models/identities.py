@@ -326,7 +326,7 @@ def _foreign(path: Path, header: Mapping) -> IdentityFileError:
         if isinstance(entry, dict) and isinstance(entry.get("shape"), list)
     }
     kind = recognise(shapes)
-    found = f"{kind.title}. {kind.remedy}" if kind else f"{len(header)} tensors of something else. Choose another file."
+    found = f"{kind.title}. {kind.remedy}" if kind else "tensors of something else. Choose another file."
     return IdentityFileError(f"Expected an identity that PuLID Save Identity saved, but {label(path)} holds {found}")
 
 

@@ -398,6 +398,13 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, change, fault):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_identity_too_large_to_load_again_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(identities, "MAX_BYTES", identities.MAX_HEADER + 10 * 2048 * 4 * 2 - 1)
+
+    with pytest.raises(InputError, match="it has more than 8 MB"):
+        keep(tmp_path)
+
+
 def test_parts_left_behind_go_after_a_day_and_nothing_else_does(tmp_path):
     old, fresh, other = (tmp_path / name for name in (".a.pulid-part", ".b.pulid-part", "c.safetensors"))
     for path in (old, fresh, other):
@@ -645,7 +652,7 @@ FOREIGN = {
     "LoRA. Load it with Load LoRA.": {"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(2, 2)},
     "PuLID v1.1 for SDXL. Choose it as pulid_file.": {"id_adapter.id_embedding_mapping.0.weight": torch.zeros(2)},
     "PuLID v1 for SDXL. Choose it as pulid_file.": {"id_adapter.mapping_patch_0.0.weight": torch.zeros(2)},
-    "1 tensors of something else. Choose another file.": {"cond": torch.zeros(1, 10, 2048)},
+    "tensors of something else. Choose another file.": {"cond": torch.zeros(1, 10, 2048)},
 }
 
 
