@@ -1,6 +1,6 @@
 """The node that makes an identity from photographs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..pulid.embed import Photos, reads_together
 from ..pulid.errors import InputError, NoFaceError
 from ..pulid.faces import ORDERS, read_photo
-from ..pulid.identity import IdEmbedding
+from ..pulid.identity import PREVIEWS, IdEmbedding
 from .kept import Kept
 from .looking import Choice, Look, Photograph, look, photographs
 from .preview import draw_faces
@@ -123,6 +123,7 @@ def encode(pulid: Pulid, taken: list[Photograph], choice: Choice, photos: Photos
     if not used:
         raise NoFaceError("\n".join(("No photograph was left.", *notes)))
     identity = pulid.identify([one.reading for one in used], photos, id_mix)
+    identity = replace(identity, preview=torch.stack([one.small for one in used[:PREVIEWS]]))
     notes.append(
         f"{len(used)} of {len(taken)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens."
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
 from ..pulid.faces import VISION_SIZE, Sight, find_face, grey_on_white, read_photo, shrink
-from ..pulid.identity import FaceCrop
+from ..pulid.identity import FaceCrop, thumbnails
 from .kept import Kept, digest
 from .sockets import Pulid, Reading
 
@@ -42,11 +42,13 @@ class Photograph:
 class Look:
     """What was seen in one photograph.
 
-    seen  (336, 336, 3), the face as the vision tower sees it, 0..1
+    seen   (336, 336, 3), the face as the vision tower sees it, 0..1
+    small  (128, 128, 3) uint8, the face for people to look at
     """
 
     sight: Sight
     seen: Tensor
+    small: Tensor
     reading: Reading
 
 
@@ -96,7 +98,7 @@ def _read(pulid: Pulid, waiting: list, choice: Choice, kept: Kept) -> Iterator[L
     for key, one in waiting:
         if isinstance(one, tuple):
             one = next(looks)
-            kept.put(key, one, (one.seen, *one.reading.tensors))
+            kept.put(key, one, (one.seen, one.small, *one.reading.tensors))
         yield one
 
 
@@ -105,4 +107,8 @@ def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], choice: Choice
     faces = grey_on_white(pixels, pulid.analyzer.parse(pixels))
     readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), choice.together)
     seen = shrink(faces, VISION_SIZE).clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
-    return [Look(sight, one.clone(), reading) for (sight, _), one, reading in zip(found, seen, readings, strict=True)]
+    small = thumbnails(pixels)
+    return [
+        Look(sight, seen[row].clone(), small[row].clone(), reading)
+        for row, ((sight, _), reading) in enumerate(zip(found, readings, strict=True))
+    ]

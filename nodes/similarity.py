@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import Face, FaceAnalyzer, Photo, in_order, read_photo
+from ..pulid.faces import Face, FaceAnalyzer, Found, Photo, align, find_faces, in_order, read_photo
 from ..pulid.similarity import mean_direction, similarities
 from .preview import draw_boxes
 from .sockets import PulidSocket
@@ -56,10 +56,11 @@ class PulidFaceSimilarity(io.ComfyNode):
         progress = ProgressBar(len(reference) + len(image))
         person = _person(pulid.analyzer, reference, progress)
         drawn, scored = [], {}
-        for name, photo, faces in _detected(pulid.analyzer, image, "Picture", progress):
-            scores = similarities(_recognised(pulid.analyzer, photo, faces), person).tolist() if faces else []
+        for name, photo, found in _detected(pulid.analyzer, image, "Picture", progress):
+            boxes = [face.box for face in found.faces]
+            scores = similarities(_recognised(pulid.analyzer, photo, found), person).tolist() if boxes else []
             chosen = scores.index(max(scores)) if scores else None
-            drawn.append(draw_boxes(photo, [face.box for face in faces], [f"{score:.2f}" for score in scores], chosen))
+            drawn.append(draw_boxes(photo, boxes, [f"{score:.2f}" for score in scores], chosen))
             scored[name] = scores
         best = [max(scores) for scores in scored.values() if scores]
         if not best:
@@ -78,17 +79,17 @@ class PulidFaceSimilarity(io.ComfyNode):
 def _person(analyzer: FaceAnalyzer, reference: Tensor, progress: ProgressBar) -> Tensor:
     """The direction (512,) of the largest faces of all references. Raises NoFaceError naming one that shows none."""
     embeddings = []
-    for name, photo, faces in _detected(analyzer, reference, "Reference", progress):
-        if not faces:
-            raise NoFaceError(f"{name}: No face found. Use photographs where the face is in view and upright.")
-        largest = in_order(faces, "largest", photo.shape[1::-1])[:1]
-        embeddings.append(_recognised(analyzer, photo, largest))
-    return mean_direction(torch.cat(embeddings))
+    for name, photo, found in _detected(analyzer, reference, "Reference", progress):
+        if not found.faces:
+            raise NoFaceError(f"{name}: No face found. Use photographs where the face is in view.")
+        largest = in_order(found.faces, "largest", photo.shape[1::-1])[0]
+        embeddings.append(_recognise(analyzer, photo, found, largest))
+    return mean_direction(torch.stack(embeddings))
 
 
 def _detected(
     analyzer: FaceAnalyzer, batch: Tensor, kind: str, progress: ProgressBar
-) -> Iterator[tuple[str, Photo, list[Face]]]:
+) -> Iterator[tuple[str, Photo, Found]]:
     """For each picture of a batch its name in messages, the photograph and its faces."""
     if len(batch) == 0:
         raise InputError(f"{kind}: the image batch is empty. Connect at least one picture.")
@@ -99,17 +100,23 @@ def _detected(
             photo = read_photo(picture)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-        yield name, photo, analyzer.detect(photo)
+        yield name, photo, find_faces(photo, analyzer)
         progress.update(1)
 
 
-def _recognised(analyzer: FaceAnalyzer, photo: Photo, faces: list[Face]) -> Tensor:
+def _recognised(analyzer: FaceAnalyzer, photo: Photo, found: Found) -> Tensor:
     """Embeddings (F, 512); with many faces in a picture this takes a while, so it can be interrupted."""
     embeddings = []
-    for face in faces:
+    for face in found.faces:
         throw_exception_if_processing_interrupted()
-        embeddings.append(analyzer.recognise(photo, face))
+        embeddings.append(_recognise(analyzer, photo, found, face))
     return torch.stack(embeddings)
+
+
+def _recognise(analyzer: FaceAnalyzer, photo: Photo, found: Found, face: Face) -> Tensor:
+    if found.detected:
+        return analyzer.recognise(photo, face)
+    return analyzer.recognise_crop(align(photo, face.landmarks))
 
 
 def _described(scores: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -55,9 +56,13 @@ class Pulid:
     projections: object
     analyzer: FaceAnalyzer
     source: Hashable
-    _zeros: Tensor | None = None  # uncond tokens; they depend on the weights alone
     _noisy: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
     _projected: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
+
+    @cached_property
+    def zeros(self) -> Tensor:
+        """The tokens of nobody (1, T, D); they depend on the weights alone."""
+        return self._uncond_tokens()
 
     def read(self, faces: Tensor, arcface: Tensor, together: bool) -> list[Reading]:
         """Grey faces on white (P, 3, 512, 512) and their embeddings (P, 512) -> a Reading each, on the CPU.
@@ -75,8 +80,6 @@ class Pulid:
 
     def identify(self, readings: Sequence[Reading], photos: Photos, id_mix: bool) -> IdEmbedding:
         """What was read in each photograph -> ID tokens on the CPU."""
-        if self._zeros is None:
-            self._zeros = self._uncond_tokens()
         if reads_together(self.version, photos):
             device = host.load(self.encoder)
             x = torch.stack([reading.x for reading in readings]).unsqueeze(0).to(device)
@@ -85,16 +88,16 @@ class Pulid:
             tokens = self.encoder.model(x, (torch.cat(stream).unsqueeze(0).to(device) for stream in streams)).cpu()
         else:
             tokens = torch.stack([reading.tokens for reading in readings])
-        return identity_of(tokens, self._zeros, self.version, self.fingerprint, photos, id_mix)
+        return identity_of(tokens, self.zeros, self.version, self.fingerprint, photos, id_mix)
 
     def with_noise(self, identity: IdEmbedding, noise: float, seed: int) -> IdEmbedding:
         """The identity with the encoder's answer to noise, instead of zeros, in its negative branch."""
         kept = self._noisy.setdefault(identity, {})
         if (noise, seed) not in kept:
-            uncond = self._uncond_tokens(noise, seed)
-            parts = -(-identity.tokens // uncond.shape[1])  # v1 joins the tokens of several photographs
+            # v1 joins the tokens of several photographs: each is told by the token of nobody that stands in its place.
+            which = torch.cdist(identity.uncond[0], self.zeros[0]).argmin(dim=1)  # (T,)
             kept.clear()  # a seed that changes at every run must not pile up keys and values
-            kept[noise, seed] = replace(identity, uncond=uncond.repeat(1, parts, 1)[:, : identity.tokens])
+            kept[noise, seed] = replace(identity, uncond=self._uncond_tokens(noise, seed)[:, which])
         return kept[noise, seed]
 
     def _uncond_tokens(self, noise: float = 0.0, seed: int = 0) -> Tensor:

@@ -162,6 +162,11 @@ class Found:
     others: list[Face]
     how: str
 
+    @property
+    def faces(self) -> list[Face]:
+        """Those to choose from."""
+        return self.detected or self.others
+
 
 def find_faces(photo: Photo, analyzer: FaceAnalyzer) -> Found:
     """Looks at the photograph in each of VIEWS until InsightFace sees a face; turns it only if RetinaFace sees none."""
@@ -204,18 +209,14 @@ def find_face(
     """
     found = find_faces(photo, analyzer)
     size = photo.shape[1], photo.shape[0]
-    faces = in_order(found.detected or found.others, order, size)
+    faces = in_order(found.faces, order, size)
     if mask is not None:
         faces = under_mask(faces, mask, size)
     face = pick(faces, index)
-    if found.detected:
-        landmarks = (same_face(face, found.others) or face).landmarks
-        crop = align(photo, landmarks)
-        arcface = analyzer.recognise(photo, face)
-    else:
-        landmarks = face.landmarks
-        crop = align(photo, landmarks)
-        arcface = analyzer.recognise_crop(crop)
+    twin = same_face(face, found.others) if found.detected else None
+    landmarks = (twin or face).landmarks
+    crop = align(photo, landmarks)
+    arcface = analyzer.recognise(photo, face) if found.detected else analyzer.recognise_crop(crop)
     pixels = torch.from_numpy(crop).permute(2, 0, 1).contiguous() / 255  # (512, 512, 3) -> (3, 512, 512)
     crop = FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score)
     return Sight(faces, index, found.how), crop

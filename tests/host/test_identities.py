@@ -179,7 +179,7 @@ def test_a_changed_file_is_loaded_again_and_the_same_is_not(folders):
 @pytest.mark.parametrize(("version", "encoder"), [("v1.1", "0123456789abcdef"), ("v1", "fedcba9876543210")])
 def test_a_loaded_identity_of_another_encoder_is_refused_with_both(version, encoder):
     save()
-    pulid = Pulid(version, encoder, (), None, None, None, None)
+    pulid = Pulid(version, encoder, (), None, None, None, None, None)
 
     with pytest.raises(MismatchError) as refusal:
         check_pair(pulid, load().args[0])

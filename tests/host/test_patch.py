@@ -29,6 +29,7 @@ from pulid_sdxl.nodes import host, patch
 from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
 from pulid_sdxl.nodes.sockets import Pulid
 from pulid_sdxl.pulid.attention import IdProjections
+from pulid_sdxl.pulid.embed import identity_of, join_tokens
 from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
 from pulid_sdxl.pulid.eva import EvaConfig
@@ -60,7 +61,7 @@ def projections(widths=WIDTHS):
 
 @pytest.fixture(scope="module")
 def pulid():
-    return Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None)
+    return Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None, None)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def noisy():
     """A loaded PuLID with an encoder, for what the negative branch sees."""
     torch.manual_seed(2)
     tower = SimpleNamespace(model=SimpleNamespace(config=EvaConfig(image_size=28)))
-    return Pulid("v1", "print", WIDTHS, tower, host.managed(IdEncoder()), host.managed(projections()), None)
+    return Pulid("v1", "print", WIDTHS, tower, host.managed(IdEncoder()), host.managed(projections()), None, None)
 
 
 def make_identity(seed=1, people=1, tokens=10, version="v1", encoder="print"):
@@ -172,7 +173,7 @@ class TestMemory:
     def test_weights_that_stay_off_the_device_give_the_same_picture(self, model, pulid, identity):
         lowvram = comfy_host.sdxl(MODEL_CHANNELS)
         lowvram.load(torch.device("cpu"), lowvram_model_memory=1)  # as --lowvram and --novram leave nearly all of them
-        resting = Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None)
+        resting = Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None, None)
         resting.projections.load(torch.device("cpu"), lowvram_model_memory=1)
         assert any(getattr(module, "comfy_cast_weights", False) for module in lowvram.model.modules())
         patched = apply(lowvram, resting, identity)
@@ -600,8 +601,15 @@ class TestNoise:
         assert one.uncond.shape == identity.uncond.shape
         assert not torch.equal(one.uncond, other.uncond)
         assert torch.equal(noisy.with_noise(identity, 0.5, 1).uncond, one.uncond)
-        joined = make_identity(tokens=25)
-        assert noisy.with_noise(joined, 0.5, 1).uncond.shape == (1, 25, 2048)
+
+    @pytest.mark.parametrize("id_mix", [False, True])
+    def test_the_noise_of_joined_photographs_lies_as_their_tokens_do(self, noisy, id_mix):
+        alone, joined = (
+            identity_of(torch.randn(photographs, 10, 2048), noisy.zeros, "v1", "print", "one person", id_mix)
+            for photographs in (1, 3)
+        )
+        expected = join_tokens([noisy.with_noise(alone, 0.5, 1).uncond] * 3, id_mix)
+        assert torch.equal(noisy.with_noise(joined, 0.5, 1).uncond, expected)
 
     def test_it_changes_the_picture(self, model, noisy, identity):
         run = TestAdvanced().run
@@ -629,7 +637,7 @@ class TestRefusals:
             apply(model, pulid, make_identity(version="v1.1", encoder="other"))
 
     def test_projections_of_other_widths_name_the_site(self, model, identity):
-        wide = Pulid("v1", "print", tuple(2 * w for w in WIDTHS), None, None, None, None)
+        wide = Pulid("v1", "print", tuple(2 * w for w in WIDTHS), None, None, None, None, None)
         with pytest.raises(MismatchError, match=r"made for 128 channels in input block 4.*has 64"):
             apply(model, wide, identity)
 

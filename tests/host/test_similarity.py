@@ -39,9 +39,12 @@ class BrightPixelsAreFaces:
     Green g looks g degrees away from green 0. The lower the face, the smaller.
     """
 
-    def detect(self, photo):
+    def detect(self, photo, side):
         spots = np.argwhere(photo[..., 0] > 200)
         return [Face((x - 20.0, y - 20.0, x + 20.0, y + 20.0 - y / 20), LANDMARKS, 0.9) for y, x in spots]
+
+    def detect_for_alignment(self, photo):
+        return []
 
     def recognise(self, photo, face):
         x, y = int(face.box[0] + 20), int(face.box[1] + 20)
@@ -102,6 +105,23 @@ def test_a_picture_without_a_face_gets_no_score_and_does_not_count():
     assert ui["text"][2] == "Mean of 1 of 2: 0.500"
     assert torch.allclose(annotated[0], photograph()[0], atol=1 / 255)
     assert len(ui["images"]) == 2
+
+
+class OnlyTheSecondDetectorSees(BrightPixelsAreFaces):
+    def detect(self, photo, side):
+        return []
+
+    def detect_for_alignment(self, photo):
+        return super().detect(photo, 640)
+
+    def recognise_crop(self, crop):
+        return torch.tensor([1.0, *[0.0] * 511])
+
+
+def test_a_face_that_only_the_second_detector_sees_is_compared_by_its_crop():
+    analyzer = OnlyTheSecondDetectorSees()
+    out = PulidFaceSimilarity.execute(Loaded(analyzer), photograph((50, 50, 0)), photograph((90, 50, 0)))
+    assert out.args[0] == pytest.approx(1)
 
 
 def test_no_face_in_any_picture_stops_in_words():
