@@ -1,6 +1,7 @@
 """The pack as ComfyUI's own server loads and runs it, in a process of its own, driven as a browser drives it."""
 
 import io
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ if not os.environ.get("COMFYUI"):
 import demo
 from comfy_server import ComfyServer, ServerError
 from parts import gather
-from PIL import Image
+from PIL import Image, ImageOps
 from workflow import find, misfits, set_inputs, to_prompt
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
@@ -46,6 +47,10 @@ NODES = {
         ["mask"],
         ["identity", "faces", "detections"],
     ),
+    "PuLID_CombineIdentities": (["identity_1", "identity_2", "mode", "weight"], [], ["identity"]),
+    "PuLID_SaveIdentity": (["identity", "filename_prefix"], [], []),
+    "PuLID_LoadIdentity": (["identity_file"], [], ["identity"]),
+    "PuLID_FaceSimilarity": (["pulid", "reference", "image"], [], ["similarity", "per image", "annotated image"]),
     "PuLID_Apply": (["model", "pulid", "identity", "method", "weight", "start_at", "end_at"], ["attn_mask"], ["model"]),
 }
 
@@ -56,6 +61,7 @@ def server(comfyui, tmp_path_factory):
     demo.prepare_base(base, gather(None, None, comfyui))
     astronaut = base / "input" / demo.prepare_photo(base / "input", None)
     shutil.copyfile(astronaut, base / "input" / "copy.png")
+    ImageOps.mirror(Image.open(astronaut)).save(base / "input" / "mirrored.png")
     Image.new("RGB", (320, 240), (128, 128, 128)).save(base / "input" / "grey.png")
     probe = base / "custom_nodes" / "probe"
     probe.mkdir()
@@ -147,6 +153,39 @@ def test_a_photograph_becomes_a_picture_twice_the_same(server, prompt):
     set_inputs(prompt, "PuLID_Apply", weight=0.0)
     without = picture(server, prompt, server.run(prompt), "SaveImage")
     assert np.abs(first.astype(float) - without).mean() > 1
+
+
+SMALL = {
+    "CheckpointLoaderSimple": {"ckpt_name": "standin_sdxl_fifth_width.safetensors"},
+    "EmptyLatentImage": {"width": 128, "height": 192},
+    "KSampler": {"steps": 1},
+}
+LOCAL = [path for path in WORKFLOWS if "PuLID_Hosted" not in path.read_text(encoding="utf-8")]
+
+
+def small(path, info):
+    """A shipped workflow with pictures that are there, small and short."""
+    prompt = to_prompt(json.loads(path.read_text(encoding="utf-8")), info)
+    photos = itertools.cycle(("astronaut.png", "mirrored.png"))
+    for node in prompt.values():
+        node["inputs"].update(SMALL.get(node["class_type"], {}))
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = next(photos)
+    return prompt
+
+
+@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
+def test_shipped_workflows_run(server, info, path):
+    if path.stem == "pulid_load_identity":  # which takes what the other one keeps
+        server.run(small(path.with_name("pulid_save_identity.json"), info))
+        info = server.object_info()
+    prompt = small(path, info)
+    outputs = server.run(prompt)
+    kinds = {prompt[node]["class_type"] for node in outputs}
+    assert kinds & {"SaveImage", "PuLID_SaveIdentity"}
+    if "SaveImage" in kinds:
+        latents = prompt[find(prompt, "EmptyLatentImage")]["inputs"]["batch_size"]
+        assert len(outputs[find(prompt, "SaveImage")]["images"]) == latents
 
 
 def test_a_slider_runs_apply_again_and_nothing_before_it(server, prompt):
