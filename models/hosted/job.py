@@ -1,0 +1,339 @@
+"""One hosted request from its values to its pictures: look, send once, wait, fetch, keep, and call it off if need be.
+
+Nothing below `submit` ever sends a request that costs money, so asking again is always safe.
+"""
+
+import asyncio
+import itertools
+import logging
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...pulid.errors import AmbiguousSubmit, HostedError, HostedLimit, Interrupted, JobFailed, Refused
+from .api import IDEAL_REFERENCES, HostedRequest, read_answer
+from .client import DONE, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket
+from .journal import (
+    AMBIGUOUS,
+    COMPLETED,
+    DOWNLOADED,
+    FAILED,
+    HEARTBEAT_SECONDS,
+    SUBMITTED,
+    Guard,
+    Row,
+    refuse_ambiguous,
+)
+from .patience import PEEK_SECONDS
+from .results import Outcome
+from .service import STEPS, Progress, Service
+from .storage import Reference, unreachable_for_service
+from .wording import reported_failure
+
+POLL_SECONDS = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
+CALL_OFF_SECONDS = 60  # to fetch what was finished before it could be called off
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds to wait in the queue, for the run, and altogether."""
+
+    queue: float = 300
+    run: float = 600
+    total: float = 900
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request and what surrounds it.
+
+    request  its reference_images are the digests of `references`; addresses take their place when it is sent
+    run      names the run of a workflow within which the guard counts
+    """
+
+    request: HostedRequest
+    references: tuple[Reference, ...]
+    options: SubmitOptions
+    guard: Guard
+    run: str
+    transport: str = "auto"
+    limits: Limits = Limits()
+    force: bool = False
+
+
+# --- The page ---
+
+
+async def generate(job: Job, at: Service) -> Outcome:
+    """The pictures of a request, which is sent only if no equal one is finished or under way. Raises HostedError."""
+    if kept := _kept(job, at):
+        return kept
+    async with _slot(job, at):
+        row = await submit(job, at)
+        try:
+            return await at.watch.over(collect(row, row.ticket, job.limits, at, job))
+        except (Interrupted, HostedLimit, asyncio.CancelledError) as stopped:
+            return await _call_off(row, stopped, at)
+
+
+async def submit(job: Job, at: Service) -> Row:
+    """The accepted request that equals this one: a standing one, or one that is sent now, once."""
+    digest, pictures = job.request.digest(at.account), job.request.num_images
+    row = None if job.force else at.journal.find(digest)
+    if row is None:
+        at.journal.check(job.run, pictures, job.guard)
+        at.report(Progress(0, f"sending {len(job.references)} reference pictures"))
+        urls = await at.watch.over(at.storage.place(job.references, job.transport, job.limits.queue))
+        at.watch.check()
+        row = at.journal.claim(digest, job.run, pictures, job.request.seed is not None, job.guard, job.force)
+        if row.fresh:
+            return await _send(row, replace(job.request, reference_images=urls), job.options, at)
+    return await _join(row, at)
+
+
+async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
+    """The pictures of a request of which only the id is known, waiting for them if need be."""
+    ticket = at.client.ticket(request_id)
+    row = at.journal.by_request(ticket.request_id)
+    if kept := at.results.get(ticket.request_id):
+        return kept
+    return await at.watch.over(collect(row, row.ticket if row else ticket, limits, at))
+
+
+async def cancel(request_id: str, at: Service) -> Cancelled:
+    """Ask the service to stop a request of which only the id is known."""
+    ticket = at.client.ticket(request_id)
+    row = at.journal.by_request(ticket.request_id)
+    cancelled = await at.client.cancel(row.ticket if row else ticket)
+    if row:
+        _note_cancel(row, cancelled, at)
+    return cancelled
+
+
+async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, job: Job | None = None) -> Outcome:
+    """Wait for a request, fetch its pictures and keep them.
+
+    row, job  None for a request that is not in the journal, or whose values are not known here
+    """
+    began = at.now()
+    try:
+        data, status = await _wait(ticket, limits, at)
+    except JobFailed as error:
+        _move(row, FAILED, at, str(error))
+        raise
+    waited = at.now()
+    _move(row, COMPLETED, at)
+    at.report(Progress(4, f"fetching the pictures (request {ticket.request_id})"))
+    answer = read_answer(data)
+    images, notes = await at.downloader.pictures(answer.images)
+    notes += _remarks(job, len(images)) if job else []
+    timings = {"waited": round(waited - began, 3), "fetched": round(at.now() - waited, 3), **status.metrics}
+    info = {
+        "seed": answer.seed,
+        "request_id": ticket.request_id,
+        "urls": [_shown(image.url) for image in answer.images],
+        "timings": timings,
+        "request": _shown_request(job) if job else None,
+        "logs": list(status.logs),
+        "notes": notes,
+    }
+    outcome = Outcome(images, answer.seed, ticket.request_id, info)
+    if at.results.keep(ticket.request_id, outcome):
+        _move(row, DOWNLOADED, at, seed=answer.seed)
+    at.report(Progress(STEPS, f"done (request {ticket.request_id})"))
+    return outcome
+
+
+# --- Sending, once ---
+
+
+def _kept(job: Job, at: Service) -> Outcome | None:
+    if job.force or job.request.seed is None:
+        return None
+    row = at.journal.find(job.request.digest(at.account))
+    if row is None:
+        return None
+    refuse_ambiguous(row)
+    return at.results.get(row.ticket.request_id) if row.state == DOWNLOADED else None
+
+
+async def _send(row: Row, request: HostedRequest, options: SubmitOptions, at: Service) -> Row:
+    """The one place that spends money. It is not broken off by the user, so that its outcome is known."""
+    beat = asyncio.ensure_future(_beat(row, at))
+    try:
+        ticket = await at.client.submit(request.body(), options)
+    except HostedError as error:
+        _move(row, AMBIGUOUS if isinstance(error, AmbiguousSubmit) else FAILED, at, str(error))
+        raise
+    except BaseException:
+        _move(row, AMBIGUOUS, at, "ended while it was being sent")
+        raise
+    finally:
+        beat.cancel()
+    at.report(Progress(1, f"sent (request {ticket.request_id})"))
+    try:
+        at.journal.submitted(row, ticket)
+    except HostedError as error:
+        logger.warning("Request %s was accepted, but %s", ticket.request_id, error)
+    return replace(row, state=SUBMITTED, ticket=ticket)
+
+
+async def _beat(row: Row, at: Service) -> None:
+    while True:
+        await asyncio.sleep(HEARTBEAT_SECONDS)
+        with suppress(HostedError):
+            at.journal.alive(row)
+
+
+async def _join(row: Row, at: Service) -> Row:
+    """The row once it has a ticket; somebody else may just be sending it."""
+    while row.ticket is None:
+        refuse_ambiguous(row)
+        at.report(Progress(0, "an equal request is just being sent; waiting for it"))
+        await at.watch.pause(PEEK_SECONDS)
+        row = at.journal.find(row.digest)
+        if row is None:
+            raise Refused(
+                "An equal request that was being sent was not accepted. Queue the prompt again to send this one."
+            )
+    return row
+
+
+@asynccontextmanager
+async def _slot(job: Job, at: Service):
+    """One of the places for requests under way; joining a request that is under way takes none."""
+    if not job.force and at.journal.find(job.request.digest(at.account)):
+        yield
+        return
+    while not at.slots.acquire(blocking=False):
+        at.report(Progress(0, "waiting for another hosted request to finish"))
+        await at.watch.pause(PEEK_SECONDS)
+    try:
+        yield
+    finally:
+        at.slots.release()
+
+
+# --- Waiting ---
+
+
+async def _wait(ticket: Ticket, limits: Limits, at: Service) -> tuple[Any, Status]:
+    """The JSON of the result, and the last status. Raises JobFailed, HostedLimit, Refused."""
+    began, running, seen = at.now(), None, 0
+    for pause in itertools.chain(POLL_SECONDS, itertools.repeat(POLL_SECONDS[-1])):
+        status = await at.client.status(ticket)
+        for line in status.logs[seen:]:
+            logger.info("request %s: %s", ticket.request_id, line)
+        seen = max(seen, len(status.logs))
+        if status.done and (data := await _result(ticket, status, at)) is not None:
+            return data, status
+        if running is None and status.state != QUEUED:
+            running = at.now()
+        at.report(_progress(ticket, status, at.now() - (began if running is None else running)))
+        _check_limits(ticket, limits, began, running, at.now())
+        await at.watch.pause(pause)
+    raise AssertionError("the pauses never end")
+
+
+async def _result(ticket: Ticket, status: Status, at: Service) -> Any | None:
+    """The JSON of a finished request, None while it is not there yet. A reported error counts in any case."""
+    try:
+        data = await at.client.result(ticket)
+    except Refused:
+        if not status.failed:
+            raise
+        data = None
+    if status.failed:
+        raise JobFailed(
+            reported_failure(status.error, status.error_type).words("The request failed", ticket.request_id)
+        )
+    return data
+
+
+def _progress(ticket: Ticket, status: Status, seconds: float) -> Progress:
+    last = f": {status.logs[-1]}" if status.logs else ""
+    named = f" (request {ticket.request_id})"
+    if status.state == QUEUED:
+        position = "" if status.position is None else f", {status.position} before it"
+        return Progress(2, f"queued {seconds:.0f} s{position}{named}")
+    known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state[:40]!r}"
+    return Progress(3, f"running {seconds:.0f} s{known}{last}{named}")
+
+
+def _check_limits(ticket: Ticket, limits: Limits, began: float, running: float | None, now: float) -> None:
+    spans = (
+        ("in the queue", "queue_limit", limits.queue, now - began if running is None else 0),
+        ("for the run", "run_limit", limits.run, 0 if running is None else now - running),
+        ("altogether", "total_limit", limits.total, now - began),
+    )
+    for what, name, limit, span in spans:
+        if span > limit:
+            raise HostedLimit(f"Waited {limit:g} s {what} ({name}) for request {ticket.request_id}, which is not done.")
+
+
+# --- What the user is told ---
+
+
+def _remarks(job: Job, came: int) -> list[str]:
+    """What a user should know about a request, although it went through."""
+    asked, given = job.request.num_images, job.references
+    far = [number for number, reference in enumerate(given, 1) if unreachable_for_service(reference)]
+    remarks = (
+        (came != asked, f"{asked} pictures were asked for, {came} came."),
+        (len(given) > IDEAL_REFERENCES, f"{len(given)} references were sent; {IDEAL_REFERENCES} are ideal."),
+        (bool(far), f"The service cannot read addresses of a private network: reference {', '.join(map(str, far))}."),
+    )
+    return [text for holds, text in remarks if holds]
+
+
+def _shown_request(job: Job) -> dict[str, Any]:
+    """The request without the photographs in it."""
+    shown = tuple(_shown(reference.url or reference.content_type) for reference in job.references)
+    return replace(job.request, reference_images=shown).body()
+
+
+def _shown(url: str) -> str:
+    return f"{url[:32]}..." if url.startswith("data:") else url
+
+
+# --- Calling it off ---
+
+
+async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
+    """Ask the service once to stop; what turns out to be finished is fetched and kept, since it is paid for."""
+    at.watch.finish()
+    with suppress(HostedError):  # a journal that cannot be written keeps nobody from calling off
+        if not at.journal.claim_cancel(row):
+            raise stopped
+    at.report(Progress(3, f"calling it off (request {row.ticket.request_id})"))
+    cancelled = await at.client.cancel(row.ticket)
+    _note_cancel(row, cancelled, at)
+    at.report(Progress(3, f"{cancelled.words} (request {row.ticket.request_id})"))
+    logger.info("Request %s: %s", row.ticket.request_id, cancelled.words)
+    if cancelled.outcome == "too late":
+        outcome = await asyncio.wait_for(collect(row, row.ticket, Limits(), at), CALL_OFF_SECONDS)
+        if isinstance(stopped, HostedLimit):
+            return outcome
+    if isinstance(stopped, HostedLimit):
+        raise HostedLimit(f"{stopped} {cancelled.words}") from None
+    raise stopped
+
+
+def _note_cancel(row: Row, cancelled: Cancelled, at: Service) -> None:
+    """What came of a cancel: only a request that never ran is over; every other one can still be asked about."""
+    if cancelled.outcome == "removed":
+        _move(row, FAILED, at, "cancelled before it ran")
+    elif cancelled.outcome in ("not passed on", "no answer"):
+        _move(row, SUBMITTED, at)
+
+
+def _move(row: Row | None, state: str, at: Service, note: str = "", seed: str | None = None) -> None:
+    """Note a step. A journal that cannot be written now must not cost pictures: the row then stays as it was."""
+    if row is None:
+        return
+    try:
+        at.journal.move(row, state, note, seed)
+    except HostedError as error:
+        logger.warning("%s", error)
