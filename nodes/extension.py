@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host
 from .apply import PulidApply, PulidApplyAdvanced
+from .hosted import NODES as HOSTED
 from .identity import PulidEncode
 from .load import PulidLoader
 
@@ -11,4 +12,4 @@ from .load import PulidLoader
 class PulidExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_folders()
-        return [PulidLoader, PulidEncode, PulidApply, PulidApplyAdvanced]
+        return [PulidLoader, PulidEncode, PulidApply, PulidApplyAdvanced, *HOSTED]

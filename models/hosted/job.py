@@ -6,6 +6,7 @@ Nothing below `submit` ever sends a request that costs money, so asking again is
 import asyncio
 import itertools
 import logging
+from collections.abc import Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +92,26 @@ async def submit(job: Job, at: Service) -> Row:
         if row.fresh:
             return await _send(row, replace(job.request, reference_images=urls), job.options, at)
     return await _join(row, at)
+
+
+async def order(job: Job, at: Service) -> Ticket:
+    """The ticket of an accepted request, without waiting for it. Raises HostedError."""
+    row = await submit(job, at)
+    try:
+        at.watch.check()
+    except Interrupted as stopped:
+        await _call_off(row, stopped, at)
+    return row.ticket
+
+
+async def status(request_id: str, logs: bool, at: Service) -> Status:
+    """Where a request stands of which only the id is known."""
+    return await at.watch.over(at.client.status(at.client.ticket(request_id), logs))
+
+
+async def upload(references: Sequence[Reference], seconds: int, at: Service) -> list[str]:
+    """The address of each photograph in the service's storage, which deletes it after so many seconds."""
+    return [await at.watch.over(at.storage.upload(reference, seconds, seconds / 2)) for reference in references]
 
 
 async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
