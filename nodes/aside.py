@@ -8,7 +8,6 @@ import asyncio
 import concurrent.futures
 import contextvars
 import threading
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -20,7 +19,8 @@ from ..models.hosted.service import STEPS, Progress
 from ..pulid.errors import Interrupted
 
 LOOK_SECONDS = 0.2  # between two looks at the thread's progress
-CLEANUP_SECONDS = 10  # that a node waits for its thread after it was told to stop
+GRACE_SECONDS = 0.2  # that an interrupted node waits for its thread, which then goes on alone to call things off
+TEAR_DOWN_SECONDS = 10  # that it waits when the host tears everything down
 
 T = TypeVar("T")
 Report = Callable[[Progress], None]
@@ -33,12 +33,13 @@ async def aside(work: Work[T], node_id: str) -> T:
     The interrupt is looked at and never cleared, since other nodes look at it too. Raises InterruptProcessingException
     for an interrupt, and whatever `work` raises.
     """
-    torn_down, shown = threading.Event(), _Shown(node_id)
+    left, shown = threading.Event(), _Shown(node_id)
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on, nobody can cancel it but `left`
 
     def run() -> None:
         try:
-            future.set_result(asyncio.run(work(lambda: torn_down.is_set() or processing_interrupted(), shown.report)))
+            future.set_result(asyncio.run(work(lambda: left.is_set() or processing_interrupted(), shown.report)))
         except BaseException as error:
             future.set_exception(error)
 
@@ -46,25 +47,29 @@ async def aside(work: Work[T], node_id: str) -> T:
     threading.Thread(target=contextvars.copy_context().run, args=[run], daemon=True, name="pulid-hosted").start()
     waited = asyncio.wrap_future(future)
     try:
-        await _until_done(waited, shown)
-        return waited.result()
-    except Interrupted:
-        raise InterruptProcessingException() from None
+        while not waited.done() and not processing_interrupted():
+            await asyncio.wait({waited}, timeout=LOOK_SECONDS)
+            shown.refresh()
+        if not waited.done():
+            await asyncio.wait({waited}, timeout=GRACE_SECONDS)
+            shown.refresh()
+        return _outcome(waited)
     except asyncio.CancelledError:  # another node failed, and the host tears everything down
-        torn_down.set()
-        await asyncio.wait({asyncio.wrap_future(future)}, timeout=CLEANUP_SECONDS)
+        left.set()
+        await asyncio.wait({waited}, timeout=TEAR_DOWN_SECONDS)
         raise
+    finally:
+        left.set()  # the host forgets an interrupt when its next run starts; the thread must not
+        waited.cancel()
 
 
-async def _until_done(waited: asyncio.Future, shown: "_Shown") -> None:
-    interrupted = None
-    while not waited.done():
-        await asyncio.wait({waited}, timeout=LOOK_SECONDS)
-        shown.refresh()
-        if interrupted is None and processing_interrupted():
-            interrupted = time.monotonic()
-        if interrupted is not None and time.monotonic() - interrupted > CLEANUP_SECONDS:
-            raise Interrupted("Stopped by the user; the rest is done in the background.")
+def _outcome(waited: asyncio.Future):
+    try:
+        if waited.done():
+            return waited.result()
+    except Interrupted:
+        pass
+    raise InterruptProcessingException()
 
 
 class _Shown:

@@ -177,7 +177,7 @@ class QueueClient:
             raise AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}. {UNKNOWN}")
         if reply.status >= 400:
             raise Refused(read_failure(reply).words("The service did not take the request"))
-        answer = read_json(reply)
+        answer = read_json(reply) if _is_json(reply) else None
         request_id = answer.get("request_id") if isinstance(answer, dict) else None
         if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
             raise AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no request id. {UNKNOWN}")

@@ -12,10 +12,13 @@ import ipaddress
 import socket
 from dataclasses import dataclass
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from yarl import URL
 
-from ...pulid.errors import BadAnswer, HostedError, Refused, UnsafeAddress
+from ...pulid.errors import AnswerLost, BadAnswer, HostedError, Refused, UnsafeAddress
 from .addresses import Addresses, is_loopback
 from .api import HostedImage
 from .patience import Sleep, repeated
@@ -25,7 +28,7 @@ REDIRECTS = 3
 IMAGE_BYTES, JOB_BYTES = 64 * 2**20, 256 * 2**20
 LARGEST_PIXELS = 64 * 2**20
 PICTURE_TERMS = Terms(seconds=120, limit=IMAGE_BYTES, idle=30)
-MAGIC = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG", b"RIFF": "WEBP"}
+MAGIC = {b"\x89PNG\r\n\x1a\n": PngImageFile, b"\xff\xd8\xff": JpegImageFile, b"RIFF": WebPImageFile}
 EXPIRED = (
     "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again. Switch "
     "force_resubmit on to have new ones made."
@@ -67,7 +70,7 @@ def public_only(addresses: Addresses, look_up: Resolve = look_up) -> Resolve:
 
 def check_address(url: URL, addresses: Addresses) -> URL:
     """The address, or UnsafeAddress. Numbers are checked here, since no lookup comes for them; names when looked up."""
-    if addresses.is_own_storage(url):
+    if url.absolute and addresses.is_own_storage(url):
         return url
     if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
         raise UnsafeAddress(
@@ -88,7 +91,7 @@ class Downloader:
     """Fetches and decodes the pictures of an answer.
 
     transport  one whose lookups go through `public_only`
-    terms      of one picture
+    terms      of one picture; its seconds are for all tries together
     """
 
     transport: Transport
@@ -112,7 +115,11 @@ class Downloader:
 
     async def fetch(self, address: str) -> bytes:
         """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
-        return _body(await repeated(lambda: self._follow(address), self.sleep))
+        tries = repeated(lambda: self._follow(address), self.sleep)
+        try:
+            return _body(await asyncio.wait_for(tries, self.terms.seconds))
+        except asyncio.TimeoutError:
+            raise AnswerLost(f"A picture did not arrive within {self.terms.seconds:g} s.") from None
 
     async def _follow(self, address: str) -> Reply:
         url = check_address(read_url(address), self.addresses)
@@ -159,7 +166,8 @@ def decode(data: bytes) -> Image.Image:
     if kind is None:
         raise BadAnswer("Expected a PNG, JPEG or WebP picture, found something else.")
     try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+        # Not Image.open, whose own limit warns in some cases and says less in the others.
+        with kind(io.BytesIO(data)) as image:
             if image.width * image.height > LARGEST_PIXELS:
                 raise BadAnswer(
                     f"A picture of {image.width} x {image.height} pixels is larger than this pack decodes "
@@ -168,8 +176,8 @@ def decode(data: bytes) -> Image.Image:
             return image.convert("RGB")
     except HostedError:
         raise
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadAnswer(f"A {kind} picture is damaged ({type(error).__name__}).") from None
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadAnswer(f"A picture is damaged: {kind.format} could not be read ({type(error).__name__}).") from None
 
 
 def _differences(number: int, image: HostedImage, length: int, size: tuple[int, int]) -> list[str]:

@@ -7,15 +7,27 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...pulid.errors import AmbiguousSubmit, HostedError, HostedLimit, Interrupted, JobFailed, Refused
+from ...pulid.errors import (
+    AmbiguousSubmit,
+    AnswerLost,
+    BadAnswer,
+    HostedError,
+    HostedLimit,
+    Interrupted,
+    JobFailed,
+    Refused,
+    Unreachable,
+    UnsafeAddress,
+)
 from .api import IDEAL_REFERENCES, HostedRequest, read_answer
-from .client import DONE, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket
+from .client import DONE, GOES_ON, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket
 from .journal import (
     AMBIGUOUS,
+    CANCEL_REQUESTED,
     COMPLETED,
     DOWNLOADED,
     FAILED,
@@ -77,6 +89,10 @@ async def generate(job: Job, at: Service) -> Outcome:
             return await at.watch.over(collect(row, row.ticket, job.limits, at, job))
         except (Interrupted, HostedLimit, asyncio.CancelledError) as stopped:
             return await _call_off(row, stopped, at)
+        except JobFailed:
+            if row.state != CANCEL_REQUESTED:
+                raise
+    return await generate(job, at)  # the user had called that one off, it has ended, and they ask again
 
 
 async def submit(job: Job, at: Service) -> Row:
@@ -117,7 +133,7 @@ async def upload(references: Sequence[Reference], seconds: int, at: Service) -> 
 async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
     """The pictures of a request of which only the id is known, waiting for them if need be."""
     ticket = at.client.ticket(request_id)
-    row = at.journal.by_request(ticket.request_id)
+    row = _known(ticket, at)
     if kept := at.results.get(ticket.request_id):
         return kept
     return await at.watch.over(collect(row, row.ticket if row else ticket, limits, at))
@@ -126,9 +142,10 @@ async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
 async def cancel(request_id: str, at: Service) -> Cancelled:
     """Ask the service to stop a request of which only the id is known."""
     ticket = at.client.ticket(request_id)
-    row = at.journal.by_request(ticket.request_id)
+    row = _known(ticket, at)
+    claimed = row is not None and at.journal.claim_cancel(row)
     cancelled = await at.client.cancel(row.ticket if row else ticket)
-    if row:
+    if claimed:
         _note_cancel(row, cancelled, at)
     return cancelled
 
@@ -139,16 +156,13 @@ async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, 
     row, job  None for a request that is not in the journal, or whose values are not known here
     """
     began = at.now()
-    try:
+    with _nothing_is_lost(row, ticket, at):
         data, status = await _wait(ticket, limits, at)
-    except JobFailed as error:
-        _move(row, FAILED, at, str(error))
-        raise
-    waited = at.now()
-    _move(row, COMPLETED, at)
-    at.report(Progress(4, f"fetching the pictures (request {ticket.request_id})"))
-    answer = read_answer(data)
-    images, notes = await at.downloader.pictures(answer.images)
+        waited = at.now()
+        _move(row, COMPLETED, at)
+        at.report(Progress(4, f"fetching the pictures (request {ticket.request_id})"))
+        answer = read_answer(data)
+        images, notes = await at.downloader.pictures(answer.images)
     notes += _remarks(job, len(images)) if job else []
     timings = {"waited": round(waited - began, 3), "fetched": round(at.now() - waited, 3), **status.metrics}
     info = {
@@ -193,12 +207,10 @@ async def _send(row: Row, request: HostedRequest, options: SubmitOptions, at: Se
         raise
     finally:
         beat.cancel()
+    row = replace(row, state=SUBMITTED, ticket=ticket)
+    _move(row, SUBMITTED, at)
     at.report(Progress(1, f"sent (request {ticket.request_id})"))
-    try:
-        at.journal.submitted(row, ticket)
-    except HostedError as error:
-        logger.warning("Request %s was accepted, but %s", ticket.request_id, error)
-    return replace(row, state=SUBMITTED, ticket=ticket)
+    return row
 
 
 async def _beat(row: Row, at: Service) -> None:
@@ -238,6 +250,25 @@ async def _slot(job: Job, at: Service):
 
 
 # --- Waiting ---
+
+
+@contextmanager
+def _nothing_is_lost(row: Row | None, ticket: Ticket, at: Service):
+    """Notes a job that failed; says of every other failure that the request can still be asked about."""
+    try:
+        yield
+    except JobFailed as error:
+        _move(row, FAILED, at, str(error))
+        raise
+    except (AnswerLost, BadAnswer, Unreachable, UnsafeAddress) as error:
+        raise type(error)(f"{error} Request {ticket.request_id} is not lost.{GOES_ON}") from None
+
+
+def _known(ticket: Ticket, at: Service) -> Row | None:
+    """What the journal knows of a request; a journal that cannot be read keeps nobody from asking the service."""
+    with suppress(HostedError):
+        return at.journal.by_request(ticket.request_id)
+    return None
 
 
 async def _wait(ticket: Ticket, limits: Limits, at: Service) -> tuple[Any, Status]:
@@ -357,4 +388,4 @@ def _move(row: Row | None, state: str, at: Service, note: str = "", seed: str | 
     try:
         at.journal.move(row, state, note, seed)
     except HostedError as error:
-        logger.warning("%s", error)
+        logger.warning("Request %s is %s, but: %s", row.ticket.request_id if row.ticket else "", state, error)

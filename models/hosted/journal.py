@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from ...pulid.errors import AmbiguousSubmit, HostedError, HostedLimit
@@ -30,6 +30,7 @@ HEARTBEAT_SECONDS = 2.0  # between two signs of life of who is sending
 SILENCE_SECONDS = 15.0  # after which it has died while sending
 BUSY_SECONDS = 10  # to wait for another process's write
 DAY = 24 * 3600
+TICKET = ("request_id", "status_url", "response_url", "cancel_url")  # columns, in a Ticket's order
 
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS jobs (
@@ -136,24 +137,19 @@ class Journal:
         with self._database() as database:
             database.execute("UPDATE jobs SET updated = ? WHERE id = ? AND state = ?", (self.now(), row.id, PREPARED))
 
-    def submitted(self, row: Row, ticket: Ticket) -> None:
-        values = (SUBMITTED, self.now(), ticket.request_id, ticket.status_url, ticket.response_url, ticket.cancel_url)
-        columns = "state = ?, updated = ?, request_id = ?, status_url = ?, response_url = ?, cancel_url = ?"
-        with self._database() as database:
-            database.execute(f"UPDATE jobs SET {columns} WHERE id = ?", (*values, row.id))
-
     def move(self, row: Row, state: str, note: str = "", seed: str | None = None) -> None:
+        """Note a step of a row, together with its ticket in case that an earlier write of it failed."""
         with self._database() as database:
-            self._set(database, row.id, state, note, seed)
+            self._set(database, row, state, note, seed)
 
     def claim_cancel(self, row: Row) -> bool:
         """True for the one caller that shall ask the service to cancel."""
         with self._database() as database:
-            changed = database.execute(
-                "UPDATE jobs SET state = ?, updated = ? WHERE id = ? AND state IN (?, ?)",
-                (CANCEL_REQUESTED, self.now(), row.id, PREPARED, SUBMITTED),
-            )
-            return changed.rowcount == 1
+            state = database.execute("SELECT state FROM jobs WHERE id = ?", [row.id]).fetchone()["state"]
+            if state in (PREPARED, SUBMITTED):
+                self._set(database, row, CANCEL_REQUESTED)
+                return True
+            return False
 
     # --- Uploads ---
 
@@ -176,7 +172,7 @@ class Journal:
         query = f"SELECT * FROM jobs WHERE digest = ? AND {STANDS}"
         found = database.execute(query, [digest]).fetchone()
         if found and found["state"] == PREPARED and self.now() - found["updated"] > SILENCE_SECONDS:
-            self._set(database, found["id"], AMBIGUOUS, "ended while it was being sent")
+            self._set(database, _row(found), AMBIGUOUS, "ended while it was being sent")
             found = database.execute(query, [digest]).fetchone()
         return _row(found)
 
@@ -184,12 +180,14 @@ class Journal:
         if row.state == DOWNLOADED:
             database.execute("UPDATE jobs SET fixed = 0 WHERE id = ?", [row.id])
         else:
-            self._set(database, row.id, FAILED, "given up for a new one")
+            self._set(database, row, FAILED, "given up for a new one")
 
-    def _set(self, database: sqlite3.Connection, row_id: int, state: str, note: str, seed: str | None = None) -> None:
+    def _set(self, database: sqlite3.Connection, row: Row, state: str, note: str = "", seed: str | None = None) -> None:
+        ticket = astuple(row.ticket) if row.ticket else (None,) * len(TICKET)
+        columns = "".join(f", {name} = COALESCE(?, {name})" for name in (*TICKET, "seed"))
         database.execute(
-            "UPDATE jobs SET state = ?, updated = ?, note = ?, seed = COALESCE(?, seed) WHERE id = ? AND state != ?",
-            (state, self.now(), note, seed, row_id, FAILED),  # what was given up stays so
+            f"UPDATE jobs SET state = ?, updated = ?, note = ?{columns} WHERE id = ? AND state != ?",
+            (state, self.now(), note, *ticket, seed, row.id, FAILED),  # what has failed stays so
         )
 
     def _check(self, database: sqlite3.Connection, run: str, pictures: int, guard: Guard) -> None:
@@ -220,6 +218,5 @@ def refuse_ambiguous(row: Row) -> None:
 def _row(found: sqlite3.Row | None) -> Row | None:
     if found is None:
         return None
-    names = ("request_id", "status_url", "response_url", "cancel_url")
-    ticket = Ticket(*(found[name] for name in names)) if found["request_id"] else None
+    ticket = Ticket(*(found[name] for name in TICKET)) if found["request_id"] else None
     return Row(found["id"], found["digest"], found["state"], ticket)

@@ -94,8 +94,8 @@ class AiohttpTransport:
 
     async def __aenter__(self) -> "AiohttpTransport":
         trace = aiohttp.TraceConfig()
+        trace.on_connection_create_start.append(_once)
         trace.on_connection_create_end.append(_connected)
-        trace.on_connection_reuseconn.append(_connected)
         resolver = CheckedResolver(self._resolve) if self._resolve else None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
@@ -137,6 +137,11 @@ class AiohttpTransport:
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
             failure = _failure(progress.connected, url, terms, error)
         raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
+
+
+async def _once(session, context, params) -> None:
+    if context.trace_request_ctx.connected:  # the library repeats all calls but POST, on a second connection
+        raise AnswerLost("The connection broke off before an answer came.")
 
 
 async def _connected(session, context, params) -> None:

@@ -21,8 +21,8 @@ BY_KIND = {
     "file_download_error": f"The service could not fetch it. {HOSTS}",
     "image_load_error": f"The service could not read it as a picture. {HOSTS}",
     "file_too_large": "Use a smaller file, or leave reference_size at 1024.",
-    "client_cancelled": "It was cancelled.",
-    "client_disconnected": "It was cancelled.",
+    "client_cancelled": "It was cancelled. Queue the prompt again to send it anew.",
+    "client_disconnected": "It was cancelled. Queue the prompt again to send it anew.",
     "startup_timeout": "No machine took it up in time, so nothing ran. Queue the prompt again.",
 }
 KEY = "The key is wrong, or missing. Check FAL_KEY or the key file; it reads id:secret."
@@ -67,11 +67,12 @@ class Failure:
     status: int
     problems: tuple[Problem, ...]
     retryable: bool | None = None
-    own_limit: bool = False
+    own_limit: bool = False  # the service gave up at the limit that the request itself named
+    units: str = ""  # that the service billed for it
 
     @property
     def kinds(self) -> set[str]:
-        return {problem.kind for problem in self.problems}
+        return {problem.kind for problem in self.problems} - {""}
 
     def words(self, doing: str, request_id: str = "") -> str:
         """`doing` is the half sentence "Fetching the result failed" and its like."""
@@ -79,7 +80,9 @@ class Failure:
         said = f" {detail.rstrip('.')}." if detail else ""
         named = f" (request {request_id})" if request_id else ""
         status = "" if self.status == 200 else f" (HTTP {self.status})"
-        return f"{doing}{status}.{said} {self._advice()}{named}"
+        free = " Nothing was billed." if self.units == "0" else ""
+        again = " The service says that sending it again may help." if self.retryable else ""
+        return f"{doing}{status}.{said} {self._advice()}{free}{again}{named}"
 
     def _advice(self) -> str:
         if self.own_limit:
@@ -105,6 +108,7 @@ def read_failure(reply: Reply) -> Failure:
         reply.status,
         tuple(_problems(data, reply.headers.get("x-fal-error-type", ""))),
         retryable={"true": True, "false": False}.get(flag),
+        units=reply.headers.get("x-fal-billable-units", ""),
         own_limit=reply.status == 504 and reply.headers.get("x-fal-request-timeout-type", "").lower() == "user",
     )
 
