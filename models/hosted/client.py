@@ -190,12 +190,11 @@ class QueueClient:
         return replace(ticket, **given)
 
     def _is_ours(self, url: Any) -> bool:
+        known = [base.origin() for base in (self.addresses.queue, self.addresses.backup_queue) if base]
         try:
-            parsed = URL(url) if isinstance(url, str) else None
+            return isinstance(url, str) and URL(url).origin() in known and not URL(url).user
         except ValueError:
             return False
-        known = [base.origin() for base in (self.addresses.queue, self.addresses.backup_queue) if base]
-        return parsed is not None and parsed.is_absolute() and not parsed.user and parsed.origin() in known
 
     async def status(self, ticket: Ticket, logs: bool = True) -> Status:
         reply = await self.repeat("GET", URL(ticket.status_url).update_query(logs=int(logs)))

@@ -8,7 +8,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ...pulid.errors import (
@@ -23,7 +23,7 @@ from ...pulid.errors import (
     Unreachable,
     UnsafeAddress,
 )
-from .api import IDEAL_REFERENCES, HostedRequest, read_answer
+from .api import IDEAL_REFERENCES, HostedImage, HostedRequest, read_answer
 from .client import DONE, GOES_ON, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket
 from .journal import (
     AMBIGUOUS,
@@ -46,7 +46,7 @@ from .wording import reported_failure
 POLL_SECONDS = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
 CALL_OFF_SECONDS = 60  # to fetch what was finished before it could be called off
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, 
         "seed": answer.seed,
         "request_id": ticket.request_id,
         "urls": [_shown(image.url) for image in answer.images],
+        "images": [_facts(image) for image in answer.images],
         "timings": timings,
         "request": _shown_request(job) if job else None,
         "logs": list(status.logs),
@@ -346,8 +347,15 @@ def _shown_request(job: Job) -> dict[str, Any]:
     return replace(job.request, reference_images=shown).body()
 
 
+def _facts(image: HostedImage) -> dict[str, Any]:
+    """What the service said about a picture, long texts cut."""
+    said = {name: value for name, value in asdict(image).items() if value is not None}
+    return {name: _shown(value) if name in ("url", "file_data") else value for name, value in said.items()}
+
+
 def _shown(url: str) -> str:
-    return f"{url[:32]}..." if url.startswith("data:") else url
+    """An address as it is, a picture in a text as its start."""
+    return url if url.startswith(("http://", "https://")) or len(url) <= 64 else f"{url[:32]}..."
 
 
 # --- Calling it off ---

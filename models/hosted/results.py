@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 LARGEST = 512 * 2**20  # bytes of all pictures together
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Kinds are from https://docs.fal.ai/errors and https://fal.ai/docs/documentation/
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,8 @@ def read_failure(reply: Reply) -> Failure:
 
 def reported_failure(error: Any, kind: Any) -> Failure:
     """A failure that a status of COMPLETED carries in `error` and `error_type`."""
+    with suppress(ValueError, TypeError):
+        error = json.loads(error)  # the detail of a model's error, as a text
     return Failure(200, tuple(_problems({"detail": error, "error_type": kind}, "")))
 
 
