@@ -57,7 +57,8 @@ class Addresses:
 
     def is_own_storage(self, url: URL) -> bool:
         """True below the configured CDN where that is on this machine, as in tests: there plain http will do."""
-        return is_loopback(self.cdn) and url.origin() == self.cdn.origin()
+        own = (self.cdn.scheme, self.cdn.host, self.cdn.port)
+        return is_loopback(self.cdn) and (url.scheme, url.host, url.port) == own
 
 
 def checked(address: str | URL, name: str) -> URL:

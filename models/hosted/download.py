@@ -70,7 +70,7 @@ def public_only(addresses: Addresses, look_up: Resolve = look_up) -> Resolve:
 
 def check_address(url: URL, addresses: Addresses) -> URL:
     """The address, or UnsafeAddress. Numbers are checked here, since no lookup comes for them; names when looked up."""
-    if url.absolute and addresses.is_own_storage(url):
+    if addresses.is_own_storage(url):
         return url
     if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
         raise UnsafeAddress(

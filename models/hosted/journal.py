@@ -29,17 +29,17 @@ STANDS = f"(state IN {OPEN!r} OR (state = '{DOWNLOADED}' AND fixed))"
 HEARTBEAT_SECONDS = 2.0  # between two signs of life of who is sending
 SILENCE_SECONDS = 15.0  # after which it has died while sending
 BUSY_SECONDS = 10  # to wait for another process's write
+LOCKED_SECONDS = 0.02  # between two tries where SQLite does not wait by itself
 DAY = 24 * 3600
 TICKET = ("request_id", "status_url", "response_url", "cancel_url")  # columns, in a Ticket's order
 
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS jobs (
+SCHEMA = f"""CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, fixed INTEGER NOT NULL,
     run TEXT NOT NULL, pictures INTEGER NOT NULL, created REAL NOT NULL, updated REAL NOT NULL,
     request_id TEXT, status_url TEXT, response_url TEXT, cancel_url TEXT, seed TEXT, note TEXT);
 CREATE UNIQUE INDEX IF NOT EXISTS one_stands ON jobs (digest) WHERE {STANDS};
 CREATE INDEX IF NOT EXISTS by_request ON jobs (request_id);
-CREATE TABLE IF NOT EXISTS uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, expires REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, expires REAL NOT NULL)
 """
 
 
@@ -79,10 +79,11 @@ class Journal:
             connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             try:
                 connection.row_factory = sqlite3.Row
-                connection.execute("PRAGMA journal_mode=WAL")
+                _write_ahead(connection)
                 connection.execute("PRAGMA synchronous=FULL")  # on the disk before a byte leaves
-                connection.executescript(SCHEMA)
                 connection.execute("BEGIN IMMEDIATE")
+                for statement in SCHEMA.split(";"):
+                    connection.execute(statement)
                 yield connection
                 connection.execute("COMMIT")
             finally:
@@ -207,6 +208,19 @@ class Journal:
                     f"{pictures} more would exceed {limit}. Nothing was sent. Switch confirm_paid on to send it "
                     f"all the same, or set {name}."
                 )
+
+
+def _write_ahead(connection: sqlite3.Connection) -> None:
+    """Switch to write-ahead logging. Two may do so at once, on a new file, and SQLite does not wait by itself there."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(LOCKED_SECONDS)
 
 
 def refuse_ambiguous(row: Row) -> None:
