@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -83,8 +83,8 @@ async def generate(job: Job, at: Service) -> Outcome:
     """The pictures of a request, which is sent only if no equal one is finished or under way. Raises HostedError."""
     if kept := _kept(job, at):
         return kept
-    async with _slot(job, at):
-        row = await submit(job, at)
+    with _Place(at) as place:
+        row = await submit(job, at, place)
         try:
             return await at.watch.over(collect(row, row.ticket, job.limits, at, job))
         except (Interrupted, HostedLimit, asyncio.CancelledError) as stopped:
@@ -95,24 +95,26 @@ async def generate(job: Job, at: Service) -> Outcome:
     return await generate(job, at)  # the user had called that one off, it has ended, and they ask again
 
 
-async def submit(job: Job, at: Service) -> Row:
-    """The accepted request that equals this one: a standing one, or one that is sent now, once."""
+async def submit(job: Job, at: Service, place: "_Place") -> Row:
+    """The accepted request that equals this one: a standing one, or one that is sent now, once, and takes a place."""
     digest, pictures = job.request.digest(at.account), job.request.num_images
     row = None if job.force else at.journal.find(digest)
     if row is None:
         at.journal.check(job.run, pictures, job.guard)
         at.report(Progress(0, f"sending {len(job.references)} reference pictures"))
         urls = await at.watch.over(at.storage.place(job.references, job.transport, job.limits.queue))
-        at.watch.check()
+        await place.take()
         row = at.journal.claim(digest, job.run, pictures, job.request.seed is not None, job.guard, job.force)
         if row.fresh:
             return await _send(row, replace(job.request, reference_images=urls), job.options, at)
+        place.free()
     return await _join(row, at)
 
 
 async def order(job: Job, at: Service) -> Ticket:
     """The ticket of an accepted request, without waiting for it. Raises HostedError."""
-    row = await submit(job, at)
+    with _Place(at) as place:
+        row = await submit(job, at, place)
     try:
         at.watch.check()
     except Interrupted as stopped:
@@ -143,7 +145,7 @@ async def cancel(request_id: str, at: Service) -> Cancelled:
     """Ask the service to stop a request of which only the id is known."""
     ticket = at.client.ticket(request_id)
     row = _known(ticket, at)
-    claimed = row is not None and at.journal.claim_cancel(row)
+    claimed = row is not None and _may_cancel(row, at)
     cancelled = await at.client.cancel(row.ticket if row else ticket)
     if claimed:
         _note_cancel(row, cancelled, at)
@@ -235,19 +237,29 @@ async def _join(row: Row, at: Service) -> Row:
     return row
 
 
-@asynccontextmanager
-async def _slot(job: Job, at: Service):
-    """One of the places for requests under way; joining a request that is under way takes none."""
-    if not job.force and at.journal.find(job.request.digest(at.account)):
-        yield
-        return
-    while not at.slots.acquire(blocking=False):
-        at.report(Progress(0, "waiting for another hosted request to finish"))
-        await at.watch.pause(PEEK_SECONDS)
-    try:
-        yield
-    finally:
-        at.slots.release()
+class _Place:
+    """One of the places for requests under way, from `take` to the end of the block; who joins another's needs none."""
+
+    def __init__(self, at: Service):
+        self._at, self._taken = at, False
+
+    def __enter__(self) -> "_Place":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.free()
+
+    async def take(self) -> None:
+        while not self._at.slots.acquire(blocking=False):
+            self._at.report(Progress(0, "waiting for another hosted request to finish"))
+            await self._at.watch.pause(PEEK_SECONDS)
+        self._taken = True
+        self._at.watch.check()
+
+    def free(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._at.slots.release()
 
 
 # --- Waiting ---
@@ -364,9 +376,8 @@ def _shown(url: str) -> str:
 async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     """Ask the service once to stop; what turns out to be finished is fetched and kept, since it is paid for."""
     at.watch.finish()
-    with suppress(HostedError):  # a journal that cannot be written keeps nobody from calling off
-        if not at.journal.claim_cancel(row):
-            raise stopped
+    if not _may_cancel(row, at):
+        raise stopped
     at.report(Progress(3, f"calling it off (request {row.ticket.request_id})"))
     cancelled = await at.client.cancel(row.ticket)
     _note_cancel(row, cancelled, at)
@@ -379,6 +390,14 @@ async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     if isinstance(stopped, HostedLimit):
         raise HostedLimit(f"{stopped} {cancelled.words}") from None
     raise stopped
+
+
+def _may_cancel(row: Row, at: Service) -> bool:
+    """True for the one who is to cancel. A journal that cannot be written keeps nobody from it."""
+    try:
+        return at.journal.claim_cancel(row)
+    except HostedError:
+        return True
 
 
 def _note_cancel(row: Row, cancelled: Cancelled, at: Service) -> None:
