@@ -4,7 +4,6 @@ Every input, output and call of https://fal.ai/models/fal-ai/pulid/api; the key 
 """
 
 import json
-import math
 import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -357,7 +356,7 @@ class PulidHostedStatus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_):
-        return math.nan  # equal to nothing: a status is asked for anew each time
+        return float("nan")  # equal to nothing: a status is asked for anew each time
 
     @classmethod
     async def execute(cls, request_id, logs):
@@ -417,7 +416,7 @@ class PulidHostedCancel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_):
-        return math.nan
+        return float("nan")
 
     @classmethod
     async def execute(cls, request_id):

@@ -15,7 +15,8 @@
     │   ├── BadAnswer         an answer that means nothing (not JSON, fields missing, not a picture)
     │   ├── Refused           the service said no, and nothing runs
     │   ├── AmbiguousSubmit   a request may have been accepted and billed, and nobody knows
-    │   ├── JobFailed         accepted, and then it failed, was cancelled or expired
+    │   ├── JobFailed         accepted, and then it failed
+    │   │   └── JobCancelled  it ended because somebody asked for it
     │   ├── HostedLimit       a limit of time, or of pictures, that the user has set
     │   ├── UnsafeAddress     an address that must not be read from or sent to
     │   └── Interrupted       the user stopped waiting
@@ -90,7 +91,11 @@ class AmbiguousSubmit(HostedError):
 
 
 class JobFailed(HostedError):
-    """A request was accepted, and then failed, was cancelled or expired."""
+    """A request was accepted, and then failed."""
+
+
+class JobCancelled(JobFailed):
+    """A request was accepted, and ended because somebody asked for it."""
 
 
 class HostedLimit(HostedError):

@@ -13,13 +13,22 @@ from typing import Any
 
 from yarl import URL
 
-from ...pulid.errors import AmbiguousSubmit, AnswerLost, BadAnswer, InputError, JobFailed, Refused, Unreachable
+from ...pulid.errors import (
+    AmbiguousSubmit,
+    AnswerLost,
+    BadAnswer,
+    InputError,
+    JobCancelled,
+    JobFailed,
+    Refused,
+    Unreachable,
+)
 from .addresses import Addresses
 from .api import ENDPOINT
 from .keys import Key
 from .patience import Sleep, is_passing, repeated, retry_after
 from .transport import DEFAULT_TERMS, Reply, Terms, Transport
-from .wording import read_failure
+from .wording import Failure, read_failure
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
 CANCEL_SECONDS = 10
@@ -214,7 +223,7 @@ class QueueClient:
         if reply.status == 400 and any("in progress" in problem.message for problem in failure.problems):
             return None
         if reply.status not in ACCESS and (failure.kinds or reply.status in MODELS_OWN):
-            raise JobFailed(failure.words("The request failed", ticket.request_id))
+            raise failed_job(failure, ticket.request_id)
         raise Refused(failure.words("Fetching the result failed", ticket.request_id) + GOES_ON)
 
     async def cancel(self, ticket: Ticket) -> Cancelled:
@@ -263,6 +272,12 @@ UNKNOWN = (
     "fal.ai/dashboard/requests. If it is there, fetch its pictures by its id (PuLID Hosted Result); "
     "if it is not, switch force_resubmit on to send it again."
 )
+
+
+def failed_job(failure: Failure, request_id: str) -> JobFailed:
+    """What a job that failed raises."""
+    kind = JobCancelled if failure.status == 499 or "client_cancelled" in failure.kinds else JobFailed
+    return kind(failure.words("The request failed", request_id))
 
 
 def read_status(data: Any) -> Status:

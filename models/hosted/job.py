@@ -18,13 +18,14 @@ from ...pulid.errors import (
     HostedError,
     HostedLimit,
     Interrupted,
+    JobCancelled,
     JobFailed,
     Refused,
     Unreachable,
     UnsafeAddress,
 )
 from .api import IDEAL_REFERENCES, HostedImage, HostedRequest, read_answer
-from .client import DONE, GOES_ON, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket
+from .client import DONE, GOES_ON, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket, failed_job
 from .journal import (
     AMBIGUOUS,
     CANCEL_REQUESTED,
@@ -89,8 +90,8 @@ async def generate(job: Job, at: Service) -> Outcome:
             return await at.watch.over(collect(row, row.ticket, job.limits, at, job))
         except (Interrupted, HostedLimit, asyncio.CancelledError) as stopped:
             return await _call_off(row, stopped, at)
-        except JobFailed:
-            if row.state != CANCEL_REQUESTED:
+        except JobCancelled:
+            if row.state != CANCEL_REQUESTED or at.journal.find(row.digest):
                 raise
     return await generate(job, at)  # the user had called that one off, it has ended, and they ask again
 
@@ -311,9 +312,7 @@ async def _result(ticket: Ticket, status: Status, at: Service) -> Any | None:
             raise
         data = None
     if status.failed:
-        raise JobFailed(
-            reported_failure(status.error, status.error_type).words("The request failed", ticket.request_id)
-        )
+        raise failed_job(reported_failure(status.error, status.error_type), ticket.request_id)
     return data
 
 
@@ -384,9 +383,10 @@ async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     at.report(Progress(3, f"{cancelled.words} (request {row.ticket.request_id})"))
     logger.info("Request %s: %s", row.ticket.request_id, cancelled.words)
     if cancelled.outcome == "too late":
-        outcome = await asyncio.wait_for(collect(row, row.ticket, Limits(), at), CALL_OFF_SECONDS)
-        if isinstance(stopped, HostedLimit):
-            return outcome
+        with suppress(HostedError, asyncio.TimeoutError):  # it can still be fetched by its id
+            outcome = await asyncio.wait_for(collect(row, row.ticket, Limits(), at), CALL_OFF_SECONDS)
+            if isinstance(stopped, HostedLimit):
+                return outcome
     if isinstance(stopped, HostedLimit):
         raise HostedLimit(f"{stopped} {cancelled.words}") from None
     raise stopped
