@@ -369,6 +369,17 @@ def test_a_request_that_went_on_although_it_was_called_off_is_joined(fal, tmp_pa
     assert fal.bill == 1
 
 
+def test_a_request_that_failed_by_itself_after_it_was_called_off_is_not_sent_anew(fal, tmp_path):
+    fal.script, fal.obeys = ("IN_PROGRESS",), False
+    interrupted(fal, tmp_path, lambda: fal.seen("status"))
+    fal.script = ("COMPLETED",)
+    fal.plan("result", EVERY, faults.model_error(422, "Bad prompt"))
+
+    with pytest.raises(JobFailed, match="Bad prompt"):
+        generate(fal, tmp_path)
+    assert fal.bill == 1
+
+
 # ---- By id ----
 
 
