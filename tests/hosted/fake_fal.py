@@ -22,6 +22,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 from fake_faults import Call, Fault, reset
 from fake_model import RANDOM_SEED, BadReference, pictures, png, problems, read_references
+from yarl import URL
 
 ADDRESS = "127.0.0.1"
 MODEL = "fal-ai/pulid"
@@ -47,6 +49,7 @@ MOST_BODY = 256 << 20  # bytes
 ORIGINS = ("queue", "run", "rest", "cdn", "foreign", "proxy")
 TRUSTED = {"queue", "run", "rest"}
 # The public names of what the origins stand for; a proxy is given these.
+PUBLIC_CDN = "https://v3.fal.media"
 PUBLIC = {"https://queue.fal.run": "queue", "https://fal.run": "run", "https://rest.fal.ai": "rest"}
 
 # origin, method, path, route: the name that plans and records use, and the method of FakeFal that answers
@@ -156,18 +159,23 @@ class FakeFal:
         self.clock = Clock()
         self.leaks: list[str] = []
         self.internet: dict[str, bytes] = {}
+        self.files: dict[str, File] = {}
         self.certificate = tls and tls / "fake_fal.pem"
         self._signer = Ed25519PrivateKey.generate()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._held = asyncio.Event()
         self.reset()
 
     def reset(self) -> None:
-        """Forget jobs, files, requests and plans; what is known of leaks stays."""
+        """Forget jobs, requests and plans, drop what a fault holds; files stay, and so does what is known of leaks."""
+        if self._loop:
+            self._loop.call_soon_threadsafe(self._held.set)
+        self._held = asyncio.Event()
         self.script: tuple[int | str, ...] = ("IN_PROGRESS", "COMPLETED")
         self.obeys, self.strict, self.gone = True, False, 404
         self.webhook = Webhook()
         self.requests: list[Seen] = []
         self.jobs: dict[str, Job] = {}
-        self.files: dict[str, File] = {}
         self.most_open = 0  # the most jobs that were accepted and not yet done at one time
         self._plans: dict[tuple[str, int], Fault] = {}
         self._calls: Counter[str] = Counter()
@@ -185,8 +193,16 @@ class FakeFal:
             raise ValueError(f"no route {route!r}")
         self._plans[route, nth and self._calls[route] + nth] = fault
 
+    def here(self, url: str) -> str:
+        """Where a file of fal's public storage lies in this test."""
+        return url.replace(PUBLIC_CDN, self.cdn_url)
+
     def seen(self, route: str) -> list[Seen]:
         return [request for request in self.requests if request.route == route]
+
+    def go_away(self) -> None:
+        """Close every door: from now on nobody answers."""
+        self._wait_for(self._close())
 
     @property
     def environment(self) -> dict[str, str]:
@@ -242,7 +258,7 @@ class FakeFal:
         if self.leaks and kind is None:
             raise KeyLeak("the key reached\n  " + "\n  ".join(self.leaks))
 
-    def _wait_for(self, coroutine) -> None:
+    def _wait_for(self, coroutine: Coroutine) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
@@ -263,8 +279,12 @@ class FakeFal:
 
     async def _stop(self) -> None:
         self._closing.set()
+        self._held.set()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._session.close()
+        await self._close()
+
+    async def _close(self) -> None:
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
 
     def _certify(self) -> ssl.SSLContext:
@@ -308,7 +328,7 @@ class FakeFal:
                     return refusal
                 return await getattr(self, f"_{route}")(request, seen)
 
-            return await (fault(Call(request, handle, self._closing)) if fault else handle())
+            return await (fault(Call(request, handle, self._held)) if fault else handle())
 
         return enter
 
@@ -465,8 +485,8 @@ class FakeFal:
     def _fetch(self, url: str) -> bytes:
         """A reference, from this server's own storage or from `internet`; private hosts are not on it."""
         own = f"{self.cdn_url}/files/"
-        if url.startswith(own):
-            file = self.files.get(url.removeprefix(own))
+        if self.here(url).startswith(own):
+            file = self.files.get(self.here(url).removeprefix(own))
             if file and self.clock.now < file.expires:
                 return file.content
         elif url in self.internet:
@@ -499,7 +519,8 @@ class FakeFal:
     async def _initiate(self, request: web.Request, seen: Seen) -> web.Response:
         lifetime = lifecycle(seen, "x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")
         url = self._store(b"", seen.json["content_type"], seen.json["file_name"], lifetime)
-        return web.json_response({"upload_url": f"{url}?signature={secrets.token_hex(8)}", "file_url": url})
+        upload_url = f"{url}?signature={secrets.token_hex(8)}"
+        return web.json_response({"upload_url": upload_url, "file_url": url.replace(self.cdn_url, PUBLIC_CDN)})
 
     async def _put(self, request: web.Request, seen: Seen) -> web.Response:
         file = self.files.get(request.match_info["name"])
@@ -522,12 +543,17 @@ class FakeFal:
 
     async def _finish_and_call(self, job: Job) -> None:
         """Run the job without anybody asking, and tell the webhook, again and again until it says yes."""
+        while not job.done and self.script[-1] != "COMPLETED" and not self._closing.is_set():
+            await asyncio.sleep(WEBHOOK_PAUSE)
         self._settle(job)
         status, body, _ = job.outcome
         data = {"request_id": job.id, "gateway_request_id": job.id, "status": "OK", "payload": body}
         if status != 200:
             data |= {"status": "ERROR", "error": f"Invalid status code: {status}"}
         content = json.dumps(data).encode()
+        if URL(job.webhook).host != ADDRESS:  # somebody's own: not from a test
+            self.webhook.sent.append((job.webhook, None))
+            return
         for _ in range(WEBHOOK_TRIES):
             if self._closing.is_set() or await self._call_webhook(job, content):
                 return

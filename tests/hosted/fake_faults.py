@@ -22,7 +22,7 @@ class Call:
     """One request that a fault takes over.
 
     handle   the server's own answer, with all that it does on the way: after it, a submit is accepted and billed
-    closing  set when the server stops; a fault that holds a connection ends then
+    closing  set when the server stops or is reset; a fault that holds a connection ends then
     """
 
     request: web.Request
@@ -31,7 +31,8 @@ class Call:
 
     def drop(self) -> web.Response:
         """Cut the connection: a reset where the client still sends or waits."""
-        self.request.transport.abort()
+        if self.request.transport is not None:  # None: the client was faster
+            self.request.transport.abort()
         return web.Response()
 
     def send(self, content: bytes) -> bool:

@@ -50,7 +50,7 @@ def point(fal, monkeypatch):
     monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{fal.run_url}/")
     monkeypatch.setattr(fal_client.client, "REST_URL", fal.rest_url)
     monkeypatch.setattr(fal_client.client, "CDN_URL", fal.cdn_url)
-    monkeypatch.setattr(fal_client.client, "BASE_DELAY", 0.01)
+    monkeypatch.setattr(fal_client.client, "BASE_DELAY", 0.001)
 
 
 @contextmanager
@@ -355,17 +355,17 @@ class TestStorage:
     def test_a_signed_address_takes_bytes_without_a_key(self, fal):
         urls = self.initiate(fal)
         assert call(urls["upload_url"], "PUT", FACE, {"Content-Type": "image/png"})[0] == 200
-        assert call(urls["file_url"])[2] == FACE
-        assert call(urls["file_url"], "PUT", b"other")[0] == 403
+        assert call(fal.here(urls["file_url"]))[2] == FACE
+        assert call(fal.here(urls["file_url"]), "PUT", b"other")[0] == 403
 
     def test_uploads_expire(self, fal):
         lifetime = json.dumps({"expiration_duration_seconds": 3600})
         urls = self.initiate(fal, **{"X-Fal-Object-Lifecycle": lifetime})
         call(urls["upload_url"], "PUT", FACE, {"Content-Type": "image/png"})
         fal.clock.advance(3599)
-        assert call(urls["file_url"])[0] == 200
+        assert call(fal.here(urls["file_url"]))[0] == 200
         fal.clock.advance(1)
-        assert call(urls["file_url"])[0] == 404
+        assert call(fal.here(urls["file_url"]))[0] == 404
 
     def test_pictures_expire_after_a_week_or_as_told(self, fal):
         weekly = finish(fal)[2]["images"][0]["url"]

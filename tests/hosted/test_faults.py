@@ -234,8 +234,8 @@ ROWS = (
     picture("no picture", faults.served(b"not a picture at all"), "PNG, JPEG or WebP"),
     picture("damaged", faults.served(b"\x89PNG\r\n\x1a\n" + bytes(99)), "damaged"),
     picture("a bomb", faults.served(faults.png_bomb()), "30000 x 30000"),
-    picture("a drip", faults.drip(0.2), "did not answer|broke off", HostedError),
-    picture("silence", faults.stall, "did not answer|broke off", HostedError),
+    picture("a drip", faults.drip(0.2), "did not arrive within", HostedError),
+    picture("silence", faults.stall, "did not arrive within", HostedError),
     picture("redirect to the metadata", faults.redirect("http://169.254.169.254/x"), "address", UnsafeAddress),
     picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "private address", UnsafeAddress),
     elsewhere("plain http", "http://pictures.example/a.png", "https"),
@@ -434,6 +434,50 @@ def test_a_cancel_that_nobody_takes_is_said_and_not_repeated(fal, tmp_path, faul
     clear(fal)
     assert len(perform(fal, tmp_path).images) == 1  # and it is there when it is queued again
     assert fal.bill == 1
+
+
+# --- proxies that add the key ---
+
+
+def through(fal, proxy):
+    return {"FAL_KEY": "", "PULID_FAL_QUEUE_URL": "", "PULID_FAL_REST_URL": "", "PULID_FAL_PROXY_URL": proxy}
+
+
+@pytest.mark.parametrize("proxy", ["proxy_url", "formula_proxy_url"])
+@pytest.mark.parametrize("how", ["data URI", "upload"])
+def test_all_goes_through_a_proxy_without_a_key(fal, tmp_path, proxy, how):
+    environ = through(fal, getattr(fal, proxy))
+    outcome = perform(fal, tmp_path, lambda service: jobs.generate(a_job(transport=how), service), environ)
+    assert len(outcome.images) == 1
+    assert {request.authorization for request in fal.requests if request.origin in ("proxy", "cdn")} == {None}
+    assert fal.bill == 1
+
+
+def test_a_proxy_passes_a_cancel_on_or_the_request_is_kept(fal, tmp_path):
+    fal.script = ("IN_PROGRESS",)
+    for proxy, words in ((fal.proxy_url, "asked to stop"), (fal.formula_proxy_url, "does not pass a cancel on")):
+        with pytest.raises(HostedLimit, match=words):
+            perform(
+                fal,
+                tmp_path / words,
+                lambda service: jobs.generate(a_job(limits=LIMITS), service),
+                through(fal, proxy),
+            )
+    fal.script = ("COMPLETED",)
+    outcome = perform(fal, tmp_path / words, environ=through(fal, fal.formula_proxy_url))
+    assert len(outcome.images) == 1
+    assert fal.bill == 2  # one through each
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(400, "HTTP 400"), (401, "HTTP 401"), (405, "probably a proxy"), (412, "target"), (415, "kind of content")],
+)
+def test_a_proxy_that_refuses_is_explained(fal, tmp_path, status, words):
+    fal.plan("server_proxy", EVERY, faults.answer(status, {"detail": "no"}))
+    with pytest.raises(Refused, match=words):
+        perform(fal, tmp_path, environ=through(fal, fal.proxy_url))
+    assert fal.bill == 0
 
 
 # --- where the key goes ---
