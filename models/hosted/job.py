@@ -89,6 +89,7 @@ async def generate(job: Job, at: Service) -> Outcome:
         try:
             return await at.watch.over(collect(row, row.ticket, job.limits, at, job))
         except (Interrupted, HostedLimit, asyncio.CancelledError) as stopped:
+            place.free()
             return await _call_off(row, stopped, at)
         except JobCancelled:
             if row.state != CANCEL_REQUESTED or at.journal.find(row.digest):
