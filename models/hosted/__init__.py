@@ -7,5 +7,6 @@ Read job.py first: one request from its values to its pictures, on one page. The
     client     the queue: submit, status, result, cancel    wording   what a failure is called
     storage    photographs on their way out                 download  pictures on their way in
     journal    what was sent and what became of it          results   pictures that were paid for
-    patience   repeats, and waiting that can be broken off  service   all of it, put together
+    waiting    asking where a request stands, with limits   telling   what a user is told in the end
+    patience   repeats, and pauses that can be broken off   service   all of it, put together
 """

@@ -4,12 +4,10 @@ Nothing below `submit` ever sends a request that costs money, so asking again is
 """
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from ...pulid.errors import (
     AmbiguousSubmit,
@@ -24,8 +22,8 @@ from ...pulid.errors import (
     Unreachable,
     UnsafeAddress,
 )
-from .api import IDEAL_REFERENCES, HostedImage, HostedRequest, read_answer
-from .client import DONE, GOES_ON, QUEUED, RUNNING, Cancelled, Status, SubmitOptions, Ticket, failed_job
+from .api import HostedRequest, read_answer
+from .client import GOES_ON, Cancelled, Status, SubmitOptions, Ticket
 from .journal import (
     AMBIGUOUS,
     CANCEL_REQUESTED,
@@ -41,22 +39,13 @@ from .journal import (
 from .patience import PEEK_SECONDS
 from .results import Outcome
 from .service import STEPS, Progress, Service
-from .storage import Reference, unreachable_for_service
-from .wording import reported_failure
+from .storage import Reference
+from .telling import describe, remarks, shown_request
+from .waiting import Limits, wait
 
-POLL_SECONDS = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
 CALL_OFF_SECONDS = 60  # to fetch what was finished before it could be called off
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds to wait in the queue, for the run, and altogether."""
-
-    queue: float = 300
-    run: float = 600
-    total: float = 900
 
 
 @dataclass(frozen=True)
@@ -73,7 +62,7 @@ class Job:
     guard: Guard
     run: str
     transport: str = "auto"
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     force: bool = False
 
 
@@ -161,24 +150,17 @@ async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, 
     """
     began = at.now()
     with _nothing_is_lost(row, ticket, at):
-        data, status = await _wait(ticket, limits, at)
+        data, status = await wait(ticket, limits, at)
         waited = at.now()
         _move(row, COMPLETED, at)
         at.report(Progress(4, f"fetching the pictures (request {ticket.request_id})"))
         answer = read_answer(data)
         images, notes = await at.downloader.pictures(answer.images)
-    notes += _remarks(job, len(images)) if job else []
     timings = {"waited": round(waited - began, 3), "fetched": round(at.now() - waited, 3), **status.metrics}
-    info = {
-        "seed": answer.seed,
-        "request_id": ticket.request_id,
-        "urls": [_shown(image.url) for image in answer.images],
-        "images": [_facts(image) for image in answer.images],
-        "timings": timings,
-        "request": _shown_request(job) if job else None,
-        "logs": list(status.logs),
-        "notes": notes,
-    }
+    info = describe(ticket, answer, status, timings, notes)
+    if job is not None:
+        info["request"] = shown_request(job.request, job.references)
+        info["notes"] += remarks(job.request, job.references, len(images))
     outcome = Outcome(images, answer.seed, ticket.request_id, info)
     if at.results.keep(ticket.request_id, outcome):
         _move(row, DOWNLOADED, at, seed=answer.seed)
@@ -284,90 +266,6 @@ def _known(ticket: Ticket, at: Service) -> Row | None:
     with suppress(HostedError):
         return at.journal.by_request(ticket.request_id)
     return None
-
-
-async def _wait(ticket: Ticket, limits: Limits, at: Service) -> tuple[Any, Status]:
-    """The JSON of the result, and the last status. Raises JobFailed, HostedLimit, Refused."""
-    began, running, seen = at.now(), None, 0
-    for pause in itertools.chain(POLL_SECONDS, itertools.repeat(POLL_SECONDS[-1])):
-        status = await at.client.status(ticket)
-        for line in status.logs[seen:]:
-            logger.info("request %s: %s", ticket.request_id, line)
-        seen = max(seen, len(status.logs))
-        if status.done and (data := await _result(ticket, status, at)) is not None:
-            return data, status
-        if running is None and status.state != QUEUED:
-            running = at.now()
-        at.report(_progress(ticket, status, at.now() - (began if running is None else running)))
-        _check_limits(ticket, limits, began, running, at.now())
-        await at.watch.pause(pause)
-    raise AssertionError("the pauses never end")
-
-
-async def _result(ticket: Ticket, status: Status, at: Service) -> Any | None:
-    """The JSON of a finished request, None while it is not there yet. A reported error counts in any case."""
-    try:
-        data = await at.client.result(ticket)
-    except Refused:
-        if not status.failed:
-            raise
-        data = None
-    if status.failed:
-        raise failed_job(reported_failure(status.error, status.error_type), ticket.request_id)
-    return data
-
-
-def _progress(ticket: Ticket, status: Status, seconds: float) -> Progress:
-    last = f": {status.logs[-1]}" if status.logs else ""
-    named = f" (request {ticket.request_id})"
-    if status.state == QUEUED:
-        position = "" if status.position is None else f", {status.position} before it"
-        return Progress(2, f"queued {seconds:.0f} s{position}{named}")
-    known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state[:40]!r}"
-    return Progress(3, f"running {seconds:.0f} s{known}{last}{named}")
-
-
-def _check_limits(ticket: Ticket, limits: Limits, began: float, running: float | None, now: float) -> None:
-    spans = (
-        ("in the queue", "queue_limit", limits.queue, now - began if running is None else 0),
-        ("for the run", "run_limit", limits.run, 0 if running is None else now - running),
-        ("altogether", "total_limit", limits.total, now - began),
-    )
-    for what, name, limit, span in spans:
-        if span > limit:
-            raise HostedLimit(f"Waited {limit:g} s {what} ({name}) for request {ticket.request_id}, which is not done.")
-
-
-# --- What the user is told ---
-
-
-def _remarks(job: Job, came: int) -> list[str]:
-    """What a user should know about a request, although it went through."""
-    asked, given = job.request.num_images, job.references
-    far = [number for number, reference in enumerate(given, 1) if unreachable_for_service(reference)]
-    remarks = (
-        (came != asked, f"{asked} pictures were asked for, {came} came."),
-        (len(given) > IDEAL_REFERENCES, f"{len(given)} references were sent; {IDEAL_REFERENCES} are ideal."),
-        (bool(far), f"The service cannot read addresses of a private network: reference {', '.join(map(str, far))}."),
-    )
-    return [text for holds, text in remarks if holds]
-
-
-def _shown_request(job: Job) -> dict[str, Any]:
-    """The request without the photographs in it."""
-    shown = tuple(_shown(reference.url or reference.content_type) for reference in job.references)
-    return replace(job.request, reference_images=shown).body()
-
-
-def _facts(image: HostedImage) -> dict[str, Any]:
-    """What the service said about a picture, long texts cut."""
-    said = {name: value for name, value in asdict(image).items() if value is not None}
-    return {name: _shown(value) if name in ("url", "file_data") else value for name, value in said.items()}
-
-
-def _shown(url: str) -> str:
-    """An address as it is, a picture in a text as its start."""
-    return url if url.startswith(("http://", "https://")) or len(url) <= 64 else f"{url[:32]}..."
 
 
 # --- Calling it off ---

@@ -16,6 +16,7 @@ from fake_fal import EVERY
 from pulid_sdxl.models.hosted import job as jobs
 from pulid_sdxl.models.hosted import journal as journals
 from pulid_sdxl.models.hosted import service as services
+from pulid_sdxl.models.hosted import waiting
 from pulid_sdxl.models.hosted.api import HostedRequest, Size
 from pulid_sdxl.models.hosted.client import SubmitOptions
 from pulid_sdxl.models.hosted.job import Job, Limits
@@ -30,7 +31,7 @@ HELPER = Path(__file__).with_name("sending_process.py")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(jobs, "POLL_SECONDS", (0.02,))
+    monkeypatch.setattr(waiting, "POLL_SECONDS", (0.02,))
 
 
 def a_job(seed=7, references=None, options=None, guard=None, run="run", **others):
