@@ -42,6 +42,7 @@ class Reference:
     url: str = ""
     content_type: str = ""
     data: bytes = field(default=b"", repr=False)
+    note: str = ""  # what the user should know about how it was encoded
 
     @property
     def data_uri(self) -> str:
@@ -56,7 +57,9 @@ def encode(image: Tensor, as_is: bool = False) -> Reference:
         raise InputError("A reference picture holds NaN or infinite values. Check the node it comes from.")
     pixels = (image.detach().float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
     picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    note = ""
     if picture.mode == "RGBA":
+        note = "has transparent parts, which were sent as white"
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
     if not as_is and max(picture.size) > LONGEST_SIDE:
@@ -64,7 +67,7 @@ def encode(image: Tensor, as_is: bool = False) -> Reference:
     data, content_type = _save(picture, format="PNG"), "image/png"
     if len(data) > LARGEST_PNG:
         data, content_type = _save(picture, **JPEG), "image/jpeg"
-    return Reference(hashlib.sha256(data).hexdigest(), content_type=content_type, data=data)
+    return Reference(hashlib.sha256(data).hexdigest(), content_type=content_type, data=data, note=note)
 
 
 def _save(picture: Image.Image, **how) -> bytes:

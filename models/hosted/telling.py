@@ -35,7 +35,10 @@ def remarks(request: HostedRequest, references: Sequence[Reference], came: int) 
         (len(references) > IDEAL_REFERENCES, f"{len(references)} references were sent; {IDEAL_REFERENCES} are ideal."),
         (bool(far), f"The service cannot read addresses of a private network: reference {', '.join(map(str, far))}."),
     )
-    return [text for holds, text in found if holds]
+    noted = [
+        f"Reference {number} {reference.note}." for number, reference in enumerate(references, 1) if reference.note
+    ]
+    return [text for holds, text in found if holds] + noted
 
 
 def shown_request(request: HostedRequest, references: Sequence[Reference]) -> dict[str, Any]:

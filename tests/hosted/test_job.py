@@ -337,6 +337,26 @@ def test_one_interrupt_cancels_all_and_each_once(fal, tmp_path):
     assert len(cancelled) == len(set(cancelled)) == 2
 
 
+def test_what_is_fetched_after_all_keeps_no_place_from_others(fal, tmp_path):
+    fal.script = ("IN_PROGRESS",)
+    fal.plan("cancel", 1, faults.answer(400, {"status": "ALREADY_COMPLETED"}))
+    stop = threading.Event()
+    result = beside(generate, fal, tmp_path, stop=stop.is_set, PULID_FAL_AT_ONCE="1")
+    wait_until(lambda: fal.seen("status"))
+    fal.plan("download", 1, faults.late(3))
+    stop.set()
+    wait_until(lambda: fal.seen("cancel"))
+    fal.script = ("COMPLETED",)
+    wait_until(lambda: fal.seen("download"))
+
+    start = time.monotonic()
+    generate(fal, tmp_path, a_job(seed=8), PULID_FAL_AT_ONCE="1")
+
+    assert time.monotonic() - start < 2
+    with pytest.raises(Interrupted):
+        result()
+
+
 def test_a_host_that_tears_everything_down_gets_a_cancel_too(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
 
@@ -491,6 +511,14 @@ def test_info_says_what_was_asked_without_the_photograph(fal, tmp_path):
     assert info["request"]["prompt"] == "portrait"
     assert "base64" not in str(info)
     assert info["notes"] == ["5 references were sent; 4 are ideal."]
+
+
+def test_info_says_what_the_user_should_know_about_the_references(fal, tmp_path):
+    clear = torch.zeros(8, 8, 4)
+
+    info = generate(fal, tmp_path, a_job(references=[encode(FACE), encode(clear)])).info
+
+    assert info["notes"] == ["Reference 2 has transparent parts, which were sent as white."]
 
 
 # ---- Settings ----

@@ -54,7 +54,10 @@ def test_transparent_parts_lie_on_white():
     image = torch.zeros(2, 2, 4)
     image[0, :, 3] = 1  # black above, nothing below
 
-    assert decoded(encode(image))[:, 0].tolist() == [[0, 0, 0], [255, 255, 255]]
+    reference = encode(image)
+
+    assert decoded(reference)[:, 0].tolist() == [[0, 0, 0], [255, 255, 255]]
+    assert "transparent" in reference.note and encode(noise(4, 4)).note == ""
 
 
 def test_equal_photographs_have_one_digest():
