@@ -60,7 +60,8 @@ async def aside(work: Work[T], node_id: str) -> T:
         raise
     finally:
         left.set()  # the host forgets an interrupt when its next run starts; the thread must not
-        waited.cancel()
+        if not waited.cancel():
+            waited.exception()  # asyncio complains of an error that nobody has looked at
 
 
 def _outcome(waited: asyncio.Future):
