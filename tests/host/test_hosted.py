@@ -32,6 +32,7 @@ from comfy_server import ComfyServer, link
 from fake_fal import EVERY, FakeFal
 from fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
 from PIL import Image
+from workflow import set_inputs, to_prompt
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"image_size": "custom", "width": 32, "height": 48}
@@ -344,6 +345,18 @@ def test_the_pages_example_arrives_to_the_letter(driver, fal):
     }
 
 
+def test_the_shipped_workflow_runs(driver, fal):
+    workflow = json.loads((ROOT / "workflows" / "pulid_hosted.json").read_text(encoding="utf-8"))
+    graph = Graph()
+    graph.nodes = to_prompt(workflow, driver.server.object_info())
+    set_inputs(graph.nodes, "LoadImage", image="one.png")
+    set_inputs(graph.nodes, "PuLID_Hosted", width=32, height=48)
+    run = driver.run(graph)
+    assert run.error is None
+    assert_same(run.images()[0], expected(fal, 0)[0])
+    assert fal.bill == 1
+
+
 class TestReferences:
     """`reference_images`, in every form that the page has for a file."""
 
@@ -647,6 +660,17 @@ def test_an_interrupt_is_heard_within_half_a_second(driver, fal, phase):
     if plan.get("cancelled"):
         [cancel] = fal.seen("cancel")
         assert cancel.moment - driver.interrupted < 0.5
+
+
+def test_one_interrupt_ends_all_that_run_and_all_that_wait_their_turn(driver, fal):
+    fal.script = ("IN_PROGRESS",)
+    graph = Graph()
+    for seed in range(6200, 6204):
+        graph.hosted(seed=seed)
+    run = driver.run(graph, when=lambda: fal.bill == 2 and len(fal.seen("status")) >= 2, act=driver.interrupt)
+    assert run.interrupted - driver.interrupted < 0.7
+    assert wait_for(lambda: len(fal.seen("cancel")) == 2)
+    assert fal.bill == 2
 
 
 def test_after_an_interrupt_nothing_is_bought_twice(driver, fal):
