@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from yarl import URL
@@ -190,13 +190,13 @@ class QueueClient:
         request_id = answer.get("request_id") if isinstance(answer, dict) else None
         if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
             raise AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no request id. {UNKNOWN}")
-        return self._with_server_urls(self.ticket(request_id), answer)
+        return self._trusted(request_id, answer)
 
-    def _with_server_urls(self, ticket: Ticket, answer: Mapping[str, Any]) -> Ticket:
-        """The service's own addresses for this request where the key may go there, ours where it may not."""
+    def _trusted(self, request_id: str, given: Mapping[str, Any]) -> Ticket:
+        """A ticket with the addresses that were given where the key may go there, and with ours where it may not."""
         names = ("status_url", "response_url", "cancel_url")
-        given = {name: answer.get(name) for name in names if self._is_ours(answer.get(name))}
-        return replace(ticket, **given)
+        kept = {name: given.get(name) for name in names if self._is_ours(given.get(name))}
+        return replace(self.ticket(request_id), **kept)
 
     def _is_ours(self, url: Any) -> bool:
         known = [base.origin() for base in (self.addresses.queue, self.addresses.backup_queue) if base]
@@ -206,7 +206,8 @@ class QueueClient:
             return False
 
     async def status(self, ticket: Ticket, logs: bool = True) -> Status:
-        reply = await self.repeat("GET", URL(ticket.status_url).update_query(logs=int(logs)))
+        url = URL(self._trusted(ticket.request_id, asdict(ticket)).status_url)
+        reply = await self.repeat("GET", url.update_query(logs=int(logs)))
         if reply.status not in (200, 202):
             raise Refused(read_failure(reply).words("Asking for the status failed", ticket.request_id) + GOES_ON)
         return read_status(read_json(reply))
@@ -216,7 +217,7 @@ class QueueClient:
 
         Raises JobFailed with the model's own error, Refused where it may still be fetched later.
         """
-        reply = await self.repeat("GET", URL(ticket.response_url))
+        reply = await self.repeat("GET", URL(self._trusted(ticket.request_id, asdict(ticket)).response_url))
         if reply.status == 200:
             return read_json(reply)
         failure = read_failure(reply)
@@ -228,8 +229,9 @@ class QueueClient:
 
     async def cancel(self, ticket: Ticket) -> Cancelled:
         """Ask once, for at most ten seconds; never raises for what the service or the network does."""
+        url = URL(self._trusted(ticket.request_id, asdict(ticket)).cancel_url)
         try:
-            reply = await self.call("PUT", URL(ticket.cancel_url), terms=replace(self.terms, seconds=CANCEL_SECONDS))
+            reply = await self.call("PUT", url, terms=replace(self.terms, seconds=CANCEL_SECONDS))
         except (Unreachable, AnswerLost, BadAnswer):
             return Cancelled("no answer")
         return Cancelled(CANCEL_OUTCOMES.get(reply.status, "no answer"))

@@ -129,7 +129,10 @@ async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
     row = _known(ticket, at)
     if kept := at.results.get(ticket.request_id):
         return kept
-    return await at.watch.over(collect(row, row.ticket if row else ticket, limits, at))
+    try:
+        return await at.watch.over(collect(row, row.ticket if row else ticket, limits, at))
+    except HostedLimit as error:
+        raise HostedLimit(f"{error} It goes on at the service: run this again to fetch its pictures.") from None
 
 
 async def cancel(request_id: str, at: Service) -> Cancelled:

@@ -110,7 +110,10 @@ def _read(file: Path) -> str:
         raise MissingKey(
             f"Others on this machine can read {_place(file)}. Make it yours alone: chmod 600, then run again."
         )
-    found = LINE.search(file.read_text(encoding="utf-8"))
+    try:
+        found = LINE.search(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise MissingKey(f'{_place(file)} cannot be read. It is a text with the line FAL_KEY = "id:secret".') from None
     return found[1] if found else ""
 
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 from pulid_sdxl.models.hosted.addresses import Addresses
-from pulid_sdxl.models.hosted.client import QueueClient, Status, SubmitOptions, read_status
+from pulid_sdxl.models.hosted.client import QueueClient, Status, SubmitOptions, Ticket, read_status
 from pulid_sdxl.models.hosted.keys import Key
 from pulid_sdxl.models.hosted.transport import Reply
 from pulid_sdxl.pulid.errors import (
@@ -239,6 +239,17 @@ def test_what_a_service_echoes_of_the_key_is_hidden():
 def ask(line, call):
     made = client(line)
     return asyncio.run(call(made, made.ticket(f" {ID}\n"))), made
+
+
+def test_a_ticket_of_other_days_goes_to_the_addresses_of_today():
+    # The journal keeps tickets; the addresses may have been set to others since.
+    old = Ticket(ID, *(f"https://queue.old.example/{name}" for name in ("s", "r", "c")))
+    line = Line(reply(200, {"status": "COMPLETED"}), reply(200, {}), reply(200, {}))
+
+    for call in (QueueClient.status, QueueClient.result, QueueClient.cancel):
+        asyncio.run(call(client(line), old))
+
+    assert [url for _, url, *_ in line.sent] == [f"{BASE}/status?logs=1", BASE, f"{BASE}/cancel"]
 
 
 def test_a_status_is_asked_for_with_or_without_logs():

@@ -429,7 +429,7 @@ def test_who_stops_waiting_for_an_id_does_not_cancel_it(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
     ticket = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
 
-    with pytest.raises(HostedLimit, match="run_limit"):
+    with pytest.raises(HostedLimit, match=r"run_limit.*goes on"):
         perform(fal, tmp_path, lambda service: jobs.fetch(ticket.request_id, Limits(run=0.1), service))
     with pytest.raises(Interrupted):
         perform(fal, tmp_path, lambda service: jobs.fetch(ticket.request_id, Limits(), service), stop=lambda: True)

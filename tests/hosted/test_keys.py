@@ -78,6 +78,14 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
         find_key({}, key_file(tmp_path, f"FAL_KEY={VALUE}", mode))
 
 
+def test_a_key_file_that_is_no_text_is_named(tmp_path):
+    file = key_file(tmp_path, "")
+    file.write_bytes(b"\xff\xfe")
+
+    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+        find_key({}, file)
+
+
 def test_a_key_shows_nowhere_but_in_its_header():
     key = Key(VALUE)
 
