@@ -23,7 +23,15 @@ from pulid_sdxl.models.hosted.job import Job, Limits
 from pulid_sdxl.models.hosted.journal import Guard
 from pulid_sdxl.models.hosted.service import open_service
 from pulid_sdxl.models.hosted.storage import encode, read_lines
-from pulid_sdxl.pulid.errors import AmbiguousSubmit, HostedLimit, InputError, Interrupted, JobFailed, MissingKey
+from pulid_sdxl.pulid.errors import (
+    AmbiguousSubmit,
+    HostedLimit,
+    InputError,
+    Interrupted,
+    JobCancelled,
+    JobFailed,
+    MissingKey,
+)
 
 FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
 HELPER = Path(__file__).with_name("sending_process.py")
@@ -214,6 +222,24 @@ def test_so_many_requests_are_under_way_at_once_and_no_more(fal, tmp_path):
     assert fal.bill == 5
 
 
+def test_who_joins_a_request_takes_no_place_from_others(fal, tmp_path):
+    fal.script = ("IN_PROGRESS",)
+    fal.plan("put", EVERY, faults.late(0.5))  # so that both look before either sends
+    stop = threading.Event()
+    equal = a_job(transport="upload")
+    results = [beside(generate, fal, tmp_path, equal, stop=stop.is_set) for _ in range(2)]
+    wait_until(lambda: fal.bill == 1)
+
+    results.append(beside(generate, fal, tmp_path, a_job(seed=8), stop=stop.is_set))
+    try:
+        wait_until(lambda: fal.bill == 2, 3)
+    finally:
+        stop.set()
+        for result in results:
+            with pytest.raises(Interrupted):
+                result()
+
+
 def test_when_one_of_many_fails_the_others_are_kept(fal, tmp_path):
     fal.plan("result", 2, faults.model_error(500, "Oops"))
     results = []
@@ -397,6 +423,14 @@ def test_a_request_that_failed_by_itself_after_it_was_called_off_is_not_sent_ane
     fal.plan("result", EVERY, faults.model_error(422, "Bad prompt"))
 
     with pytest.raises(JobFailed, match="Bad prompt"):
+        generate(fal, tmp_path)
+    assert fal.bill == 1
+
+
+def test_a_request_that_somebody_else_cancelled_is_not_sent_anew(fal, tmp_path):
+    fal.plan("result", EVERY, faults.model_error(499, "Request was cancelled", error_type="client_cancelled"))
+
+    with pytest.raises(JobCancelled, match="It was cancelled"):
         generate(fal, tmp_path)
     assert fal.bill == 1
 
