@@ -632,6 +632,9 @@ class TestMoney:
 
 # --- interrupt ---
 
+HEARD_SECONDS = 0.5  # until the service is told; about 0.2 on an idle machine
+ENDED_SECONDS = 1.0  # until ComfyUI says so, the service's answer included; about 0.4
+
 PHASES = {
     "uploading": {"photo": "three.png", "plan": ("put", faults.stall), "route": "put", "bill": 0},
     "submitting": {"plan": ("submit", faults.accept_then_stall), "route": "submit", "bill": 1},
@@ -655,11 +658,11 @@ def test_an_interrupt_is_heard_within_half_a_second(driver, fal, phase):
     graph.hosted(seed=number, transport=how, reference_images=graph.photo(plan.get("photo", "one.png")))
     run = driver.run(graph, when=lambda: fal.seen(plan["route"]), act=driver.interrupt)
     assert run.error is None
-    assert run.interrupted - driver.interrupted < 0.7  # half a second, and the way there and back
+    assert run.interrupted - driver.interrupted < ENDED_SECONDS
     assert fal.bill == plan["bill"]
     if plan.get("cancelled"):
         [cancel] = fal.seen("cancel")
-        assert cancel.moment - driver.interrupted < 0.5
+        assert cancel.moment - driver.interrupted < HEARD_SECONDS
 
 
 def test_one_interrupt_ends_all_that_run_and_all_that_wait_their_turn(driver, fal):
@@ -668,7 +671,7 @@ def test_one_interrupt_ends_all_that_run_and_all_that_wait_their_turn(driver, fa
     for seed in range(6200, 6204):
         graph.hosted(seed=seed)
     run = driver.run(graph, when=lambda: fal.bill == 2 and len(fal.seen("status")) >= 2, act=driver.interrupt)
-    assert run.interrupted - driver.interrupted < 0.7
+    assert run.interrupted - driver.interrupted < ENDED_SECONDS
     assert wait_for(lambda: len(fal.seen("cancel")) == 2)
     assert fal.bill == 2
 
