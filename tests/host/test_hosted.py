@@ -32,6 +32,7 @@ from comfy_server import ComfyServer, link
 from fake_fal import EVERY, FakeFal
 from fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
 from PIL import Image
+from webhook_receiver import listening
 from workflow import set_inputs, to_prompt
 
 ROOT = Path(__file__).parents[2]
@@ -517,6 +518,21 @@ class TestMethods:
         run = driver.run(fetched)
         assert (run.seed, run.request_id) == ("0", request_id)
         assert_same(run.images()[0], expected(fal, 0)[0])
+        assert fal.bill == 1
+
+    def test_a_webhook_brings_the_id_that_collects_the_picture(self, driver, fal):
+        with listening() as listener:
+            hook = f"http://127.0.0.1:{listener.server_port}/done"
+            graph = Graph()
+            values = {**DEFAULTS, **SMALL, "seed": 4010}
+            graph.add("PuLID_HostedSubmit", **values, webhook_url=hook, reference_images=graph.photo())
+            assert driver.run(graph).error is None
+            assert wait_for(lambda: listener.calls)
+            told = json.loads(listener.calls[0][1])
+        assert told["status"] == "OK"
+        fetched = Graph()
+        fetched.show(fetched.add("PuLID_HostedResult", request_id=told["request_id"]))
+        assert_same(driver.run(fetched).images()[0], expected(fal, 4010)[0])
         assert fal.bill == 1
 
     def test_status_without_logs(self, driver, fal):

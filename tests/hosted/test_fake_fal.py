@@ -11,12 +11,10 @@ import io
 import json
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import fake_faults as faults
 import fal_client
@@ -27,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from fake_fal import EVERY, MODEL, FakeFal, KeyLeak
 from fake_model import NEGATIVE_PROMPT, RANDOM_SEED, png
 from PIL import Image
+from webhook_receiver import listening
 
 FACE = png(Image.new("RGB", (8, 8), (200, 150, 120)))
 ARGUMENTS = {
@@ -494,34 +493,6 @@ class TestProxies:
     def test_its_users_authorization_goes_before_its_own(self, fal):
         target = f"https://queue.fal.run/{MODEL}"
         assert self.through(fal.proxy_url, target, Authorization="Key of:mine")[0] == 401
-
-
-class Listener(HTTPServer):
-    """A webhook's receiver; it refuses the first calls."""
-
-    def __init__(self, refusals):
-        self.calls, self.refusals = [], refusals
-        super().__init__(("127.0.0.1", 0), Receiver)
-
-
-class Receiver(BaseHTTPRequestHandler):
-    def do_POST(self):
-        self.server.calls.append((dict(self.headers), self.rfile.read(int(self.headers["Content-Length"]))))
-        self.send_response(503 if len(self.server.calls) <= self.server.refusals else 204)
-        self.end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def listening(refusals=0):
-    with Listener(refusals) as listener:
-        thread = threading.Thread(target=listener.serve_forever, args=(0.02,))
-        thread.start()
-        yield listener
-        listener.shutdown()
-        thread.join()
 
 
 def verify(fal, headers, content):
