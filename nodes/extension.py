@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from . import host
 from .apply import PulidApply, PulidApplyAdvanced
 from .combine import PulidCombineIdentities
+from .hosted import NODES as HOSTED
 from .identity import PulidEncode
 from .identity_files import PulidLoadIdentity, PulidSaveIdentity
 from .load import PulidLoader
@@ -23,4 +24,5 @@ class PulidExtension(ComfyExtension):
             PulidApply,
             PulidApplyAdvanced,
             PulidFaceSimilarity,
+            *HOSTED,
         ]

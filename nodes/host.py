@@ -56,6 +56,12 @@ def file_names(*names: str) -> list[str]:
     return list(dict.fromkeys(file for name in names for file in folder_paths.get_filename_list(name)))
 
 
+def private_folder() -> Path:
+    """A folder for what must not be served: `__` in front is in no user's name, so no route of the host leads there."""
+    find = getattr(folder_paths, "get_system_user_directory", None)  # from 0.4
+    return Path(find("pulid") if find else Path(folder_paths.get_user_directory(), "__pulid"))
+
+
 def managed(module: nn.Module):
     """The module under ComfyUI's memory management: at rest on the offload device until `load` asks for it."""
     # Named CoreModelPatcher from 0.12, where dynamic VRAM swaps the class at start: looked up when called.

@@ -175,8 +175,32 @@ def test_misfits_are_named(change, expected):
     assert any(expected in line for line in misfits(flow, INFO)), misfits(flow, INFO)
 
 
-def test_a_workflow_is_shipped():
-    assert "pulid_simple" in [path.stem for path in SHIPPED]
+def test_workflows_are_shipped():
+    assert {"pulid_simple", "pulid_hosted", "local_and_hosted"} <= {path.stem for path in SHIPPED}
+
+
+def test_one_set_of_values_drives_the_local_and_the_hosted_side():
+    flow = json.loads((SHIPPED[0].parent / "local_and_hosted.json").read_text(encoding="utf-8"))
+    nodes, sources = {node["type"]: node for node in flow["nodes"]}, {link[0]: link[1] for link in flow["links"]}
+
+    def source(node_type, name):
+        [slot] = [slot for slot in nodes[node_type]["inputs"] if slot["name"] == name]
+        return sources[slot["link"]]
+
+    shared = (
+        ("seed", "KSampler", "seed"),
+        ("num_inference_steps", "KSampler", "steps"),
+        ("guidance_scale", "KSampler", "cfg"),
+        ("width", "EmptyLatentImage", "width"),
+        ("height", "EmptyLatentImage", "height"),
+        ("id_scale", "PuLID_Apply", "weight"),
+        ("reference_images", "PuLID_Encode", "image"),
+    )
+    for hosted, node_type, local in shared:
+        assert source("PuLID_Hosted", hosted) == source(node_type, local)
+    texts = [node for node in flow["nodes"] if node["type"] == "CLIPTextEncode"]
+    written = {sources[slot["link"]] for node in texts for slot in node["inputs"] if slot["name"] == "text"}
+    assert {source("PuLID_Hosted", "prompt"), source("PuLID_Hosted", "negative_prompt")} == written
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -207,7 +231,8 @@ class TestShipped:
 
     def test_points_to_files_that_comfyui_can_fetch(self, flow):
         models = [model for node in flow["nodes"] for model in node["properties"].get("models", [])]
-        assert models
+        loads = [node for node in flow["nodes"] if "Loader" in node["type"]]
+        assert len(models) == len(loads)
         for model in models:
             assert model["url"].startswith("https://huggingface.co/")
             assert model["url"].endswith(".safetensors")

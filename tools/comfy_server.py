@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import socket
@@ -11,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -46,10 +47,19 @@ class ComfyServer:
     comfyui    the ComfyUI folder
     base       folder with custom_nodes/, models/, input/ and so on; missing ones are made. The log goes there too.
     arguments  further arguments of ComfyUI's main.py, such as --cpu
+    variables  of the process's environment, beside those that are there; None takes one out
     """
 
-    def __init__(self, comfyui: Path, base: Path, arguments: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path,
+        arguments: tuple[str, ...] = (),
+        variables: Mapping[str, str | None] | None = None,
+    ):
         self.comfyui, self.base, self.arguments = Path(comfyui), Path(base), arguments
+        changed = {**os.environ, **(variables or {})}
+        self.environment = {name: value for name, value in changed.items() if value is not None}
         self.log_file = self.base / "server.log"
 
     def __enter__(self) -> "ComfyServer":
@@ -62,7 +72,9 @@ class ComfyServer:
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=self.environment
+            )
         try:
             self._wait()
         except BaseException:

@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
 import demo
-from comfy_server import ComfyServer, ServerError
+from comfy_server import ComfyServer, ServerError, title
+from fake_fal import FakeFal
 from parts import gather
 from PIL import Image, ImageOps
 from workflow import find, misfits, set_inputs, to_prompt
@@ -39,6 +41,12 @@ class Imported:
 NODE_CLASS_MAPPINGS = {"Imported": Imported}
 """
 
+HOSTED_REQUEST = ["prompt", "negative_prompt", "num_images", "guidance_scale", "num_inference_steps", "seed"]
+HOSTED_REQUEST += ["image_size", "width", "height", "id_scale", "mode", "id_mix"]
+HOSTED_REFERENCES = ["reference_images", "reference_urls", "transport", "reference_size"]
+HOSTED_ORDER = ["webhook_url", "priority", "runner_hint", "no_retry"]
+HOSTED_LIMITS = ["queue_limit", "run_limit", "total_limit"]
+
 # Public API: saved workflows depend on these names and their order.
 NODES = {
     "PuLID_Loader": (["pulid_file", "eva_clip", "face_analysis", "provider", "missing_files"], [], ["pulid"]),
@@ -52,11 +60,31 @@ NODES = {
     "PuLID_LoadIdentity": (["identity_file"], [], ["identity"]),
     "PuLID_FaceSimilarity": (["pulid", "reference", "image"], [], ["similarity", "per image", "annotated image"]),
     "PuLID_Apply": (["model", "pulid", "identity", "method", "weight", "start_at", "end_at"], ["attn_mask"], ["model"]),
+    "PuLID_Hosted": (
+        HOSTED_REQUEST,
+        [*HOSTED_REFERENCES, *HOSTED_LIMITS, "confirm_paid", "force_resubmit"],
+        ["images", "seed", "request_id", "info"],
+    ),
+    "PuLID_HostedSubmit": (
+        HOSTED_REQUEST,
+        [*HOSTED_REFERENCES, *HOSTED_ORDER, "queue_limit", "confirm_paid", "force_resubmit"],
+        ["request_id"],
+    ),
+    "PuLID_HostedStatus": (["request_id", "logs"], [], ["status", "info"]),
+    "PuLID_HostedResult": (["request_id"], HOSTED_LIMITS, ["images", "seed", "request_id", "info"]),
+    "PuLID_HostedCancel": (["request_id"], [], []),
+    "PuLID_HostedUpload": (["image"], ["expires_in", "reference_size"], ["urls"]),
 }
 
 
 @pytest.fixture(scope="module")
-def server(comfyui, tmp_path_factory):
+def fal():
+    with FakeFal() as fal:
+        yield fal
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, fal, tmp_path_factory):
     base = tmp_path_factory.mktemp("base")
     demo.prepare_base(base, gather(None, None, comfyui))
     astronaut = base / "input" / demo.prepare_photo(base / "input", None)
@@ -66,7 +94,7 @@ def server(comfyui, tmp_path_factory):
     probe = base / "custom_nodes" / "probe"
     probe.mkdir()
     (probe / "__init__.py").write_text(PROBE)
-    with ComfyServer(comfyui, base, ("--cpu",)) as server:
+    with ComfyServer(comfyui, base, ("--cpu",), fal.environment) as server:
         yield server
 
 
@@ -123,6 +151,17 @@ def test_every_node_and_input_explains_itself(info):
         for group in ("required", "optional"):
             for key, (_, options) in node["input"].get(group, {}).items():
                 assert options.get("tooltip"), f"{name}.{key} has no tooltip"
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs_and_no_others(info):
+    ours = {name: node for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
+    for name, node in ours.items():
+        page = (WORKFLOWS[0].parents[1] / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        table = page.partition("| input |")[2].partition("\n\n")[0]
+        rows = re.findall(r"^\| ([a-z_0-9, ]+) \|", table, re.MULTILINE)
+        named = {word for row in rows for word in row.split(", ")}
+        inputs = {key for group in ("required", "optional") for key in node["input"].get(group, {})}
+        assert named and named <= inputs, name
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -222,3 +261,21 @@ def test_a_value_out_of_range_is_refused_in_words(server, prompt):
     set_inputs(prompt, "PuLID_Apply", weight=99.0)
     with pytest.raises(ServerError, match=r"weight"):
         server.run(prompt)
+
+
+def test_one_set_of_values_makes_a_picture_here_and_one_at_the_service(server, info, fal):
+    prompt = to_prompt(json.loads((WORKFLOWS[0].parent / "local_and_hosted.json").read_text(encoding="utf-8")), info)
+    by_title = {node["_meta"]["title"]: node["inputs"] for node in prompt.values()}
+    for name, value in (("Width", 128), ("Height", 192), ("Steps", 2), ("Seed", 5), ("ID scale", 0.6)):
+        by_title[name]["value"] = value
+    set_inputs(prompt, "LoadImage", image="astronaut.png")
+    set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name="standin_sdxl_fifth_width.safetensors")
+    set_inputs(prompt, "PuLID_Loader", pulid_file="pulid_v1.1.safetensors")
+    outputs = server.run(prompt)
+    shapes = {}
+    for node_id, output in outputs.items():
+        for entry in output.get("images", []):
+            shapes[title(prompt, node_id)] = Image.open(io.BytesIO(server.picture(entry))).size
+    assert shapes == {"Made here": (128, 192), "Made at fal.ai": (128, 192), "Here | at fal.ai": (256, 192)}
+    [job] = fal.jobs.values()
+    assert {"seed": 5, "num_inference_steps": 2, "guidance_scale": 1.2, "id_scale": 0.6}.items() <= job.input.items()

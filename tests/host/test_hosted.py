@@ -1,0 +1,861 @@
+"""The hosted nodes in a real ComfyUI, through its server, against the fake service: <https://fal.ai/models/fal-ai/pulid/api>.
+
+One row per input, output, option and method of that page. Then what a process can suffer, and a search for the key.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import sqlite3
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import numpy as np
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+
+import fake_faults as faults
+from comfy_server import ComfyServer, link
+from fake_fal import EVERY, FakeFal
+from fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
+from PIL import Image
+from webhook_receiver import listening
+from workflow import set_inputs, to_prompt
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"image_size": "custom", "width": 32, "height": 48}
+PROGRESS_TEXT = 3  # the kind of a binary message of ComfyUI's
+FACES = {  # width, height, color
+    "one.png": (24, 32, (210, 160, 130)),
+    "two.png": (24, 32, (90, 60, 50)),
+    "large.png": (1600, 800, (80, 90, 99)),
+    "three.png": (24, 32, (30, 60, 90)),
+    "four.png": (24, 32, (60, 30, 90)),
+}
+# A directory in which ComfyUI must not find a key of whoever runs the tests.
+NO_KEY = {"FAL_KEY": None, "FAL_KEY_ID": None, "FAL_KEY_SECRET": None, "PULID_FAL_PROXY_URL": None}
+
+
+# --- a prompt, and all that comes of it ---
+
+
+class Graph:
+    """A prompt under construction: `add` gives a node's id, `show` makes its text outputs visible."""
+
+    def __init__(self):
+        self.nodes = {}
+
+    def add(self, class_type, **inputs):
+        node_id = str(len(self.nodes) + 1)
+        self.nodes[node_id] = {"class_type": class_type, "inputs": inputs}
+        return node_id
+
+    def photo(self, name="one.png"):
+        return [self.add("LoadImage", image=name), 0]
+
+    def batch(self, *names):
+        first, *others = names
+        joined = self.photo(first)
+        for name in others:
+            joined = [self.add("ImageBatch", image1=joined, image2=self.photo(name)), 0]
+        return joined
+
+    def hosted(self, **values):
+        """The main node with its outputs shown and its pictures saved."""
+        if not {"reference_images", "reference_urls"} & set(values):
+            values["reference_images"] = self.photo()
+        node = self.add("PuLID_Hosted", **{**DEFAULTS, **SMALL, **values})
+        self.show(node)
+        return node
+
+    def show(self, node):
+        self.add("SaveImage", images=[node, 0], filename_prefix="hosted")
+        for output in (1, 2, 3):
+            self.add("PreviewAny", source=[node, output])
+
+
+# Every required input at the node's own default, as the editor would send it.
+DEFAULTS = {
+    "prompt": "portrait",
+    "negative_prompt": NEGATIVE_PROMPT,
+    "num_images": 1,
+    "guidance_scale": 1.2,
+    "num_inference_steps": 4,
+    "seed": 0,
+    "image_size": "custom",
+    "width": 768,
+    "height": 1024,
+    "id_scale": 0.8,
+    "mode": "fidelity",
+    "id_mix": False,
+}
+
+
+@dataclass
+class Run:
+    """What came of a prompt; every message of the socket is in `heard`."""
+
+    server: ComfyServer
+    graph: Graph
+    outputs: dict = field(default_factory=dict)
+    error: str | None = None
+    interrupted: float | None = None  # time.monotonic() of the host's message
+    progress: list[str] = field(default_factory=list)
+    heard: bytes = b""
+
+    def texts(self):
+        """What the PreviewAny nodes show, in order."""
+        shown = [node_id for node_id, node in self.graph.nodes.items() if node["class_type"] == "PreviewAny"]
+        return [self.outputs[node_id]["text"][0] for node_id in shown if node_id in self.outputs]
+
+    @property
+    def seed(self):
+        return self.texts()[0]
+
+    @property
+    def request_id(self):
+        return self.texts()[1]
+
+    @property
+    def info(self):
+        return json.loads(self.texts()[2])
+
+    def images(self):
+        listed = [entry for output in self.outputs.values() for entry in output.get("images", [])]
+        entries = [entry for entry in listed if entry["type"] == "output"]
+        return [np.asarray(Image.open(io.BytesIO(self.server.picture(entry))).convert("RGB")) for entry in entries]
+
+
+class Driver:
+    """Queues prompts as a browser does, and keeps all that ComfyUI says."""
+
+    def __init__(self, server):
+        self.server, self.heard = server, b""
+
+    def run(self, graph, when=None, act: Callable | None = None, times=1) -> Run:
+        """Queue the prompt and follow it to its end; `act` runs in a thread as soon as `when()` holds."""
+        return asyncio.run(self._run(graph, when, act, times))[-1]
+
+    def runs(self, graph, times):
+        return asyncio.run(self._run(graph, None, None, times))
+
+    async def _run(self, graph, when, act, times):
+        if act:
+            threading.Thread(target=lambda: wait_for(when) and act(), daemon=True).start()
+        async with (
+            aiohttp.ClientSession(f"http://127.0.0.1:{self.server.port}") as session,
+            session.ws_connect("/ws?clientId=hosted", max_msg_size=0) as socket,
+        ):
+            runs = {}
+            for _ in range(times):
+                async with session.post("/prompt", json={"prompt": graph.nodes, "client_id": "hosted"}) as answer:
+                    queued = await answer.json()
+                    assert answer.status == 200 and not queued["node_errors"], queued
+                    runs[queued["prompt_id"]] = Run(self.server, graph)
+            await self._follow(socket, runs)
+        return list(runs.values())
+
+    async def _follow(self, socket, runs):
+        open_runs = set(runs)
+        while open_runs:
+            message = await socket.receive(timeout=60)
+            if message.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
+                return  # the server is gone
+            binary = message.type is aiohttp.WSMsgType.BINARY
+            raw = message.data if binary else message.data.encode()
+            self.heard += raw
+            if binary:
+                if struct.unpack(">I", raw[:4])[0] == PROGRESS_TEXT:
+                    length = struct.unpack(">I", raw[4:8])[0]
+                    for prompt_id in open_runs:
+                        runs[prompt_id].progress.append(raw[8 + length :].decode())
+                continue
+            event = json.loads(raw)
+            prompt_id = event["data"].get("prompt_id")
+            if prompt_id not in open_runs:
+                continue
+            run = runs[prompt_id]
+            if event["type"] == "executed" and event["data"]["output"]:
+                run.outputs[event["data"]["node"]] = event["data"]["output"]
+            elif event["type"] == "execution_error":
+                run.error = event["data"]["exception_message"].strip()
+            elif event["type"] == "execution_interrupted":
+                run.interrupted = time.monotonic()
+            if event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                open_runs.discard(prompt_id)
+
+    def interrupt(self):
+        self.interrupted = time.monotonic()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.server.port}/interrupt", b"", method="POST")
+        urllib.request.urlopen(request, timeout=10).close()
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def hosted_graph(seed):
+    graph = Graph()
+    graph.hosted(seed=seed)
+    return graph
+
+
+# --- one server for all rows ---
+
+
+def prepare(base):
+    link(ROOT, base / "custom_nodes" / "pulid-sdxl")
+    (base / "input").mkdir()
+    for name, (width, height, color) in FACES.items():
+        Image.new("RGB", (width, height), color).save(base / "input" / name)
+    Image.new("RGBA", (16, 16), (255, 0, 0, 128)).save(base / "input" / "alpha.png")
+    return base
+
+
+@pytest.fixture(scope="module")
+def service():
+    with FakeFal() as fal:
+        yield fal
+
+
+@pytest.fixture(scope="module")
+def driver(comfyui, service, tmp_path_factory):
+    base = prepare(tmp_path_factory.mktemp("base"))
+    variables = {**NO_KEY, **service.environment, "PULID_FAL_PICTURES_PER_DAY": "10000"}
+    with ComfyServer(comfyui, base, ("--cpu",), variables) as server:
+        yield Driver(server)
+
+
+@pytest.fixture
+def fal(service):
+    service.reset()
+    service.script = ("COMPLETED",)
+    return service
+
+
+def face(name="one.png"):
+    width, height, color = FACES[name]
+    return np.full((height, width, 3), color, np.uint8)
+
+
+def references(fal):
+    """The decoded references of the one job that was accepted."""
+    [job] = fal.jobs.values()
+    urls = [entry["image_url"] for entry in job.input["reference_images"]]
+    contents = [base64.b64decode(url.partition(",")[2]) if url.startswith("data:") else fal._fetch(url) for url in urls]
+    return [np.asarray(Image.open(io.BytesIO(content))) for content in contents]
+
+
+def assert_same(one, other):
+    """Equal but for the rounding of ComfyUI's own way from a file to a tensor and back."""
+    assert one.shape == other.shape
+    assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def expected(fal, seed):
+    """The pictures that the service has to make of the one job that was accepted."""
+    [job] = fal.jobs.values()
+    return [np.asarray(picture) for picture in pictures(job.input, seed, references(fal))]
+
+
+# --- the page's input fields: what the node is given, and what arrives ---
+
+SIZE = {"width": 32, "height": 48}
+CUSTOM = {"image_size": "custom", "width": 768, "height": 1024}
+FIELDS = (
+    ("prompt", {"prompt": "portrait, impressionist painting"}, {"prompt": "portrait, impressionist painting"}),
+    ("prompt beyond ASCII", {"prompt": "Porträt 肖像 🎨"}, {"prompt": "Porträt 肖像 🎨"}),
+    ("negative_prompt, default", {}, {"negative_prompt": NEGATIVE_PROMPT}),
+    ("negative_prompt", {"negative_prompt": "blurry"}, {"negative_prompt": "blurry"}),
+    ("num_images, default", {}, {"num_images": 1}),
+    ("num_images", {"num_images": 8}, {"num_images": 8}),
+    ("guidance_scale, default", {}, {"guidance_scale": 1.2}),
+    ("guidance_scale, lowest", {"guidance_scale": 1.0}, {"guidance_scale": 1.0}),
+    ("guidance_scale, highest", {"guidance_scale": 1.5}, {"guidance_scale": 1.5}),
+    ("num_inference_steps, default", {}, {"num_inference_steps": 4}),
+    ("num_inference_steps", {"num_inference_steps": 12}, {"num_inference_steps": 12}),
+    ("seed", {"seed": 42}, {"seed": 42}),
+    ("seed, highest", {"seed": 2**32 - 1}, {"seed": 2**32 - 1}),
+    ("image_size, default", CUSTOM, {"image_size": {"width": 768, "height": 1024}}),
+    ("image_size, custom", {"width": 40, "height": 24}, {"image_size": {"width": 40, "height": 24}}),
+    *((f"image_size, {name}", {"image_size": name}, {"image_size": name}) for name in PRESETS),
+    ("id_scale, default", {}, {"id_scale": 0.8}),
+    ("id_scale, lowest", {"id_scale": 0.0}, {"id_scale": 0.0}),
+    ("id_scale, highest", {"id_scale": 5.0}, {"id_scale": 5.0}),
+    ("mode, default", {}, {"mode": "fidelity"}),
+    ("mode, extreme style", {"mode": "extreme style"}, {"mode": "extreme style"}),
+    ("id_mix, default", {}, {"id_mix": None}),
+    ("id_mix", {"id_mix": True}, {"id_mix": True}),
+)
+
+
+@pytest.mark.parametrize("row", FIELDS, ids=lambda row: row[0])
+def test_input_fields(driver, fal, row):
+    _, values, arrives = row
+    number = 1000 + FIELDS.index(row)  # a seed of its own, so that no picture comes from an earlier row
+    graph = Graph()
+    graph.hosted(**{"seed": number, **values})
+    run = driver.run(graph)
+    assert run.error is None
+    [job] = fal.jobs.values()
+    assert {name: job.input.get(name) for name in arrives} == arrives
+    seed = values.get("seed", number)
+    assert run.seed == str(seed)
+    for shown, made in zip(run.images(), expected(fal, seed), strict=True):
+        assert_same(shown, made)
+    assert fal.bill == 1
+
+
+def test_the_pages_example_arrives_to_the_letter(driver, fal):
+    urls = [f"https://storage.googleapis.com/falserverless/pulid/img{number}.png" for number in (2, 1)]
+    fal.internet = {url: png(Image.fromarray(face(name))) for url, name in zip(urls, FACES, strict=False)}
+    words = "portrait, impressionist painting, loose brushwork, vibrant color, light and shadow play"
+    graph = Graph()
+    graph.hosted(reference_urls="\n".join(urls), prompt=words, seed=5, **CUSTOM)
+    assert driver.run(graph).error is None
+    [job] = fal.jobs.values()
+    assert job.input == {
+        "reference_images": [{"image_url": url} for url in urls],
+        "prompt": words,
+        "negative_prompt": NEGATIVE_PROMPT,
+        "num_images": 1,
+        "guidance_scale": 1.2,
+        "num_inference_steps": 4,
+        "image_size": {"height": 1024, "width": 768},
+        "id_scale": 0.8,
+        "mode": "fidelity",
+        "seed": 5,
+    }
+
+
+def test_the_shipped_workflow_runs(driver, fal):
+    workflow = json.loads((ROOT / "workflows" / "pulid_hosted.json").read_text(encoding="utf-8"))
+    graph = Graph()
+    graph.nodes = to_prompt(workflow, driver.server.object_info())
+    set_inputs(graph.nodes, "LoadImage", image="one.png")
+    set_inputs(graph.nodes, "PuLID_Hosted", width=32, height=48)
+    run = driver.run(graph)
+    assert run.error is None
+    assert_same(run.images()[0], expected(fal, 0)[0])
+    assert fal.bill == 1
+
+
+class TestReferences:
+    """`reference_images`, in every form that the page has for a file."""
+
+    def test_a_batch_goes_in_its_order(self, driver, fal):
+        graph = Graph()
+        graph.hosted(reference_images=graph.batch("two.png", "one.png"), seed=2000)
+        assert driver.run(graph).error is None
+        assert [picture.tobytes() for picture in references(fal)] == [face("two.png").tobytes(), face().tobytes()]
+
+    def test_data_uris(self, driver, fal):
+        uri = "data:image/png;base64," + base64.b64encode(png(Image.fromarray(face("two.png")))).decode()
+        graph = Graph()
+        graph.hosted(reference_urls=uri, seed=2001)
+        assert driver.run(graph).error is None
+        assert [picture.tobytes() for picture in references(fal)] == [face("two.png").tobytes()]
+
+    def test_addresses_come_after_what_is_connected(self, driver, fal):
+        fal.internet = {"https://example.org/a.png": png(Image.fromarray(face("two.png")))}
+        graph = Graph()
+        graph.hosted(reference_images=graph.photo(), reference_urls="\nhttps://example.org/a.png\n", seed=2002)
+        assert driver.run(graph).error is None
+        assert [picture.tobytes() for picture in references(fal)] == [face().tobytes(), face("two.png").tobytes()]
+
+    def test_pictures_are_uploaded_by_themselves(self, driver, fal):
+        graph = Graph()
+        graph.hosted(transport="upload", seed=2003)
+        assert driver.run(graph).error is None
+        assert [picture.tobytes() for picture in references(fal)] == [face().tobytes()]
+        [put], [asked] = fal.seen("put"), fal.seen("initiate")
+        assert put.authorization is None
+        assert json.loads(asked.headers["x-fal-object-lifecycle"]) == {"expiration_duration_seconds": 3600}
+
+    def test_the_upload_node_gives_addresses_that_expire(self, driver, fal):
+        graph = Graph()
+        both = graph.batch("one.png", "two.png")
+        urls = [graph.add("PuLID_HostedUpload", image=both, expires_in="1d"), 0]
+        graph.hosted(reference_urls=urls, seed=2004)
+        assert driver.run(graph).error is None
+        assert [picture.tobytes() for picture in references(fal)] == [face().tobytes(), face("two.png").tobytes()]
+        [job] = fal.jobs.values()
+        url = job.input["reference_images"][1]["image_url"]
+        fal.clock.advance(86400 + 1)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(fal.here(url))
+
+    @pytest.mark.parametrize(("size", "shape"), [("1024", (512, 1024, 3)), ("as is", (800, 1600, 3))])
+    def test_large_photographs_are_shrunk_unless_told_otherwise(self, driver, fal, size, shape):
+        graph = Graph()
+        graph.hosted(reference_images=graph.photo("large.png"), reference_size=size, seed=2005)
+        assert driver.run(graph).error is None
+        assert [picture.shape for picture in references(fal)] == [shape]
+
+    def test_none_at_all_is_refused_before_anything_is_sent(self, driver, fal):
+        graph = Graph()
+        graph.hosted(reference_urls="")
+        assert "at least one photograph" in driver.run(graph).error
+        assert fal.requests == []
+
+    def test_a_host_that_blocks_is_explained(self, driver, fal):
+        graph = Graph()
+        graph.hosted(reference_urls="https://example.org/blocked.png", seed=2006)
+        error = driver.run(graph).error
+        assert "reference 1" in error and "some hosts block" in error
+
+
+class TestOutputs:
+    """The page's output fields."""
+
+    def test_pictures_seed_and_request_id(self, driver, fal):
+        graph = Graph()
+        graph.hosted(num_images=3, seed=3000)
+        run = driver.run(graph)
+        [job] = fal.jobs.values()
+        assert len(run.images()) == 3
+        assert (run.seed, run.request_id) == ("3000", job.id)
+
+    def test_facts_of_every_picture(self, driver, fal):
+        graph = Graph()
+        graph.hosted(num_images=2, seed=3001)
+        info = driver.run(graph).info
+        [job] = fal.jobs.values()
+        made = job.outcome[1]["images"]
+        assert info["urls"] == [entry["url"] for entry in made]
+        assert info["images"] == made  # url, content_type, file_name, file_size, width, height
+        assert info["timings"]["inference_time"] == 1.25
+        assert info["logs"] == ["Warming up"]
+
+    def test_a_picture_may_come_inside_the_answer(self, driver, fal):
+        made = np.full((8, 8, 3), (9, 99, 199), np.uint8)
+        uri = "data:image/png;base64," + base64.b64encode(png(Image.fromarray(made))).decode()
+        fal.plan("result", 1, faults.with_values(images=[{"url": uri}]))
+        graph = Graph()
+        graph.hosted(seed=3002)
+        [shown] = driver.run(graph).images()
+        assert_same(shown, made)
+
+    def test_a_seed_beyond_64_bits_is_whole(self, driver, fal):
+        fal.plan("result", 1, faults.with_values(seed=17454220438242315174))
+        graph = Graph()
+        graph.hosted(seed=3003)
+        assert driver.run(graph).seed == "17454220438242315174"
+
+    def test_mixed_sizes_are_all_there(self, driver, fal):
+        def smaller(data):
+            content = png(Image.new("RGB", (10, 12), "green"))
+            data["images"][1] = fal._publish(content, (10, 12), None)
+
+        fal.plan("result", 1, faults.altered(smaller))
+        graph = Graph()
+        graph.hosted(num_images=3, seed=3004)
+        assert [picture.shape for picture in driver.run(graph).images()] == [(48, 32, 3), (12, 10, 3), (48, 32, 3)]
+
+
+class TestMethods:
+    """The page's calls: subscribe is the main node; submit, status, result; and what the API has beside them."""
+
+    def test_subscribing_shows_the_queue_the_log_and_the_id(self, driver, fal):
+        fal.script = (1, "IN_PROGRESS", "COMPLETED")
+        graph = Graph()
+        graph.hosted(seed=4000)
+        run = driver.run(graph)
+        [job] = fal.jobs.values()
+        shown = "\n".join(run.progress)
+        assert f"1 before it (request {job.id})" in shown
+        assert "Denoising" in shown
+        assert all(request.query["logs"] in ("1", "true") for request in fal.seen("status"))
+        [sent] = fal.seen("submit")
+        assert sent.authorization == f"Key {fal.key}"
+        assert "x-fal-request-timeout" in sent.headers
+
+    def test_submit_status_result(self, driver, fal):
+        fal.script = (2,)
+        graph = Graph()
+        hook = "https://optional.webhook.url/for/results?a=1&b=2"
+        options = {"webhook_url": hook, "priority": "low", "runner_hint": "studio", "no_retry": True}
+        submit = graph.add("PuLID_HostedSubmit", **DEFAULTS, **options, reference_images=graph.photo())
+        graph.add("PreviewAny", source=[submit, 0])
+        [request_id] = driver.run(graph).texts()
+        [sent] = fal.seen("submit")
+        assert list(fal.jobs) == [request_id]
+        assert sent.query == {"fal_webhook": hook}
+        assert (sent.headers["x-fal-queue-priority"], sent.headers["x-fal-runner-hint"]) == ("low", "studio")
+        assert sent.headers["x-fal-no-retry"] == "1"
+
+        asked = Graph()
+        status = asked.add("PuLID_HostedStatus", request_id=request_id, logs=True)
+        asked.add("PreviewAny", source=[status, 0])
+        asked.add("PreviewAny", source=[status, 1])
+        state, facts = driver.run(asked).texts()
+        assert (state, json.loads(facts)["queue_position"]) == ("IN_QUEUE", 2)
+        fal.script = ("IN_PROGRESS",)
+        state, facts = driver.run(asked).texts()  # the same graph asks anew
+        assert (state, json.loads(facts)["logs"][-1]) == ("IN_PROGRESS", "Denoising")
+
+        fal.script = ("COMPLETED",)
+        fetched = Graph()
+        fetched.show(fetched.add("PuLID_HostedResult", request_id=request_id))
+        run = driver.run(fetched)
+        assert (run.seed, run.request_id) == ("0", request_id)
+        assert_same(run.images()[0], expected(fal, 0)[0])
+        assert fal.bill == 1
+
+    def test_a_webhook_brings_the_id_that_collects_the_picture(self, driver, fal):
+        with listening() as listener:
+            hook = f"http://127.0.0.1:{listener.server_port}/done"
+            graph = Graph()
+            values = {**DEFAULTS, **SMALL, "seed": 4010}
+            graph.add("PuLID_HostedSubmit", **values, webhook_url=hook, reference_images=graph.photo())
+            assert driver.run(graph).error is None
+            assert wait_for(lambda: listener.calls)
+            told = json.loads(listener.calls[0][1])
+        assert told["status"] == "OK"
+        fetched = Graph()
+        fetched.show(fetched.add("PuLID_HostedResult", request_id=told["request_id"]))
+        assert_same(driver.run(fetched).images()[0], expected(fal, 4010)[0])
+        assert fal.bill == 1
+
+    def test_status_without_logs(self, driver, fal):
+        graph = Graph()
+        submit = graph.add("PuLID_HostedSubmit", **{**DEFAULTS, "seed": 4001}, reference_images=graph.photo())
+        status = graph.add("PuLID_HostedStatus", request_id=[submit, 0], logs=False)
+        graph.add("PreviewAny", source=[status, 1])
+        assert json.loads(driver.run(graph).texts()[0])["logs"] == []
+        assert fal.seen("status")[-1].query["logs"] in ("0", "false")
+
+    @pytest.mark.parametrize(
+        ("script", "words"),
+        [((1,), "taken out of the queue"), (("IN_PROGRESS",), "no proof"), (("COMPLETED",), "already finished")],
+    )
+    def test_cancel(self, driver, fal, script, words):
+        fal.script = script
+        graph = Graph()
+        submit = graph.add("PuLID_HostedSubmit", **{**DEFAULTS, "prompt": words}, reference_images=graph.photo())
+        status = graph.add("PuLID_HostedStatus", request_id=[submit, 0], logs=False)
+        assert driver.run(graph).error is None
+        assert status
+        cancel = Graph()
+        node = cancel.add("PuLID_HostedCancel", request_id=next(iter(fal.jobs)))
+        assert words in driver.run(cancel).outputs[node]["text"][0]
+
+    def test_an_unknown_id_is_explained(self, driver, fal):
+        graph = Graph()
+        graph.show(graph.add("PuLID_HostedResult", request_id="764cabcf-b745-4b3e-ae38-1200304cf45b"))
+        assert "HTTP 404" in driver.run(graph).error
+
+
+class TestMoney:
+    def test_an_equal_request_is_paid_for_once(self, driver, fal):
+        for save in ("first", "second"):  # so that ComfyUI's own cache does not answer
+            graph = Graph()
+            graph.hosted(seed=5000, confirm_paid=save == "second")
+            [shown] = driver.run(graph).images()
+        assert_same(shown, expected(fal, 5000)[0])
+        assert fal.bill == 1
+        assert len(fal.seen("result")) == 1  # the second came from this disk
+
+    def test_two_equal_graphs_queued_at_once_are_paid_for_once(self, driver, fal):
+        fal.script = (0, "COMPLETED")
+        graph = Graph()
+        graph.hosted(seed=5001)
+        assert [run.error for run in driver.runs(graph, times=2)] == [None, None]
+        assert fal.bill == 1
+
+    def test_two_equal_nodes_in_one_graph_are_paid_for_once(self, driver, fal):
+        fal.script = (0, "COMPLETED")
+        graph = Graph()
+        graph.hosted(seed=5002, total_limit=900)
+        graph.hosted(seed=5002, total_limit=901)
+        run = driver.run(graph)
+        assert len(run.images()) == 2
+        assert fal.bill == 1
+
+    def test_several_prompts_run_two_at_a_time(self, driver, fal):
+        fal.script = ("IN_PROGRESS", "COMPLETED")
+        graph = Graph()
+        for number in range(4):
+            graph.hosted(seed=5010 + number)
+        assert len(driver.run(graph).images()) == 4
+        assert fal.bill == 4
+        assert fal.most_open == 2
+
+    def test_what_succeeded_is_kept_when_another_fails(self, driver, fal):
+        async def after_the_other(call):
+            job = fal._job(call.request)
+            while "https" in job.input["reference_images"][0]["image_url"] and not fal.seen("download"):
+                await call.wait(0.01)
+            return await call.handle()
+
+        fal.plan("result", EVERY, after_the_other)
+        graph = Graph()
+        graph.hosted(seed=5020)
+        graph.hosted(seed=5021, reference_urls="https://example.org/none.png")
+        assert "reference 1" in driver.run(graph).error
+        again = Graph()
+        again.hosted(seed=5020)
+        assert driver.run(again).error is None
+        assert fal.bill == 2
+
+    def test_the_guard_counts_the_pictures_of_a_run(self, driver, fal):
+        graph = Graph()
+        graph.hosted(seed=5030, num_images=8)
+        graph.hosted(seed=5031, num_images=8)
+        assert "guard against unmeant costs" in driver.run(graph).error
+        before = fal.bill
+        assert before <= 1
+        confirmed = Graph()
+        confirmed.hosted(seed=5032, num_images=8, confirm_paid=True)
+        confirmed.hosted(seed=5033, num_images=8, confirm_paid=True)
+        assert driver.run(confirmed).error is None
+        assert fal.bill == before + 2
+
+    def test_other_nodes_run_meanwhile(self, driver, fal):
+        fal.script = ("IN_PROGRESS",)
+        graph = Graph()
+        hosted = graph.hosted(seed=5040)
+        other = graph.add("ImageScaleBy", image=graph.photo("two.png"), upscale_method="bilinear", scale_by=2.0)
+        preview = graph.add("PreviewImage", images=[other, 0])
+
+        def shown():
+            history = driver.server.get("/queue")["queue_running"]
+            return bool(history) and len(list((driver.server.base / "temp").glob("*.png"))) > before
+
+        before = len(list((driver.server.base / "temp").glob("*.png")))
+        run = driver.run(graph, when=shown, act=lambda: setattr(fal, "script", ("COMPLETED",)))
+        assert run.error is None
+        assert preview in run.outputs and hosted
+
+
+# --- interrupt ---
+
+HEARD_SECONDS = 0.5  # until the service is told; about 0.2 on an idle machine
+ENDED_SECONDS = 1.0  # until ComfyUI says so, the service's answer included; about 0.4
+
+PHASES = {
+    "uploading": {"photo": "three.png", "plan": ("put", faults.stall), "route": "put", "bill": 0},
+    "submitting": {"plan": ("submit", faults.accept_then_stall), "route": "submit", "bill": 1},
+    "queued": {"script": (3,), "route": "status", "bill": 1, "cancelled": True},
+    "running": {"script": ("IN_PROGRESS",), "route": "status", "bill": 1, "cancelled": True},
+    "asking": {"plan": ("status", faults.stall), "route": "status", "bill": 1, "cancelled": True},
+    "fetching": {"plan": ("download", faults.stall), "route": "download", "bill": 1},
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_interrupt_is_heard_within_half_a_second(driver, fal, phase):
+    number = 6000 + list(PHASES).index(phase)
+    plan = PHASES[phase]
+    fal.script = plan.get("script", ("COMPLETED",))
+    if "plan" in plan:
+        route, fault = plan["plan"]
+        fal.plan(route, EVERY, fault)
+    graph = Graph()
+    how = "upload" if phase == "uploading" else "auto"
+    graph.hosted(seed=number, transport=how, reference_images=graph.photo(plan.get("photo", "one.png")))
+    run = driver.run(graph, when=lambda: fal.seen(plan["route"]), act=driver.interrupt)
+    assert run.error is None
+    assert run.interrupted - driver.interrupted < ENDED_SECONDS
+    assert fal.bill == plan["bill"]
+    if plan.get("cancelled"):
+        [cancel] = fal.seen("cancel")
+        assert cancel.moment - driver.interrupted < HEARD_SECONDS
+
+
+def test_one_interrupt_ends_all_that_run_and_all_that_wait_their_turn(driver, fal):
+    fal.script = ("IN_PROGRESS",)
+    graph = Graph()
+    for seed in range(6200, 6204):
+        graph.hosted(seed=seed)
+    run = driver.run(graph, when=lambda: fal.bill == 2 and len(fal.seen("status")) >= 2, act=driver.interrupt)
+    assert run.interrupted - driver.interrupted < ENDED_SECONDS
+    assert wait_for(lambda: len(fal.seen("cancel")) == 2)
+    assert fal.bill == 2
+
+
+def test_after_an_interrupt_nothing_is_bought_twice(driver, fal):
+    fal.plan("download", EVERY, faults.stall)
+    graph = Graph()
+    graph.hosted(seed=6100)
+    driver.run(graph, when=lambda: fal.seen("download"), act=driver.interrupt)
+    fal._plans.clear()
+    assert len(driver.run(graph).images()) == 1
+    assert fal.bill == 1
+
+
+# --- nothing of the key anywhere ---
+
+
+def needles(key):
+    """The key, its halves, halves of these, and base64 of them at every offset."""
+    parts = [key, *key.split(":")]
+    parts += [half for part in key.split(":") for half in (part[: len(part) // 2], part[len(part) // 2 :])]
+    found = {part.encode() for part in parts}
+    for part in parts:
+        for offset in range(3):
+            encoded = base64.b64encode(bytes(offset) + part.encode())
+            found.add(encoded[4:-4])  # what does not depend on the neighbours
+    return {needle for needle in found if len(needle) >= 12}
+
+
+PATHS = ("/history", "/queue", "/object_info", "/system_stats")
+
+
+def everything(driver, paths):
+    """(place, bytes) of all that ComfyUI wrote and said, and of what it says at these paths."""
+    yield "websocket", driver.heard
+    for path in paths:
+        yield path, driver.server.read(path)
+    for file in driver.server.base.rglob("*"):
+        if file.is_file() and not file.is_symlink() and "custom_nodes" not in file.parts:
+            yield str(file.relative_to(driver.server.base)), file.read_bytes()
+            if file.suffix == ".png":
+                with Image.open(file) as picture:
+                    yield f"text of {file.name}", json.dumps(picture.info, default=str).encode()
+
+
+def assert_no_key(driver, key, paths=PATHS):
+    places = dict(everything(driver, paths))
+    found = [place for place, content in places.items() for needle in needles(key) if needle in content]
+    assert found == []
+    return places
+
+
+def test_no_part_of_the_key_is_in_anything_that_comfyui_writes_or_says(driver, fal):
+    secret = fal.key.partition(":")[2]
+    quoted = faults.answer(403, {"detail": f"Key {fal.key} of {secret} is locked"}, {"X-Key": fal.key})
+    for seed, route in enumerate(("initiate", "submit", "status", "result"), 7000):  # a service that quotes the key
+        fal.plan(route, EVERY, quoted)
+        graph = Graph()
+        graph.hosted(seed=seed, transport="upload", reference_images=graph.photo("four.png"))
+        assert "hidden" in driver.run(graph).error or "locked" in driver.run(graph).error
+        fal._plans.clear()
+    graph = Graph()
+    graph.hosted(seed=7010)
+    assert driver.run(graph).error is None
+
+    places = assert_no_key(driver, fal.key)
+    names = " ".join(places)
+    for written in ("hosted.sqlite", "results/", "output/hosted_", "server.log", "websocket", "/history", "text of"):
+        assert written in names
+    assert b"portrait" in places["/history"]  # the search does see what is there
+
+
+def test_the_search_sees_a_key(driver):
+    driver.heard += b"..." + base64.b64encode(b"x:" + driver.server.environment["FAL_KEY"].encode())
+    with pytest.raises(AssertionError, match="websocket"):
+        assert_no_key(driver, driver.server.environment["FAL_KEY"])
+
+
+def test_no_message_shows_where_things_lie_on_this_machine(driver):
+    errors = [status for entry in driver.server.get("/history").values() for status in entry["status"]["messages"]]
+    texts = [data["exception_message"] for kind, data in errors if kind == "execution_error"]
+    assert texts
+    assert [text for text in texts if str(driver.server.base) in text or str(ROOT) in text] == []
+
+
+def test_without_the_service_only_what_is_here_is_given(driver, service):
+    """Last of those that share a server: nobody answers any more."""
+    service.go_away()
+    assert "No connection to 127.0.0.1" in driver.run(hosted_graph(8000)).error
+    run = driver.run(hosted_graph(7010))
+    assert (run.error, len(run.images())) == (None, 1)
+
+
+# --- a process's life ---
+
+
+NOT_SERVED = ("/userdata/..%2F__pulid%2Ffal.toml", "/userdata?dir=..%2F__pulid", "/view?filename=fal.toml&subfolder=..")
+
+
+def journal(base, statement):
+    with closing(sqlite3.connect(base / "user" / "__pulid" / "hosted.sqlite")) as database, database:
+        return database.execute(statement).fetchall()
+
+
+def age_journal(base):
+    """Let a minute pass, in which nobody gave a sign of life."""
+    journal(base, "UPDATE jobs SET updated = updated - 60")
+
+
+def start(comfyui, base, variables):
+    return ComfyServer(comfyui, base, ("--cpu",), {**NO_KEY, **variables})
+
+
+def test_the_life_of_a_process(comfyui, tmp_path):
+    """One story in two starts, since each takes seconds: no key, a key file, killed, picked up, told to end."""
+    base = prepare(tmp_path / "base")
+    key_file = base / "user" / "__pulid" / "fal.toml"
+    with FakeFal() as fal:
+        addresses = {name: value for name, value in fal.environment.items() if name != "FAL_KEY"}
+
+        with start(comfyui, base, addresses) as server:
+            driver = Driver(server)
+            # Without a key the pack loads, and the node says what is missing before anything leaves.
+            assert server.failed_packs() == []
+            error = driver.run(hosted_graph(1)).error
+            assert "FAL_KEY" in error and "fal.toml" in error
+            assert fal.requests == []
+
+            # A key file is read as soon as it is there, is not served, and must be its owner's alone.
+            key_file.parent.mkdir(exist_ok=True)
+            key_file.write_text(f'FAL_KEY = "{fal.key}"\n')
+            key_file.chmod(0o644)
+            assert "chmod 600" in driver.run(hosted_graph(1)).error
+            key_file.chmod(0o600)
+            for path in NOT_SERVED:
+                with pytest.raises(urllib.error.HTTPError):
+                    server.read(path)
+            assert driver.run(hosted_graph(1)).error is None
+            assert fal.bill == 1
+
+            # Killed between one submit and its answer, and while another request runs.
+            fal.script = ("IN_PROGRESS",)
+            fal.plan("submit", 2, faults.accept_then_stall)
+            both = hosted_graph(2)
+            both.hosted(seed=3)
+            driver.run(both, when=lambda: fal.bill == 3 and len(fal.seen("status")) > 1, act=server.process.kill)
+            heard = driver.heard + server.log_file.read_bytes()
+
+        known, lost = (job.input["seed"] for job in list(fal.jobs.values())[1:])
+        with start(comfyui, base, addresses) as server:
+            driver = Driver(server)
+            age_journal(base)
+            assert "may have been accepted and billed" in driver.run(hosted_graph(lost)).error
+            fal.script = ("COMPLETED",)
+            run = driver.run(hosted_graph(known))  # picked up where it was left
+            assert (run.error, len(run.images())) == (None, 1)
+            assert fal.bill == 3
+
+            # Told to end while it waits: the request is in the journal, for the next start.
+            fal.script, polls = ("IN_PROGRESS",), len(fal.seen("status"))
+            driver.run(
+                hosted_graph(4),
+                when=lambda: len(fal.seen("status")) > polls,
+                act=lambda: server.process.send_signal(signal.SIGINT),
+            )
+            server.process.wait(15)
+            assert journal(base, "SELECT request_id FROM jobs ORDER BY id")[-1] == (list(fal.jobs)[-1],)
+            assert fal.bill == 4
+            key_file.unlink()
+            driver.heard += heard
+            assert_no_key(driver, fal.key, paths=())

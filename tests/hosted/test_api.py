@@ -1,0 +1,122 @@
+"""The values of a request and of an answer, against the API page's own text."""
+
+import json
+from dataclasses import fields
+
+import pytest
+from pulid_sdxl.models.hosted import api
+from pulid_sdxl.pulid.errors import BadAnswer, InputError
+
+# The page's example, as it prints it; the negative prompt with the two spaces that the service's own text has.
+PAGE = json.loads("""
+{
+  "reference_images": [
+    {"image_url": "https://storage.googleapis.com/falserverless/pulid/img2.png"},
+    {"image_url": "https://storage.googleapis.com/falserverless/pulid/img1.png"}
+  ],
+  "prompt": "portrait, impressionist painting, loose brushwork, vibrant color, light and shadow play",
+  "negative_prompt": "flaws in the eyes, flaws in the face, flaws, lowres, non-HDRi, low quality, worst quality,artifacts noise, text, watermark, glitch, deformed, mutated, ugly, disfigured, hands, low resolution, partially rendered objects,  deformed or partially rendered eyes, deformed, deformed eyeballs, cross-eyed,blurry",
+  "num_images": 1,
+  "guidance_scale": 1.2,
+  "num_inference_steps": 4,
+  "image_size": {"height": 1024, "width": 768},
+  "id_scale": 0.8,
+  "mode": "fidelity"
+}
+""")  # noqa: E501
+FIELDS = [
+    "reference_images", "prompt", "negative_prompt", "num_images", "guidance_scale", "num_inference_steps", "seed",
+    "image_size", "id_scale", "mode", "id_mix",
+]  # fmt: skip
+SAMPLE = {
+    "images": [
+        {
+            "url": "https://v3.fal.media/files/a/z9RV14K95DvU.png",
+            "content_type": "image/png",
+            "file_name": "z9RV14K95DvU.png",
+            "file_size": 4404019,
+            "width": 1024,
+            "height": 1024,
+        }
+    ],
+    "seed": 42,
+}
+
+
+def request(**values):
+    return api.HostedRequest(**{"reference_images": ("https://example.com/a.png",), "prompt": "a portrait"} | values)
+
+
+def test_the_defaults_are_the_pages_example():
+    urls = tuple(entry["image_url"] for entry in PAGE["reference_images"])
+
+    body = api.HostedRequest(urls, PAGE["prompt"]).body()
+
+    assert json.dumps(body) == json.dumps(PAGE)  # the order too
+
+
+def test_all_eleven_fields_are_there_in_the_pages_order():
+    assert [field.name for field in fields(api.HostedRequest)] == FIELDS
+    assert list(request(seed=0, id_mix=True).body()) == FIELDS
+
+
+@pytest.mark.parametrize("name", ["square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3"])
+def test_a_preset_goes_by_its_name(name):
+    assert name in api.PRESETS
+    assert request(image_size=name).body()["image_size"] == name
+
+
+def test_a_size_of_ones_own_always_has_both_numbers():
+    assert request(image_size=api.Size(1280, 720)).body()["image_size"] == {"width": 1280, "height": 720}
+
+
+def test_a_request_without_references_or_prompt_is_refused_in_words():
+    with pytest.raises(InputError, match="at least one photograph"):
+        request(reference_images=())
+    with pytest.raises(InputError, match="prompt is empty"):
+        request(prompt=" \n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 8}, {"prompt": "other"}, {"id_mix": True}, {"reference_images": ("b", "a")}, {"image_size": "square"}],
+)
+def test_the_digest_tells_requests_and_accounts_apart(change):
+    first = request(seed=7, reference_images=("a", "b"))
+
+    assert first.digest("me") == request(seed=7, reference_images=("a", "b")).digest("me")
+    assert first.digest("me") != first.digest("you")
+    assert first.digest("me") != request(**{"seed": 7, "reference_images": ("a", "b")} | change).digest("me")
+
+
+def test_the_pages_answer_is_read_whole():
+    answer = api.read_answer(SAMPLE)
+
+    [image] = answer.images
+    assert {name: getattr(image, name) for name in SAMPLE["images"][0]} == SAMPLE["images"][0]
+    assert image.file_data is None
+    assert answer.seed == "42"
+
+
+def test_a_seed_beyond_64_bits_keeps_every_digit():
+    assert api.read_answer({**SAMPLE, "seed": 17454220438242315174}).seed == "17454220438242315174"
+
+
+def test_only_the_address_of_a_picture_is_needed_and_other_keys_are_passed_over():
+    data = {"images": [{"url": "u", "width": "wide", "extra": 1}], "timings": {}, "has_nsfw_concepts": [False]}
+
+    answer = api.read_answer(data)
+
+    assert answer == api.HostedAnswer((api.HostedImage("u"),), "unknown")
+
+
+@pytest.mark.parametrize("data", [None, [], "x", {}, {"images": None}, {"images": []}, {"images": "x"}])
+def test_an_answer_without_pictures_is_an_error(data):
+    with pytest.raises(BadAnswer, match="without pictures"):
+        api.read_answer(data)
+
+
+@pytest.mark.parametrize("entry", [None, {}, {"url": None}, {"url": ""}])
+def test_a_picture_without_an_address_is_an_error(entry):
+    with pytest.raises(BadAnswer, match="without its address"):
+        api.read_answer({"images": [{"url": "u"}, entry], "seed": 1})

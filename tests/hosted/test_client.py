@@ -1,0 +1,373 @@
+"""The queue on the wire, with a list for a transport: what is sent where, how often, what is made of answers."""
+
+import asyncio
+import json
+
+import pytest
+from pulid_sdxl.models.hosted.addresses import Addresses
+from pulid_sdxl.models.hosted.client import QueueClient, Status, SubmitOptions, Ticket, read_status
+from pulid_sdxl.models.hosted.keys import Key
+from pulid_sdxl.models.hosted.transport import Reply
+from pulid_sdxl.pulid.errors import (
+    AmbiguousSubmit,
+    AnswerLost,
+    BadAnswer,
+    InputError,
+    JobFailed,
+    Refused,
+    Unreachable,
+)
+from yarl import URL
+
+ID = "764cabcf-b745-4b3e-ae38-1200304cf45b"
+BASE = f"https://queue.fal.run/fal-ai/pulid/requests/{ID}"
+URLS = {"status_url": f"{BASE}/status", "response_url": BASE, "cancel_url": f"{BASE}/cancel"}
+KEY = Key("keyid-123456:secret-123456")
+ACCEPTED = {"status": "IN_QUEUE", "request_id": ID, "queue_position": 0, **URLS}
+
+
+def reply(status, body=b"", **headers):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, content)
+
+
+class Line:
+    """A transport that answers with a list, one after the other, and keeps what was sent."""
+
+    def __init__(self, *answers):
+        self.answers, self.sent = list(answers), []
+
+    async def send(self, method, url, headers=None, body=None, terms=None):
+        self.sent.append((method, str(url), dict(headers or {}), body, terms))
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def client(line, addresses=None, key=KEY):
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    made = QueueClient(line, addresses or Addresses(), key, sleep=sleep)
+    made.pauses = pauses
+    return made
+
+
+def submit(line, addresses=None, key=KEY, **options):
+    made = client(line, addresses, key)
+    return asyncio.run(made.submit({"prompt": "x"}, SubmitOptions(**options))), made
+
+
+# ---- submit ----
+
+
+def test_a_submit_is_the_input_itself_with_the_key_in_one_header():
+    line = Line(reply(200, ACCEPTED))
+
+    ticket, _ = submit(line)
+
+    [(method, url, headers, body, _)] = line.sent
+    assert (method, url, json.loads(body)) == ("POST", "https://queue.fal.run/fal-ai/pulid", {"prompt": "x"})
+    assert headers["Authorization"] == "Key keyid-123456:secret-123456"
+    assert (ticket.request_id, ticket.status_url, ticket.response_url, ticket.cancel_url) == (ID, *URLS.values())
+
+
+def test_options_go_as_the_service_names_them():
+    line = Line(reply(200, ACCEPTED))
+
+    submit(
+        line,
+        webhook_url="https://me.example/a?b=c&d",
+        priority="low",
+        runner_hint="h",
+        no_retry=True,
+        start_seconds=300,
+    )
+
+    [(_, url, headers, _, _)] = line.sent
+    assert URL(url).query == {"fal_webhook": "https://me.example/a?b=c&d"}
+    expected = {
+        "X-Fal-Queue-Priority": "low",
+        "X-Fal-Runner-Hint": "h",
+        "x-fal-no-retry": "1",
+        "X-Fal-Request-Timeout": "300",
+    }
+    assert expected.items() <= headers.items()
+
+
+def test_what_was_not_asked_for_is_not_sent():
+    line = Line(reply(200, ACCEPTED))
+
+    submit(line)
+
+    assert [name for name in line.sent[0][2] if name.lower().startswith("x-fal")] == []
+
+
+@pytest.mark.parametrize("options", [{"webhook_url": "me.example"}, {"runner_hint": "a\r\nb"}, {"runner_hint": "ü"}])
+def test_options_that_cannot_be_sent_are_refused_before_anything_is(options):
+    with pytest.raises(InputError):
+        SubmitOptions(**options)
+
+
+def test_only_a_connection_that_never_came_about_is_tried_at_the_backup_address():
+    line = Line(Unreachable("no"), reply(200, ACCEPTED))
+
+    submit(line)
+
+    assert [url for _, url, *_ in line.sent] == [
+        "https://queue.fal.run/fal-ai/pulid",
+        "https://queue.falrun.com/fal-ai/pulid",
+    ]
+
+
+def test_unreachable_twice_is_unreachable():
+    with pytest.raises(Unreachable):
+        submit(Line(Unreachable("one"), Unreachable("two")))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        AnswerLost("x"),
+        BadAnswer("x"),
+        *(reply(status, b"<html>") for status in (301, 302, 307, 408, 500, 502, 503, 504)),
+        *(reply(200, body) for body in (b"", b"<html>", [], {}, {"request_id": None}, {"request_id": "a b"})),
+    ],
+    ids=str,
+)
+def test_where_nobody_knows_nothing_is_sent_again(answer):
+    line = Line(answer, *[reply(200, ACCEPTED)] * 3)
+
+    with pytest.raises(AmbiguousSubmit, match=r"may have been accepted and billed.*force_resubmit"):
+        submit(line)
+    assert len(line.sent) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422])
+def test_a_refusal_is_final_and_free(status):
+    line = Line(reply(status, {"detail": "no"}), reply(200, ACCEPTED))
+
+    with pytest.raises(Refused, match=f"HTTP {status}"):
+        submit(line)
+    assert len(line.sent) == 1
+
+
+def test_a_busy_service_is_asked_again_when_it_says():
+    line = Line(reply(429, b"", retry_after="7"), reply(429), reply(200, ACCEPTED))
+
+    ticket, made = submit(line)
+
+    assert ticket.request_id == ID
+    assert made.pauses[0] == 7 and 0.5 <= made.pauses[1] <= 1
+
+
+@pytest.mark.parametrize(("answers", "calls"), [([reply(429)] * 9, 4), ([reply(429, b"", retry_after="3600")] * 9, 1)])
+def test_a_busy_service_is_not_asked_for_ever(answers, calls):
+    line = Line(*answers)
+
+    with pytest.raises(Refused, match="busy"):
+        submit(line)
+    assert len(line.sent) == calls
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://evil.example/status",
+        "http://queue.fal.run/status",
+        "https://queue.fal.run:8443/status",
+        "https://queue.fal.run@evil.example/status",
+        "//evil.example",
+        "status",
+        "https://[",
+        7,
+        None,
+    ],
+)
+def test_an_address_elsewhere_is_replaced_by_ours(url):
+    line = Line(reply(200, {**ACCEPTED, "status_url": url}))
+
+    ticket, _ = submit(line)
+
+    assert ticket.status_url == URLS["status_url"]
+
+
+def test_the_backup_hosts_addresses_are_used():
+    theirs = BASE.replace("queue.fal.run", "queue.falrun.com")
+
+    ticket, _ = submit(Line(reply(200, {**ACCEPTED, "response_url": theirs})))
+
+    assert ticket.response_url == theirs
+
+
+# ---- through a proxy ----
+
+
+def test_a_proxy_gets_the_target_and_no_key():
+    line = Line(reply(200, ACCEPTED))
+
+    submit(line, Addresses(proxy=URL("https://proxy.example/api/fal/proxy")), key=None)
+
+    [(method, url, headers, _, _)] = line.sent
+    assert (method, url) == ("POST", "https://proxy.example/api/fal/proxy")
+    assert headers["x-fal-target-url"] == "https://queue.fal.run/fal-ai/pulid"
+    assert "Authorization" not in headers
+
+
+def test_a_key_is_not_even_by_mistake_sent_elsewhere():
+    line = Line(reply(200))
+
+    with pytest.raises(AssertionError, match="no key may go"):
+        asyncio.run(client(line).call("GET", URL("https://v3.fal.media/a.png")))
+    assert line.sent == []
+
+
+def test_what_a_service_echoes_of_the_key_is_hidden():
+    line = Line(reply(401, {"detail": "bad key keyid-123456:secret-123456"}, x_echo="secret-123456"))
+
+    with pytest.raises(Refused) as caught:
+        submit(line)
+    assert "keyid-123456" not in str(caught.value) and "secret-123456" not in str(caught.value)
+
+
+# ---- status, result, cancel ----
+
+
+def ask(line, call):
+    made = client(line)
+    return asyncio.run(call(made, made.ticket(f" {ID}\n"))), made
+
+
+def test_a_ticket_of_other_days_goes_to_the_addresses_of_today():
+    # The journal keeps tickets; the addresses may have been set to others since.
+    old = Ticket(ID, *(f"https://queue.old.example/{name}" for name in ("s", "r", "c")))
+    line = Line(reply(200, {"status": "COMPLETED"}), reply(200, {}), reply(200, {}))
+
+    for call in (QueueClient.status, QueueClient.result, QueueClient.cancel):
+        asyncio.run(call(client(line), old))
+
+    assert [url for _, url, *_ in line.sent] == [f"{BASE}/status?logs=1", BASE, f"{BASE}/cancel"]
+
+
+def test_a_status_is_asked_for_with_or_without_logs():
+    line = Line(reply(202, {"status": "IN_QUEUE", "queue_position": 2}), reply(202, {"status": "IN_QUEUE"}))
+
+    status, _ = ask(line, lambda made, ticket: made.status(ticket))
+    ask(line, lambda made, ticket: made.status(ticket, logs=False))
+
+    assert [url for _, url, *_ in line.sent] == [f"{BASE}/status?logs=1", f"{BASE}/status?logs=0"]
+    assert status == Status("IN_QUEUE", position=2)
+
+
+@pytest.mark.parametrize("logs", [None, [], [None], "missing"])
+def test_logs_may_be_null_empty_or_missing(logs):
+    data = {"status": "IN_PROGRESS"} | ({} if logs == "missing" else {"logs": logs})
+    assert read_status(data).logs == ()
+
+
+def test_alike_log_lines_are_all_kept():
+    lines = [{"message": "Step"}, {"message": "Step", "level": "INFO"}, {"message": None}, "text"]
+    assert read_status({"status": "IN_PROGRESS", "logs": lines}).logs == ("Step", "Step", "text")
+
+
+def test_a_failed_job_is_completed_with_an_error():
+    failed = read_status({"status": "COMPLETED", "error": "boom", "error_type": "internal_error", "logs": None})
+    fine = read_status({"status": "COMPLETED", "error": None, "metrics": {"inference_time": None}})
+
+    assert (failed.done, failed.failed, fine.done, fine.failed) == (True, True, True, False)
+    assert fine.metrics == {"inference_time": None}
+
+
+@pytest.mark.parametrize("data", [None, [], {}, {"status": 3}])
+def test_a_status_without_one_is_an_error(data):
+    with pytest.raises(BadAnswer):
+        read_status(data)
+
+
+def test_a_passing_failure_is_asked_about_again_with_growing_pauses():
+    line = Line(
+        AnswerLost("x"), reply(502, b"<html>"), reply(503, {"detail": "x"}), Unreachable("x"), reply(200, {"a": 1})
+    )
+
+    result, made = ask(line, lambda made, ticket: made.result(ticket))
+
+    assert result == {"a": 1}
+    assert [low <= pause <= 2 * low for pause, low in zip(made.pauses, (0.25, 0.5, 1, 2), strict=True)] == [True] * 4
+
+
+def test_asking_again_ends():
+    line = Line(*[AnswerLost("x")] * 20)
+
+    with pytest.raises(AnswerLost):
+        ask(line, lambda made, ticket: made.result(ticket))
+    assert len(line.sent) == 7
+
+
+def test_a_failure_that_the_service_calls_lasting_is_not_asked_about_again():
+    line = Line(reply(503, {"detail": "x"}, x_fal_retryable="false"))
+
+    with pytest.raises(Refused):
+        ask(line, lambda made, ticket: made.result(ticket))
+
+
+def test_a_result_that_is_not_there_yet_is_none():
+    line = Line(reply(400, {"detail": "Request is still in progress"}))
+    assert ask(line, lambda made, ticket: made.result(ticket))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (reply(422, {"detail": "x"}), JobFailed),
+        (reply(422, {"detail": [{"loc": [], "msg": "m", "type": "missing"}]}), JobFailed),
+        (reply(500, b"oops"), JobFailed),
+        (reply(503, {"detail": "x", "error_type": "runner_disconnected"}), JobFailed),
+        (reply(504, {"detail": "x", "error_type": "startup_timeout"}), JobFailed),
+        (reply(400, {"detail": "bad"}), Refused),
+        (reply(401, {"detail": "x", "error_type": "odd"}), Refused),
+        (reply(403, {"detail": "User is locked."}), Refused),
+        (reply(404, {"detail": "x"}), Refused),
+        (reply(307, b"", location="https://evil.example"), Refused),
+    ],
+    ids=str,
+)
+def test_a_failed_job_differs_from_a_result_that_cannot_be_had_now(answer, error):
+    # The journal gives up the first, and sends again when asked to; the second it goes on asking about.
+    line = Line(answer)
+
+    with pytest.raises(error, match=ID):
+        ask(line, lambda made, ticket: made.result(ticket))
+    assert len(line.sent) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "words"),
+    [
+        (reply(202, {"status": "CANCELLATION_REQUESTED"}), "requested", "no proof"),
+        (reply(200, {"status": "OK"}), "removed", "before it ran"),
+        (reply(400, {"status": "ALREADY_COMPLETED"}), "too late", "fetched by its id"),
+        (reply(404, {"status": "NOT_FOUND"}), "unknown", "does not know"),
+        (reply(405), "not passed on", "proxy"),
+        (reply(503), "no answer", "may go on"),
+        (AnswerLost("x"), "no answer", "may go on"),
+        (Unreachable("x"), "no answer", "may go on"),
+    ],
+    ids=str,
+)
+def test_a_cancel_is_sent_once_and_its_answer_told(answer, outcome, words):
+    line = Line(answer)
+
+    cancelled, _ = ask(line, lambda made, ticket: made.cancel(ticket))
+
+    [(method, url, _, _, terms)] = line.sent
+    assert (method, url, terms.seconds) == ("PUT", f"{BASE}/cancel", 10)
+    assert cancelled.outcome == outcome and words in cancelled.words
+
+
+@pytest.mark.parametrize("text", ["", "a", "../../x", "a/b/c/d", "id?x=1", "x" * 200, "ab cd ef"])
+def test_what_is_no_request_id_is_refused(text):
+    with pytest.raises(InputError, match="A request id looks like"):
+        client(Line()).ticket(text)

@@ -1,0 +1,546 @@
+"""The fake service against the real, unmodified fal-client, and what no client of its own can show.
+
+fal-client has to pass on the fake, and has to lose money on it where it does on the real service.
+"""
+
+import asyncio
+import base64
+import gc
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import fake_faults as faults
+import fal_client
+import numpy as np
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from fake_fal import EVERY, MODEL, FakeFal, KeyLeak
+from fake_model import NEGATIVE_PROMPT, RANDOM_SEED, png
+from PIL import Image
+from webhook_receiver import listening
+
+FACE = png(Image.new("RGB", (8, 8), (200, 150, 120)))
+ARGUMENTS = {
+    "reference_images": [{"image_url": fal_client.encode(FACE, "image/png")}],
+    "prompt": "portrait",
+    "image_size": {"width": 64, "height": 96},
+    "seed": 7,
+}
+BODY = json.dumps(ARGUMENTS).encode()
+
+
+@pytest.fixture
+def pointed(fal, monkeypatch):
+    """fal-client's addresses set to the fake's, its retries made quick; nothing else of it is touched."""
+    point(fal, monkeypatch)
+    return fal
+
+
+def point(fal, monkeypatch):
+    monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{fal.queue_url}/")
+    monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{fal.run_url}/")
+    monkeypatch.setattr(fal_client.client, "REST_URL", fal.rest_url)
+    monkeypatch.setattr(fal_client.client, "CDN_URL", fal.cdn_url)
+    monkeypatch.setattr(fal_client.client, "BASE_DELAY", 0.001)
+
+
+@contextmanager
+def sync_client(fal, **options):
+    """A fal-client that is closed afterwards, which it does not do itself."""
+    client = fal_client.SyncClient(key=fal.key, **options)
+    yield client
+    client._client.close()
+
+
+@pytest.fixture
+def client(pointed):
+    with sync_client(pointed) as client:
+        yield client
+
+
+def call(url, method="GET", body=None, headers=None):
+    """(status, headers, content) of one request, errors included."""
+    request = urllib.request.Request(url, data=body, method=method, headers=headers or {})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, dict(error.headers), error.read()
+
+
+def authorized(fal, **more):
+    return {"Authorization": f"Key {fal.key}", "Content-Type": "application/json", **more}
+
+
+def submit(fal, arguments=ARGUMENTS, query="", **headers):
+    status, _, content = call(
+        f"{fal.queue_url}/{MODEL}{query}", "POST", json.dumps(arguments).encode(), authorized(fal, **headers)
+    )
+    assert status == 200, content
+    return json.loads(content)
+
+
+def get(fal, url):
+    status, headers, content = call(url, headers=authorized(fal))
+    return status, headers, json.loads(content)
+
+
+def finish(fal, arguments=ARGUMENTS, **headers):
+    """(status, headers, body) of a job's result."""
+    handle = submit(fal, arguments, **headers)
+    fal.script = ("COMPLETED",)
+    get(fal, handle["status_url"])
+    return get(fal, handle["response_url"])
+
+
+def pixels(url):
+    status, _, content = call(url)
+    assert status == 200
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+class TestFalClient:
+    @pytest.fixture(autouse=True)
+    def collected(self):
+        """fal-client leaves its storage connections to the garbage collector: let that be here, where it is known."""
+        yield
+        gc.collect()
+
+    def test_subscribes(self, pointed, client):
+        pointed.script = (2, 1, 0, "IN_PROGRESS", "IN_PROGRESS", "COMPLETED")
+        seen = []
+        result = client.subscribe(MODEL, ARGUMENTS, with_logs=True, on_queue_update=seen.append)
+        assert [update.position for update in seen[:3]] == [2, 1, 0]
+        assert [len(update.logs) for update in seen[3:5]] == [4, 4]
+        assert isinstance(seen[5], fal_client.Completed)
+        assert result["seed"] == 7
+        assert pixels(result["images"][0]["url"]).shape == (96, 64, 3)
+        assert pointed.bill == 1
+
+    def test_submits_asks_and_collects(self, pointed, client):
+        pointed.script = (0, "IN_PROGRESS", "COMPLETED")
+        handle = client.submit(MODEL, ARGUMENTS, webhook_url=None, priority="low", hint="runner", start_timeout=30)
+        assert client.status(MODEL, handle.request_id, with_logs=True) == fal_client.Queued(0)
+        assert isinstance(client.status(MODEL, handle.request_id), fal_client.InProgress)
+        done = client.status(MODEL, handle.request_id, with_logs=True)
+        assert done.metrics == {"inference_time": 1.25}
+        assert done.error is None
+        assert client.result(MODEL, handle.request_id)["images"][0]["file_size"] > 0
+        [request] = pointed.seen("submit")
+        sent = {name: request.headers[name] for name in request.headers if name.startswith("x-fal")}
+        assert sent["x-fal-queue-priority"] == "low"
+        assert sent["x-fal-runner-hint"] == "runner"
+        assert float(sent["x-fal-request-timeout"]) == 30
+
+    def test_runs_directly(self, pointed, client):
+        assert client.run(MODEL, ARGUMENTS)["seed"] == 7
+        assert pointed.bill == 1
+
+    def test_cancels(self, pointed, client):
+        pointed.script = (1,)
+        handle = client.submit(MODEL, ARGUMENTS)
+        client.cancel(MODEL, handle.request_id)
+        with pytest.raises(fal_client.FalClientHTTPError) as caught:
+            client.result(MODEL, handle.request_id)
+        assert (caught.value.status_code, caught.value.error_type) == (499, "client_cancelled")
+
+    def test_cannot_cancel_what_is_done(self, pointed, client):
+        handle = client.submit(MODEL, ARGUMENTS)
+        client.result(MODEL, handle.request_id)
+        with pytest.raises(fal_client.FalClientHTTPError) as caught:
+            client.cancel(MODEL, handle.request_id)
+        assert caught.value.status_code == 400
+
+    def test_uploads_and_uses_what_it_uploaded(self, pointed, client):
+        url = client.upload(FACE, "image/png", "face.png", lifecycle=fal_client.StorageSettings(expires_in="1h"))
+        assert call(url)[2] == FACE
+        uploaded = client.run(MODEL, {**ARGUMENTS, "reference_images": [{"image_url": url}]})
+        direct = client.run(MODEL, ARGUMENTS)
+        assert np.array_equal(pixels(uploaded["images"][0]["url"]), pixels(direct["images"][0]["url"]))
+
+    def test_async_does_the_same(self, pointed):
+        async def run():
+            client = fal_client.AsyncClient(key=pointed.key)
+            url = await client.upload(FACE, "image/png", "face.png")
+            arguments = {**ARGUMENTS, "reference_images": [{"image_url": url}]}
+            result = await client.subscribe(MODEL, arguments, with_logs=True)
+            handle = await client.submit(MODEL, ARGUMENTS)
+            await client.status(MODEL, handle.request_id)
+            await client.cancel(MODEL, handle.request_id)
+            await (await client._client).aclose()
+            return result
+
+        assert asyncio.run(run())["seed"] == 7
+
+    def test_sees_the_models_own_error(self, pointed, client):
+        with pytest.raises(fal_client.FalClientHTTPError) as caught:
+            client.subscribe(MODEL, {**ARGUMENTS, "mode": "extremely style", "face": 1})
+        assert caught.value.status_code == 422
+        assert {tuple(entry["loc"]) for entry in caught.value.message} == {("body", "mode"), ("body", "face")}
+        assert caught.value.response_headers["x-fal-billable-units"] == "0"
+
+    @pytest.mark.parametrize("fault", [faults.accept_then_drop, faults.accept_then_stall], ids=["drop", "stall"])
+    def test_pays_twice_for_an_answer_that_is_lost(self, pointed, fault):
+        pointed.plan("submit", 1, fault)
+        with sync_client(pointed, default_timeout=0.3) as client:
+            handle = client.submit(MODEL, ARGUMENTS)
+        assert pointed.bill == 2
+        first, second = pointed.jobs
+        assert handle.request_id == second != first  # nobody will ever ask for the first
+
+    def test_tries_a_busy_queue_ten_times_whatever_it_is_told(self, pointed, client):
+        pointed.plan("submit", EVERY, faults.busy(retry_after="3600"))
+        start = time.monotonic()
+        with pytest.raises(fal_client.FalClientHTTPError):
+            client.submit(MODEL, ARGUMENTS)
+        assert len(pointed.seen("submit")) == 10
+        assert time.monotonic() - start < 60
+        assert pointed.bill == 0
+
+    def test_sends_its_key_to_any_address_an_upload_is_given(self, monkeypatch):
+        with pytest.raises(KeyLeak, match="cdn: PUT /files/"), FakeFal() as fal:
+            point(fal, monkeypatch)
+            fal.plan("upload", EVERY, faults.answer(500, {"detail": "no"}))
+            with sync_client(fal) as client:
+                client.upload(FACE, "image/png", "face.png")
+
+    def test_reaches_the_queue_over_tls(self, tmp_path):
+        code = f"import fal_client; print(fal_client.submit({MODEL!r}, {ARGUMENTS!r}).request_id)"
+        with FakeFal(tls=tmp_path) as fal:
+            host = fal.queue_url.removeprefix("https://")
+            environment = {"FAL_KEY": fal.key, "FAL_QUEUE_RUN_HOST": host, "SSL_CERT_FILE": str(fal.certificate)}
+            run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+            assert run.stdout.strip() in fal.jobs, run.stderr
+
+
+class TestQueue:
+    @pytest.mark.parametrize(
+        ("authorization", "words"),
+        [(None, "required"), ("Key abc", "Expected '<key_id>:<key_secret>'"), ("Key a:b", "No user found")],
+    )
+    def test_asks_for_the_key(self, fal, authorization, words):
+        headers = {"Authorization": authorization} if authorization else {}
+        status, _, content = call(f"{fal.queue_url}/{MODEL}", "POST", b"{}", headers)
+        assert status == 401
+        assert words in json.loads(content)["detail"]
+        assert fal.bill == 0
+
+    def test_states_have_their_http_codes_and_cumulative_logs(self, fal):
+        fal.script = (1, "IN_PROGRESS", "IN_PROGRESS", "COMPLETED")
+        url = submit(fal)["status_url"]
+        answers = [get(fal, f"{url}?logs=1"), get(fal, url), get(fal, f"{url}/?logs=true"), get(fal, f"{url}?logs=0")]
+        assert [status for status, *_ in answers] == [202, 202, 202, 200]
+        bodies = [body for *_, body in answers]
+        assert bodies[0]["queue_position"] == 1
+        assert "logs" not in bodies[0]
+        assert bodies[1]["logs"] is None
+        assert [line["message"] for line in bodies[2]["logs"]] == ["Warming up", "Denoising", "Denoising"]
+        assert bodies[3]["logs"] is None
+
+    def test_a_result_too_early_is_still_in_progress(self, fal):
+        assert get(fal, submit(fal)["response_url"])[::2] == (400, {"detail": "Request is still in progress"})
+
+    def test_unknown_ids_and_other_models_are_not_found(self, fal):
+        request_id = submit(fal)["request_id"]
+        assert get(fal, f"{fal.queue_url}/{MODEL}/requests/none/status")[0] == 404
+        assert get(fal, f"{fal.queue_url}/fal-ai/other/requests/{request_id}/status")[0] == 404
+        assert call(f"{fal.queue_url}/fal-ai/other", "POST", b"{}", authorized(fal))[0] == 404
+        assert fal.bill == 1
+
+    def test_a_long_queue_can_be_refused(self, fal):
+        submit(fal)
+        status, *_ = call(f"{fal.queue_url}/{MODEL}?fal_max_queue_length=0", "POST", b"{}", authorized(fal))
+        assert (status, fal.bill) == (429, 1)
+
+    @pytest.mark.parametrize(
+        ("script", "obeys", "answer", "result"),
+        [
+            ((0,), True, (200, "OK"), 499),
+            (("IN_PROGRESS",), True, (202, "CANCELLATION_REQUESTED"), 499),
+            (("IN_PROGRESS",), False, (202, "CANCELLATION_REQUESTED"), 200),
+            (("COMPLETED",), True, (400, "ALREADY_COMPLETED"), 200),
+        ],
+    )
+    def test_cancelling(self, fal, script, obeys, answer, result):
+        fal.script, fal.obeys = script, obeys
+        handle = submit(fal)
+        get(fal, handle["status_url"])
+        status, _, content = call(handle["cancel_url"], "PUT", headers=authorized(fal))
+        assert (status, json.loads(content)["status"]) == answer
+        fal.script = ("COMPLETED",)
+        get(fal, handle["status_url"])
+        assert get(fal, handle["response_url"])[0] == result
+
+    def test_the_schema_counts_when_the_job_runs_or_at_once_when_strict(self, fal):
+        wrong = {"prompt": 1, "num_images": 9, "seed": -1}
+        status, headers, body = finish(fal, wrong)
+        assert status == 422
+        assert [entry["loc"][1] for entry in body["detail"]] == ["reference_images", "prompt", "num_images", "seed"]
+        assert headers["X-Fal-Retryable"] == "false"
+        fal.strict = True
+        assert call(f"{fal.queue_url}/{MODEL}", "POST", json.dumps(wrong).encode(), authorized(fal))[0] == 422
+        assert fal.bill == 1
+
+
+class TestPictures:
+    def test_depend_on_all_that_was_sent_and_on_nothing_else(self, fal):
+        other_face = fal_client.encode(png(Image.new("RGB", (8, 8), (0, 0, 99))), "image/png")
+        changes = (
+            {},
+            {"seed": 8},
+            {"prompt": "another"},
+            {"reference_images": [{"image_url": other_face}]},
+            {"reference_images": [*ARGUMENTS["reference_images"], {"image_url": other_face}]},
+            {"reference_images": [{"image_url": other_face}, *ARGUMENTS["reference_images"]]},
+            {"mode": "extreme style"},
+            {"id_mix": True},
+        )
+        made = [pixels(finish(fal, {**ARGUMENTS, **change})[2]["images"][0]["url"]).tobytes() for change in changes]
+        assert len(set(made)) == len(changes)
+        again = pixels(finish(fal, {**ARGUMENTS, "negative_prompt": NEGATIVE_PROMPT})[2]["images"][0]["url"])
+        assert again.tobytes() == made[0]
+
+    def test_come_in_the_number_and_size_asked_for(self, fal):
+        body = finish(fal, {**ARGUMENTS, "num_images": 3, "image_size": "portrait_16_9"})[2]
+        made = [pixels(image["url"]) for image in body["images"]]
+        assert [picture.shape for picture in made] == [(1024, 576, 3)] * 3
+        assert not np.array_equal(made[0], made[1])
+
+    def test_one_side_alone_is_filled_up_with_512(self, fal):
+        assert finish(fal, {**ARGUMENTS, "image_size": {"width": 64}})[2]["images"][0]["height"] == 512
+
+    def test_an_omitted_seed_is_drawn_beyond_64_bits(self, fal):
+        body = finish(fal, {name: value for name, value in ARGUMENTS.items() if name != "seed"})[2]
+        assert body["seed"] == RANDOM_SEED > 2**63
+
+    @pytest.mark.parametrize(
+        ("url", "kind"),
+        [
+            ("http://127.0.0.1:9/a.png", "file_download_error"),
+            ("http://192.168.1.2/a.png", "file_download_error"),
+            ("https://example.org/none.png", "file_download_error"),
+            ("data:image/png;base64,bm8gcGljdHVyZQ==", "image_load_error"),
+        ],
+    )
+    def test_references_that_cannot_be_had_are_named(self, fal, url, kind):
+        faces = [*ARGUMENTS["reference_images"], {"image_url": url}]
+        status, _, body = finish(fal, {**ARGUMENTS, "reference_images": faces})
+        assert status == 422
+        assert body["detail"][0]["loc"] == ["body", "reference_images", 1, "image_url"]
+        assert body["detail"][0]["type"] == kind
+
+    def test_a_reference_can_lie_on_the_web(self, fal):
+        fal.internet["https://example.org/face.png"] = FACE
+        body = finish(fal, {**ARGUMENTS, "reference_images": [{"image_url": "https://example.org/face.png"}]})[2]
+        assert np.array_equal(pixels(body["images"][0]["url"]), pixels(finish(fal)[2]["images"][0]["url"]))
+
+
+class TestStorage:
+    def initiate(self, fal, **headers):
+        body = json.dumps({"file_name": "a.png", "content_type": "image/png"}).encode()
+        url = f"{fal.rest_url}/storage/upload/initiate?storage_type=fal-cdn-v3"
+        return json.loads(call(url, "POST", body, authorized(fal, **headers))[2])
+
+    def test_a_signed_address_takes_bytes_without_a_key(self, fal):
+        urls = self.initiate(fal)
+        assert call(urls["upload_url"], "PUT", FACE, {"Content-Type": "image/png"})[0] == 200
+        assert call(fal.here(urls["file_url"]))[2] == FACE
+        assert call(fal.here(urls["file_url"]), "PUT", b"other")[0] == 403
+
+    def test_uploads_expire(self, fal):
+        lifetime = json.dumps({"expiration_duration_seconds": 3600})
+        urls = self.initiate(fal, **{"X-Fal-Object-Lifecycle": lifetime})
+        call(urls["upload_url"], "PUT", FACE, {"Content-Type": "image/png"})
+        fal.clock.advance(3599)
+        assert call(fal.here(urls["file_url"]))[0] == 200
+        fal.clock.advance(1)
+        assert call(fal.here(urls["file_url"]))[0] == 404
+
+    def test_pictures_expire_after_a_week_or_as_told(self, fal):
+        weekly = finish(fal)[2]["images"][0]["url"]
+        lifetime = {"X-Fal-Object-Lifecycle-Preference": json.dumps({"expiration_duration_seconds": 60})}
+        short = finish(fal, **lifetime)[2]["images"][0]["url"]
+        fal.clock.advance(61)
+        fal.gone = 410
+        assert [call(url)[0] for url in (weekly, short)] == [200, 410]
+        fal.clock.advance(7 * 86400)
+        assert call(weekly)[0] == 410
+
+
+class TestTheKey:
+    @pytest.mark.parametrize("origin", ["cdn", "foreign", "proxy"])
+    def test_must_not_reach(self, origin):
+        with pytest.raises(KeyLeak, match=f"{origin}: GET /x"), FakeFal() as fal:
+            call(f"{getattr(fal, f'{origin}_url')}/x".replace("/server-proxy", ""), headers=authorized(fal))
+
+    @pytest.mark.parametrize("place", ["query", "header", "body"])
+    def test_must_not_stand_beside_the_authorization(self, place):
+        with pytest.raises(KeyLeak, match="queue"), FakeFal() as fal:
+            secret = fal.key.partition(":")[2]
+            url = f"{fal.queue_url}/{MODEL}" + (f"?key={secret}" if place == "query" else "")
+            headers = authorized(fal, **({"X-Key": secret} if place == "header" else {}))
+            call(url, "POST", secret.encode() if place == "body" else b"{}", headers)
+
+    def test_an_error_in_the_test_itself_is_the_one_that_shows(self):
+        with pytest.raises(ZeroDivisionError), FakeFal() as fal:
+            call(f"{fal.cdn_url}/x", headers=authorized(fal))
+            raise ZeroDivisionError
+
+
+class TestFaults:
+    def post(self, fal):
+        return call(f"{fal.queue_url}/{MODEL}", "POST", json.dumps(ARGUMENTS).encode(), authorized(fal))
+
+    @pytest.mark.parametrize(("fault", "bill"), [(faults.accept_then_drop, 1), (faults.reset, 0)])
+    def test_a_cut_connection(self, fal, fault, bill):
+        fal.plan("submit", 1, fault)
+        with pytest.raises(OSError):
+            self.post(fal)
+        assert fal.bill == bill
+        assert self.post(fal)[0] == 200  # the plan was for one call
+
+    def test_bodies_that_are_cut_or_of_the_wrong_length(self, fal):
+        fal.plan("submit", 1, faults.truncated)
+        with pytest.raises(Exception, match="IncompleteRead"):
+            self.post(fal)
+        fal.plan("submit", 1, faults.wrong_length)
+        with pytest.raises(ValueError):
+            json.loads(self.post(fal)[2])
+        assert fal.bill == 2
+
+    def test_a_drip_is_slow_and_whole(self, fal):
+        fal.plan("submit", 1, faults.drip(0.01, size=50))
+        start = time.monotonic()
+        assert json.loads(self.post(fal)[2])["request_id"] in fal.jobs
+        assert time.monotonic() - start > 0.05
+
+    def test_answers_instead_of_the_servers(self, fal):
+        fal.plan("submit", 1, faults.gateway(502))
+        fal.plan("submit", 2, faults.busy("7"))
+        fal.plan("submit", 3, faults.locked())
+        fal.plan("submit", 4, faults.redirect(f"{fal.foreign_url}/x", status=307))
+        status, _, content = self.post(fal)
+        assert (status, b"nginx" in content) == (502, True)
+        status, headers, _ = self.post(fal)
+        assert (status, headers["Retry-After"]) == (429, "7")
+        status, _, content = self.post(fal)
+        assert (status, b"User is locked" in content) == (403, True)
+        assert self.post(fal)[0] == 307
+        assert fal.bill == 0
+
+    def test_altered_answers(self, fal):
+        fal.plan("status", EVERY, faults.without("logs"))
+        fal.plan("result", 1, faults.with_values(seed=2**70))
+        _, headers, body = finish(fal)
+        assert body["seed"] == 2**70
+        assert headers["x-fal-billable-units"] == "1"
+        assert "logs" not in get(fal, f"{fal.queue_url}/{MODEL}/requests/{next(iter(fal.jobs))}/status?logs=1")[2]
+
+    def test_a_bomb_is_small_and_sound(self):
+        content = faults.png_bomb(2000)
+        assert len(content) < 2000
+        assert Image.open(io.BytesIO(content)).size == (2000, 2000)
+        Image.open(io.BytesIO(content)).load()
+
+    def test_a_route_that_is_not_there_cannot_be_planned(self, fal):
+        with pytest.raises(ValueError, match="no route"):
+            fal.plan("submitt", 1, faults.reset)
+
+
+class TestProxies:
+    def through(self, proxy, target, method="POST", body=BODY, **headers):
+        headers = {"Content-Type": "application/json", "x-fal-target-url": target, **headers}
+        status, _, content = call(proxy, method, body, {name: value for name, value in headers.items() if value})
+        return status, content
+
+    @pytest.mark.parametrize("flavour", ["proxy_url", "formula_proxy_url"])
+    @pytest.mark.parametrize("named", ["https://queue.fal.run", None])
+    def test_add_the_key(self, fal, flavour, named):
+        status, content = self.through(getattr(fal, flavour), f"{named or fal.queue_url}/{MODEL}")
+        assert status == 200
+        assert json.loads(content)["request_id"] in fal.jobs
+        status_url = json.loads(content)["status_url"]
+        assert self.through(getattr(fal, flavour), f"{status_url}?logs=1", "GET", None)[0] == 202
+
+    def test_the_formula_knows_two_methods_two_domains_and_json(self, fal):
+        proxy, target = fal.formula_proxy_url, f"https://queue.fal.run/{MODEL}"
+        assert self.through(proxy, target, "PUT")[0] == 405
+        assert self.through(proxy, None)[0] == 400
+        assert self.through(proxy, "https://example.org/x")[0] == 412
+        assert self.through(proxy, target, **{"Content-Type": "image/png"})[0] == 415
+        assert fal.bill == 0
+
+    def test_the_published_package_has_a_list_of_targets(self, fal):
+        cancel = f"https://queue.fal.run/{MODEL}/requests/{submit(fal)['request_id']}/cancel"
+        assert self.through(fal.proxy_url, cancel, "PUT", b"")[0] == 202
+        upload = "https://rest.fal.ai/storage/upload/initiate?storage_type="
+        body = json.dumps({"file_name": "a.png", "content_type": "image/png"}).encode()
+        assert self.through(fal.proxy_url, f"{upload}fal-cdn-v3", body=body)[0] == 200
+        assert self.through(fal.proxy_url, f"{upload}gcs", body=body)[0] == 400
+        assert self.through(fal.proxy_url, "https://rest.fal.ai/storage/auth/token", body=b"{}")[0] == 400
+        assert self.through(fal.proxy_url, "https://queue.falrun.com/x")[0] == 400
+
+    def test_its_users_authorization_goes_before_its_own(self, fal):
+        target = f"https://queue.fal.run/{MODEL}"
+        assert self.through(fal.proxy_url, target, Authorization="Key of:mine")[0] == 401
+
+
+def verify(fal, headers, content):
+    """As fal's documentation tells a receiver to; raises InvalidSignature."""
+    message = [headers[f"X-Fal-Webhook-{name}"] for name in ("Request-Id", "User-Id", "Timestamp")]
+    message.append(hashlib.sha256(content).hexdigest())
+    [key] = json.loads(call(f"{fal.rest_url}/.well-known/jwks.json")[2])["keys"]
+    public = Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"] + "="))
+    public.verify(bytes.fromhex(headers["X-Fal-Webhook-Signature"]), "\n".join(message).encode())
+
+
+class TestWebhooks:
+    def deliver(self, fal, refusals=0, arguments=ARGUMENTS):
+        """The calls that arrived until one was taken."""
+        with listening(refusals) as listener:
+            submit(fal, arguments, query=f"?fal_webhook=http%3A%2F%2F127.0.0.1%3A{listener.server_port}%2Fhook")
+            deadline = time.monotonic() + 5
+            while (not fal.webhook.sent or fal.webhook.sent[-1][1] != 204) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return listener.calls
+
+    def test_bring_the_result_signed(self, fal):
+        [(headers, content)] = self.deliver(fal)
+        verify(fal, headers, content)
+        data = json.loads(content)
+        assert (data["status"], data["request_id"]) == ("OK", next(iter(fal.jobs)))
+        assert pixels(data["payload"]["images"][0]["url"]).shape == (96, 64, 3)
+
+    def test_come_again_until_they_are_taken(self, fal):
+        assert len(self.deliver(fal, refusals=2)) == 3
+        assert [status for _, status in fal.webhook.sent] == [503, 503, 204]
+
+    def test_bring_errors_too(self, fal):
+        [(_, content)] = self.deliver(fal, arguments={"prompt": "p"})
+        assert json.loads(content)["status"] == "ERROR"
+
+    def test_can_be_stale_or_forged(self, fal):
+        fal.webhook.age, fal.webhook.wrong_key = 400, True
+        [(headers, content)] = self.deliver(fal)
+        assert time.time() - int(headers["X-Fal-Webhook-Timestamp"]) > 300
+        with pytest.raises(InvalidSignature):
+            verify(fal, headers, content)
+
+
+def test_nothing_here_can_leave_this_machine(outside):
+    with pytest.raises(OSError, match="loopback"):
+        urllib.request.urlopen("https://queue.fal.run/", timeout=1)
+    with pytest.raises(OSError, match="loopback"):
+        urllib.request.urlopen("http://93.184.215.14/", timeout=1)
+    assert outside == ["queue.fal.run", "93.184.215.14"]
+    outside.clear()

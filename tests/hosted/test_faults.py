@@ -1,0 +1,528 @@
+"""All that can go wrong between here and the service: what it costs, what is kept, and what the user reads.
+
+One row, one fault. Each is met by a whole request on the real client against the fake service; then the same request
+is made again without the fault, as somebody does who queues the prompt once more.
+"""
+
+import asyncio
+import socket
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import fake_faults as faults
+import pytest
+import torch
+from fake_fal import EVERY, FakeFal
+from pulid_sdxl.models.hosted import client
+from pulid_sdxl.models.hosted import job as jobs
+from pulid_sdxl.models.hosted.api import HostedRequest, Size
+from pulid_sdxl.models.hosted.client import SubmitOptions
+from pulid_sdxl.models.hosted.job import Job, Limits
+from pulid_sdxl.models.hosted.journal import Guard
+from pulid_sdxl.models.hosted.patience import Watch
+from pulid_sdxl.models.hosted.service import open_service
+from pulid_sdxl.models.hosted.storage import encode
+from pulid_sdxl.models.hosted.transport import Terms
+from pulid_sdxl.pulid.errors import (
+    AmbiguousSubmit,
+    BadAnswer,
+    HostedError,
+    HostedLimit,
+    JobFailed,
+    Refused,
+    UnsafeAddress,
+)
+
+ANSWER_SECONDS = 0.3
+FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
+DASHBOARD = r"may have been accepted and billed.*fal\.ai/dashboard/requests.*force_resubmit"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """The same pauses, in hundredths."""
+    pause = Watch.pause
+    monkeypatch.setattr(Watch, "pause", lambda self, seconds: pause(self, seconds / 100))
+    monkeypatch.setattr(client, "CANCEL_SECONDS", ANSWER_SECONDS)
+
+
+def a_job(seed=7, **options):
+    reference = encode(FACE)
+    request = HostedRequest((reference.digest,), "portrait", seed=seed, image_size=Size(32, 48))
+    return Job(request, (reference,), SubmitOptions(), Guard(), run="test", **options)
+
+
+def perform(fal, folder, act=None, environ=None):
+    """What `act` (a request, unless said otherwise) gives, on a client that was just started."""
+    act = act or (lambda service: jobs.generate(a_job(), service))
+
+    async def run():
+        told = []
+        environment = {**fal.environment, "PULID_FAL_ANSWER_SECONDS": str(ANSWER_SECONDS), **(environ or {})}
+        async with open_service(environment, folder, lambda: False, told.append) as service:
+            downloader = replace(service.downloader, terms=Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS))
+            return await act(replace(service, downloader=downloader))
+
+    return asyncio.run(run())
+
+
+# --- the table ---
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault.
+
+    faults  (route, nth, fault), in place while the request is made
+    error   what it raises, None where the user gets the pictures all the same
+    words   a regular expression that the message matches
+    bill    accepted submits after it
+    again   what the same request does afterwards, and the bill then
+    script  of the fake's jobs
+    """
+
+    name: str
+    faults: tuple
+    error: type | None
+    words: str
+    bill: int
+    again: tuple[str, int]
+    script: tuple = ("IN_PROGRESS", "COMPLETED")
+
+
+PICTURES, REFUSED = "pictures", "refused"
+PAID = (PICTURES, 1)  # the picture that was paid for
+SENT_NOW = (PICTURES, 1)  # nothing was accepted before
+SENT_ANEW = (PICTURES, 2)  # the first one failed for good, and was said to have
+NOT_AGAIN = (REFUSED, 1)  # nobody knows, so nothing is sent until the user says so
+
+
+def on(route, *planned, nth=EVERY):
+    return tuple((route, nth, fault) for fault in planned)
+
+
+def submit(name, fault, error, words, bill, again, nth=EVERY):
+    return Row(f"submit: {name}", on("submit", fault, nth=nth), error, words, bill, again)
+
+
+def unsure(name, fault, bill):
+    """A submit of which nobody knows whether it was accepted."""
+    return submit(name, fault, AmbiguousSubmit, DASHBOARD, bill, (REFUSED, bill))
+
+
+def refused(name, status, detail, words, headers=None):
+    """A submit that the service turns down."""
+    fault = faults.answer(status, {"detail": detail}, headers)
+    return submit(name, fault, Refused, rf"HTTP {status}.*{words}", 0, SENT_NOW)
+
+
+def polling(name, fault, words, error=Refused):
+    """A status that cannot be had: the request goes on, and its pictures come when it is queued again."""
+    return Row(f"status: {name}", on("status", fault), error, words, 1, PAID)
+
+
+def passing(route, name, fault):
+    """A fault that the user never hears of."""
+    return Row(f"{route}: {name}", on(route, fault, nth=1), None, "", 1, PAID)
+
+
+def result(name, fault, words, error=JobFailed, again=SENT_ANEW):
+    return Row(f"result: {name}", on("result", fault), error, words, 1, again)
+
+
+def picture(name, fault, words, error=BadAnswer):
+    """A picture that cannot be had; it is paid for, so queueing again fetches it and buys nothing."""
+    return Row(f"picture: {name}", on("download", fault), error, words, 1, PAID)
+
+
+def elsewhere(name, url, words, error=UnsafeAddress):
+    """A picture at another address than the service's own storage."""
+    image = {"url": url, "content_type": "image/png"}
+    return Row(f"picture: {name}", on("result", faults.with_values(images=[image])), error, words, 1, PAID)
+
+
+def endless(name, script, words):
+    """A job that goes on for longer than the user's limits, and is called off."""
+    return Row(f"status: {name}", (), HostedLimit, words, 1, SENT_ANEW, script)
+
+
+def problem(kind, *place, message="no"):
+    return {"loc": ["body", *(place or ("reference_images", 0, "image_url"))], "msg": message, "type": kind}
+
+
+FIELDS = [problem("less_than", "num_images", message="ensure this value is at most 8"), problem("face_detection_error")]
+OLD_STYLE = [problem("value_error.missing", "prompt", message="field required")]
+FAILED = faults.with_values(status="COMPLETED", error="CUDA out of memory", error_type="runner_server_error")
+TIMEOUT = {"detail": "Request timed out", "error_type": "request_timeout"}
+
+ROWS = (
+    # Did it arrive?
+    unsure("answer lost after accept", faults.accept_then_drop, bill=1),
+    unsure("no answer in time, accepted", faults.accept_then_stall, bill=1),
+    unsure("no answer in time, not accepted", faults.stall, bill=0),
+    unsure("reset while the body is sent", faults.reset, bill=0),
+    unsure("answer cut off", faults.truncated, bill=1),
+    unsure("answer of the wrong length", faults.wrong_length, bill=1),
+    unsure("answer that drips", faults.drip(0.1), bill=1),
+    unsure("408", faults.answer(408, {"detail": "timeout"}), bill=0),
+    unsure("500", faults.answer(500, {"detail": "Internal server error"}), bill=0),
+    unsure("502 of a gateway, accepted", faults.accepted_then_gateway(502), bill=1),
+    unsure("503 of a gateway", faults.gateway(503), bill=0),
+    unsure("504 of a gateway", faults.gateway(504), bill=0),
+    unsure("no JSON", faults.served(b"hello", "text/plain"), bill=0),
+    unsure("JSON without a request id", faults.without("request_id"), bill=1),
+    unsure("redirect", faults.redirect("https://example.org/"), bill=0),
+    # It did not, and says so.
+    refused("401", 401, "No user found for Key ID and Secret", "key is wrong.*FAL_KEY"),
+    refused("403 of a scope", 403, "Forbidden", "scope API"),
+    refused("404", 404, 'Application "pulid" not found', "does not know it"),
+    refused("413", 413, "Payload too large", "transport to upload"),
+    refused("422 with a list", 422, FIELDS, r"num_images: ensure this value is at most 8; reference 1.*face"),
+    refused("422 in the old style", 422, OLD_STYLE, "prompt: field required"),
+    refused("422 with a text", 422, "Not today", "Not today.*refused these values"),
+    submit("403 locked", faults.locked(), Refused, "locked.*balance.*support", 0, SENT_NOW),
+    submit("422 without a body", faults.answer(422, b""), Refused, "HTTP 422.*refused these values", 0, SENT_NOW),
+    submit("429 for good", faults.busy(), Refused, "HTTP 429.*busy", 0, SENT_NOW),
+    submit("429 for long", faults.busy("3600"), Refused, "HTTP 429.*busy", 0, SENT_NOW),
+    submit("429 once", faults.busy(), None, "", 1, PAID, nth=1),
+    submit("429 once, with Retry-After", faults.busy("1"), None, "", 1, PAID, nth=1),
+    # Waiting.
+    passing("status", "lost answer", faults.accept_then_drop),
+    passing("status", "502 of a gateway", faults.gateway(502)),
+    passing("status", "429", faults.busy("1")),
+    passing("status", "no JSON", faults.served(b"<html>", "text/html")),
+    passing("status", "unknown", faults.with_values(status="DREAMING")),
+    passing("status", "logs null", faults.with_values(logs=None)),
+    passing("status", "no logs", faults.without("logs")),
+    polling("401", faults.answer(401, {"detail": "No user found"}), "HTTP 401.*key is wrong.*request [0-9a-f-]{36}"),
+    polling("404", faults.answer(404, {"detail": "Request not found"}), "HTTP 404.*expired.*request [0-9a-f-]{36}"),
+    polling("500", faults.answer(500, {"detail": "Internal"}), "HTTP 500.*request [0-9a-f-]{36}"),
+    polling("no answer, ever", faults.stall, r"did not answer", error=HostedError),
+    polling("redirect", faults.redirect("https://example.org/"), "HTTP 302", error=HostedError),
+    polling("nothing in it", faults.answer(200, {}), "status without one", error=BadAnswer),
+    endless("never done", (1, "IN_PROGRESS"), r"Waited 0\.3 s for the run \(run_limit\).*asked to stop"),
+    endless("never taken up", (1,), r"Waited 0\.3 s in the queue \(queue_limit\).*out of the queue"),
+    Row("status: COMPLETED with an error and a result", on("status", FAILED), JobFailed, "out of memory", 1, SENT_ANEW),
+    # The result.
+    passing("result", "still in progress", faults.answer(400, {"detail": "Request is still in progress"})),
+    passing("result", "502 of a gateway", faults.gateway(502)),
+    passing("result", "cut off", faults.truncated),
+    passing("result", "no seed", faults.without("seed")),
+    passing("result", "seed beyond 64 bits", faults.with_values(seed=2**70)),
+    result("422 with a list", faults.model_error(422, FIELDS, False), "num_images.*reference 1.*face"),
+    result("422 with a text", faults.model_error(422, "Bad prompt"), "HTTP 422.*Bad prompt.*still be charged"),
+    result("500, may be retried", faults.model_error(500, "Oops", True), "HTTP 500.*Oops.*not billed"),
+    result("503 of the runner", faults.model_error(503, "x", error_type="runner_connection_error"), "503.*not billed"),
+    result("content check", faults.model_error(422, [problem("content_policy_violation")]), "content check refused"),
+    result("unread reference", faults.model_error(422, [problem("file_download_error")]), "reference 1.*some hosts"),
+    result("start limit", faults.answer(504, TIMEOUT, {"X-Fal-Request-Timeout-Type": "user"}), "nothing ran"),
+    result("408", faults.answer(408, {"detail": "x"}), "HTTP 408.*nothing ran"),
+    result("expired", faults.answer(404, {"detail": "Request not found"}), "expired", Refused, PAID),
+    result("no pictures", faults.with_values(images=[]), "without pictures", BadAnswer, PAID),
+    result("a picture without url", faults.with_values(images=[{}]), "without its address", BadAnswer, PAID),
+    # The picture.
+    passing("download", "gone in the middle", faults.truncated),
+    passing("download", "lost connection", faults.reset),
+    passing("download", "502 of a gateway", faults.gateway(502)),
+    picture("expired", faults.answer(404, "gone"), "expired.*7 days", Refused),
+    picture("expired and said so", faults.answer(410, "gone"), "expired.*7 days", Refused),
+    picture("too large, as declared", faults.declared(1 << 30), "larger than 1 MiB"),
+    picture("too large, as it turns out", faults.endless(), "larger than 1 MiB"),
+    picture("of another type", faults.served(b"<html>", "text/html"), "Expected a picture.*text/html"),
+    picture("no picture", faults.served(b"not a picture at all"), "PNG, JPEG or WebP"),
+    picture("damaged", faults.served(b"\x89PNG\r\n\x1a\n" + bytes(99)), "damaged"),
+    picture("a bomb", faults.served(faults.png_bomb()), "30000 x 30000"),
+    picture("a drip", faults.drip(0.2), "did not arrive within", HostedError),
+    picture("silence", faults.stall, "did not arrive within", HostedError),
+    picture("redirect to the metadata", faults.redirect("http://169.254.169.254/x"), "address", UnsafeAddress),
+    picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "private address", UnsafeAddress),
+    elsewhere("plain http", "http://pictures.example/a.png", "https"),
+    elsewhere("private number", "https://192.168.0.2/a.png", "private address"),
+    elsewhere("IPv6 that means a private one", "https://[::ffff:10.0.0.1]/a.png", "private address"),
+    elsewhere("with a user name", "https://me:pw@pictures.example/a.png", "user name"),
+    elsewhere("another port", "https://pictures.example:8443/a.png", "port 8443"),
+    elsewhere("a name that leads to a private address", "https://inside.example/a.png", "private address"),
+    elsewhere("a file", "file:///etc/passwd", "https"),
+)
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """Names that lead to private addresses."""
+    known = socket.getaddrinfo
+
+    def look_up(host, port, *arguments, **options):
+        if host == "inside.example":
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1", port))]
+        return known(host, port, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+
+
+LIMITS = Limits(queue=0.3, run=0.3, total=5)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_faults(fal, tmp_path, names, row):
+    fal.script = row.script
+    for planned in row.faults:
+        fal.plan(*planned)
+    limits = LIMITS if row.error is HostedLimit else Limits()
+
+    def act(service):
+        return jobs.generate(a_job(limits=limits), service)
+
+    if row.error is None:
+        assert len(perform(fal, tmp_path, act).images) == 1
+    else:
+        with pytest.raises(row.error, match=f"(?s){row.words}") as caught:
+            perform(fal, tmp_path, act)
+        assert_fit_to_show(caught.value, fal, tmp_path)
+    assert fal.bill == row.bill <= 1
+
+    clear(fal)
+    what, bill = row.again
+    if what == REFUSED:
+        with pytest.raises(AmbiguousSubmit, match=DASHBOARD):
+            perform(fal, tmp_path)
+    else:
+        assert len(perform(fal, tmp_path).images) == 1
+    assert fal.bill == bill
+
+
+def clear(fal):
+    fal._plans.clear()
+    fal.script = ("COMPLETED",)
+
+
+def assert_fit_to_show(error, fal, folder):
+    """No part of the key, no path, no header in the message, nor in what it was raised from."""
+    while error is not None:
+        for part in (*fal.key.split(":"), str(folder), "Authorization"):
+            assert part not in str(error) + repr(error)
+        error = error.__cause__ or error.__context__
+
+
+# --- what the table does not say ---
+
+
+def test_what_was_paid_for_though_nobody_heard_can_be_fetched_by_its_id(fal, tmp_path):
+    fal.plan("submit", 1, faults.accept_then_drop)
+    with pytest.raises(AmbiguousSubmit):
+        perform(fal, tmp_path)
+    [request_id] = fal.jobs  # which the user reads on the dashboard
+    assert len(perform(fal, tmp_path, lambda service: jobs.fetch(request_id, Limits(), service)).images) == 1
+    assert fal.bill == 1
+
+
+def test_force_sends_again_when_the_user_says_so(fal, tmp_path):
+    fal.plan("submit", 1, faults.reset)
+    with pytest.raises(AmbiguousSubmit):
+        perform(fal, tmp_path)
+    perform(fal, tmp_path, lambda service: jobs.generate(a_job(force=True), service))
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize(("retry_after", "calls"), [(None, 4), ("2", 4), ("3600", 1)])
+def test_a_busy_service_is_asked_four_times_at_most(fal, tmp_path, retry_after, calls):
+    fal.plan("submit", EVERY, faults.busy(retry_after))
+    with pytest.raises(Refused):
+        perform(fal, tmp_path)
+    assert len(fal.seen("submit")) == calls
+
+
+def test_a_busy_service_is_given_the_time_it_asks_for(fal, tmp_path):
+    fal.plan("submit", 1, faults.busy("20"))  # a fifth of a second here
+    perform(fal, tmp_path)
+    first, second = fal.seen("submit")
+    assert 0.2 <= second.moment - first.moment < 2
+
+
+def test_a_service_that_is_not_there_costs_nothing(tmp_path):
+    with FakeFal() as fal:
+        environment = fal.environment
+    gone = type("Gone", (), {"environment": environment, "key": fal.key})
+    with pytest.raises(HostedError, match=r"No connection to 127\.0\.0\.1.*nothing was sent"):
+        perform(gone, tmp_path)
+    with FakeFal() as fal:
+        perform(fal, tmp_path)  # queued again when the network is back
+        assert fal.bill == 1
+
+
+def test_a_certificate_that_nobody_vouches_for_is_named(tmp_path):
+    with FakeFal(tls=tmp_path) as fal:
+        with pytest.raises(HostedError, match=r"certificate is not valid.*nothing was sent"):
+            perform(fal, tmp_path / "user")
+        assert fal.bill == 0
+
+
+def test_the_backup_address_is_tried_when_fals_own_cannot_be_reached(fal, tmp_path, outside):
+    environ = {"PULID_FAL_QUEUE_URL": ""}  # fal's own, which is not there in a test
+    with pytest.raises(HostedError, match=r"No connection to queue\.fal(run)?"):
+        perform(fal, tmp_path, environ=environ)
+    assert outside == ["queue.fal.run", "queue.falrun.com"]
+    outside.clear()
+
+
+# --- the journal's disk ---
+
+
+@contextmanager
+def full_disk():
+    """No file of this process may grow; connections may."""
+    resource = pytest.importorskip("resource", reason="this system has no limit on files")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_nothing_is_sent_when_the_journal_cannot_be_written(fal, tmp_path):
+    with full_disk() as fill:
+        fill()
+        with pytest.raises(HostedError, match=r"journal.*could not be written.*free space") as caught:
+            perform(fal, tmp_path)
+    assert_fit_to_show(caught.value, fal, tmp_path)
+    assert fal.requests == []
+
+
+def test_pictures_come_although_the_disk_fills_up_after_the_request_was_accepted(fal, tmp_path, caplog):
+    perform(fal, tmp_path, lambda service: jobs.generate(a_job(seed=1), service))  # the journal is there
+    with full_disk() as fill:
+
+        async def accepted_then_full(call):
+            response = await call.handle()
+            fill()
+            return response
+
+        fal.plan("submit", 1, accepted_then_full)
+        outcome = perform(fal, tmp_path)
+    assert len(outcome.images) == 1
+    assert outcome.request_id in caplog.text  # so that it can be found again
+    assert fal.bill == 2  # one for each seed
+
+
+# --- calling off ---
+
+
+def test_a_cancel_that_comes_too_late_keeps_what_was_paid_for(fal, tmp_path):
+    fal.script, fal.obeys = ("IN_PROGRESS",), False
+
+    async def done_then_late(call):
+        fal.script = ("COMPLETED",)
+        [job] = fal.jobs.values()
+        fal._settle(job)
+        return await call.handle()
+
+    fal.plan("cancel", 1, done_then_late)
+    outcome = perform(fal, tmp_path, lambda service: jobs.generate(a_job(limits=LIMITS), service))
+    assert len(outcome.images) == 1
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize("fault", [faults.stall, faults.gateway(502), faults.answer(405, {}), faults.reset])
+def test_a_cancel_that_nobody_takes_is_said_and_not_repeated(fal, tmp_path, fault):
+    fal.script = ("IN_PROGRESS",)
+    fal.plan("cancel", EVERY, fault)
+    start = time.monotonic()
+    with pytest.raises(HostedLimit, match=r"goes on|may go on"):
+        perform(fal, tmp_path, lambda service: jobs.generate(a_job(limits=LIMITS), service))
+    assert time.monotonic() - start < 12
+    assert len(fal.seen("cancel")) == 1
+    clear(fal)
+    assert len(perform(fal, tmp_path).images) == 1  # and it is there when it is queued again
+    assert fal.bill == 1
+
+
+# --- proxies that add the key ---
+
+
+def through(fal, proxy):
+    return {"FAL_KEY": "", "PULID_FAL_QUEUE_URL": "", "PULID_FAL_REST_URL": "", "PULID_FAL_PROXY_URL": proxy}
+
+
+@pytest.mark.parametrize("proxy", ["proxy_url", "formula_proxy_url"])
+@pytest.mark.parametrize("how", ["data URI", "upload"])
+def test_all_goes_through_a_proxy_without_a_key(fal, tmp_path, proxy, how):
+    environ = through(fal, getattr(fal, proxy))
+    outcome = perform(fal, tmp_path, lambda service: jobs.generate(a_job(transport=how), service), environ)
+    assert len(outcome.images) == 1
+    assert {request.authorization for request in fal.requests if request.origin in ("proxy", "cdn")} == {None}
+    assert fal.bill == 1
+
+
+def test_a_proxy_passes_a_cancel_on_or_the_request_is_kept(fal, tmp_path):
+    fal.script = ("IN_PROGRESS",)
+    for proxy, words in ((fal.proxy_url, "asked to stop"), (fal.formula_proxy_url, "does not pass a cancel on")):
+        with pytest.raises(HostedLimit, match=words):
+            perform(
+                fal,
+                tmp_path / words,
+                lambda service: jobs.generate(a_job(limits=LIMITS), service),
+                through(fal, proxy),
+            )
+    fal.script = ("COMPLETED",)
+    outcome = perform(fal, tmp_path / words, environ=through(fal, fal.formula_proxy_url))
+    assert len(outcome.images) == 1
+    assert fal.bill == 2  # one through each
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(400, "HTTP 400"), (401, "HTTP 401"), (405, "probably a proxy"), (412, "target"), (415, "kind of content")],
+)
+def test_a_proxy_that_refuses_is_explained(fal, tmp_path, status, words):
+    fal.plan("server_proxy", EVERY, faults.answer(status, {"detail": "no"}))
+    with pytest.raises(Refused, match=words):
+        perform(fal, tmp_path, environ=through(fal, fal.proxy_url))
+    assert fal.bill == 0
+
+
+# --- where the key goes ---
+
+
+@pytest.mark.parametrize("name", ["status_url", "response_url", "cancel_url"])
+def test_addresses_of_an_answer_do_not_get_the_key(fal, tmp_path, name):
+    fal.plan("submit", 1, faults.altered(lambda data: {**data, name: f"{fal.foreign_url}/{name}"}))
+    assert len(perform(fal, tmp_path).images) == 1
+    assert fal.seen("foreign") == []
+
+
+@pytest.mark.parametrize("route", ["submit", "status", "result"])
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_calls_with_the_key_follow_no_redirect(fal, tmp_path, route, status):
+    fal.plan(route, EVERY, faults.redirect(f"{fal.foreign_url}/x", status))
+    with pytest.raises(HostedError):
+        perform(fal, tmp_path)
+    assert fal.seen("foreign") == []
+    assert fal.bill <= 1
+
+
+@pytest.mark.parametrize("how", ["data URI", "upload"])
+def test_both_ways_of_a_reference_give_the_same_picture(fal, tmp_path, how):
+    outcome = perform(fal, tmp_path / how, lambda service: jobs.generate(a_job(transport=how), service))
+    with FakeFal() as other:
+        known = perform(other, tmp_path / "known")
+    assert outcome.images[0].tobytes() == known.images[0].tobytes()
+    assert len(fal.seen("put")) == (how == "upload")
+
+
+@pytest.mark.parametrize(
+    ("route", "fault", "words"),
+    [
+        ("initiate", faults.answer(401, {"detail": "no"}), "Uploading a reference picture failed.*key is wrong"),
+        ("initiate", faults.answer(500, {"detail": "no"}), "Uploading a reference picture failed"),
+        ("initiate", faults.answer(200, {}), "no place to upload"),
+        ("initiate", faults.with_values(upload_url="http://169.254.169.254/x"), "address"),
+        ("put", faults.answer(403, {"detail": "no"}), "Uploading a reference picture failed.*403"),
+        ("put", faults.redirect("https://example.org/"), "Uploading a reference picture failed"),
+    ],
+)
+def test_a_reference_that_cannot_be_uploaded_stops_before_anything_is_paid(fal, tmp_path, route, fault, words):
+    fal.plan(route, EVERY, fault)
+    with pytest.raises(HostedError, match=words):
+        perform(fal, tmp_path, lambda service: jobs.generate(a_job(transport="upload"), service))
+    assert fal.bill == 0
+    assert fal.seen("submit") == []

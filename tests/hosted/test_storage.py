@@ -1,0 +1,142 @@
+"""Photographs on their way out: how they are encoded, which way they go, and what becomes of an upload."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pulid_sdxl.models.hosted.storage import Reference, encode, inline, read_lines, unreachable_for_service
+from pulid_sdxl.pulid.errors import InputError
+
+
+def decoded(reference):
+    return np.asarray(Image.open(io.BytesIO(reference.data)))
+
+
+def noise(height, width, channels=3):
+    return torch.rand(height, width, channels, generator=torch.Generator().manual_seed(0))
+
+
+# ---- encode ----
+
+
+def test_a_small_photograph_travels_without_loss():
+    image = noise(40, 30)
+
+    reference = encode(image)
+
+    assert reference.content_type == "image/png"
+    assert np.array_equal(decoded(reference), (image * 255).round().numpy())
+    assert reference.data_uri == f"data:image/png;base64,{base64.b64encode(reference.data).decode()}"
+
+
+def test_brightness_is_not_stretched():
+    assert set(decoded(encode(torch.full((8, 8, 3), 0.5))).flatten()) == {128}
+
+
+def test_a_large_photograph_is_shrunk_to_1024_and_keeps_its_shape():
+    assert decoded(encode(noise(1500, 3000))).shape == (512, 1024, 3)
+    assert decoded(encode(noise(1100, 30), as_is=True)).shape == (1100, 30, 3)
+
+
+def test_a_photograph_that_is_large_as_a_png_travels_as_a_fine_jpeg():
+    reference = encode(noise(1024, 1024))
+
+    with Image.open(io.BytesIO(reference.data)) as image:
+        assert (reference.content_type, image.format) == ("image/jpeg", "JPEG")
+        assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # 4:4:4
+        assert not image.getexif()
+
+
+def test_transparent_parts_lie_on_white():
+    image = torch.zeros(2, 2, 4)
+    image[0, :, 3] = 1  # black above, nothing below
+
+    reference = encode(image)
+
+    assert decoded(reference)[:, 0].tolist() == [[0, 0, 0], [255, 255, 255]]
+    assert "transparent" in reference.note and encode(noise(4, 4)).note == ""
+
+
+def test_equal_photographs_have_one_digest():
+    assert encode(noise(9, 9)).digest == encode(noise(9, 9)).digest != encode(noise(9, 8)).digest
+
+
+@pytest.mark.parametrize("image", [torch.zeros(0, 4, 3), torch.zeros(4, 4), torch.zeros(4, 4, 2)])
+def test_what_is_no_picture_is_refused(image):
+    with pytest.raises(InputError, match="Expected a picture"):
+        encode(image)
+
+
+def test_a_picture_of_nan_is_refused():
+    with pytest.raises(InputError, match="NaN"):
+        encode(torch.full((4, 4, 3), torch.nan))
+
+
+# ---- Addresses of the user's own ----
+
+
+def test_addresses_and_data_uris_are_taken_line_by_line():
+    uri = encode(noise(4, 4)).data_uri
+
+    lines = read_lines(f"\n https://example.com/a.png \n\n{uri}\n")
+
+    assert [line.url for line in lines] == ["https://example.com/a.png", uri]
+    assert lines[1].digest == encode(noise(4, 4)).digest  # what it shows counts, not how it came
+    assert read_lines("") == read_lines(" \n ") == []
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("example.com/a.png", "neither an https"),
+        ("http://example.com/a.png", "neither an https"),
+        ("file:///etc/passwd", "neither an https"),
+        ("https://", "neither an https"),
+        ("https://[", "neither an https"),
+        ("data:text/plain;base64,eA==", "not of a picture"),
+        ("data:image/png;base64,***", "damaged"),
+        ("data:image/png,abc", ";base64"),
+    ],
+)
+def test_a_line_that_cannot_be_sent_is_named(line, words):
+    with pytest.raises(InputError, match=f"Line 2 of reference_urls.*{words}"):
+        read_lines(f"https://example.com/a.png\n{line}")
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://localhost/a.png", True),
+        ("https://127.0.0.1/a.png", True),
+        ("https://192.168.1.9/a.png", True),
+        ("https://nas/a.png", True),
+        ("https://example.com/a.png", False),
+        ("https://8.8.8.8/a.png", False),
+        ("data:image/png;base64,eA==", False),
+    ],
+)
+def test_addresses_that_only_this_network_can_read_are_known(url, expected):
+    assert unreachable_for_service(Reference("d", url=url)) is expected
+
+
+# ---- Which way ----
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how", "expected"),
+    [
+        ([2**20], "auto", True),
+        ([2**20 + 1], "auto", False),
+        ([2**20] * 4, "auto", True),
+        ([2**20] * 5, "auto", False),
+        ([2**23], "data URI", True),
+        ([1], "upload", False),
+        ([], "auto", True),
+    ],
+)
+def test_large_photographs_are_uploaded(sizes, how, expected):
+    references = [Reference("d", content_type="image/png", data=bytes(size)) for size in sizes]
+    assert inline(references, how) is expected

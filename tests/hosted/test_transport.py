@@ -1,0 +1,169 @@
+"""One exchange with real sockets: what a failure proves, and what its message must not hold."""
+
+import asyncio
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+from pulid_sdxl.models.hosted.transport import AiohttpTransport, Terms
+from pulid_sdxl.pulid.errors import AnswerLost, BadAnswer, Unreachable, UnsafeAddress
+from yarl import URL
+
+FIVE_SECONDS = Terms(seconds=5)
+SECRET = {"Authorization": "Key secret:value"}
+
+
+@asynccontextmanager
+async def server(answer):
+    """A server on a port of its own that hands each connection's first bytes to `answer`; yields address, requests."""
+    requests, served = [], []
+
+    async def serve(reader, writer):
+        served.append(asyncio.current_task())
+        requests.append(await reader.read(65536))
+        await answer(writer)
+        writer.close()
+
+    made = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield URL(f"http://127.0.0.1:{made.sockets[0].getsockname()[1]}/path"), requests
+    finally:
+        made.close()
+        await asyncio.gather(*served, return_exceptions=True)
+
+
+def says(text):
+    async def answer(writer):
+        writer.write(text.replace("\n", "\r\n").encode())
+        await writer.drain()
+
+    return answer
+
+
+async def silence(writer):
+    await asyncio.sleep(0.6)
+
+
+async def hang_up(writer):
+    writer.transport.abort()
+
+
+def exchange(answer, method="GET", terms=FIVE_SECONDS, times=1):
+    async def run():
+        async with server(answer) as (url, requests), AiohttpTransport() as transport:
+            for _ in range(times):
+                reply = await transport.send(method, url, SECRET, b"body" if method != "GET" else None, terms)
+            return reply, requests
+
+    return asyncio.run(run())
+
+
+def test_an_answer_comes_with_names_in_lower_case():
+    reply, [request] = exchange(says("HTTP/1.1 202 Accepted\nX-Fal-Request-Id: a\nContent-Length: 2\n\n{}"))
+
+    assert (reply.status, reply.body, reply.headers["x-fal-request-id"]) == (202, b"{}", "a")
+    assert b"Authorization: Key secret:value" in request and b"Accept-Encoding: identity" in request
+
+
+def test_nobody_there_proves_that_nothing_was_sent():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def run():
+        async with AiohttpTransport() as transport:
+            await transport.send("POST", URL(f"http://127.0.0.1:{port}"), SECRET)
+
+    with pytest.raises(Unreachable, match=r"No connection to 127\.0\.0\.1 came about \(refused\), so nothing was sent"):
+        asyncio.run(run())
+
+
+def test_no_secure_connection_proves_that_nothing_was_sent():
+    async def run():
+        async with server(says("HTTP/1.1 200 OK\n\n")) as (url, _), AiohttpTransport() as transport:
+            await transport.send("POST", url.with_scheme("https"), SECRET)
+
+    with pytest.raises(Unreachable, match="nothing was sent"):
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
+def test_a_connection_that_breaks_off_is_not_repeated(method):
+    requests = []
+
+    async def run():
+        async with server(hang_up) as (url, seen), AiohttpTransport() as transport:
+            try:
+                await transport.send(method, url, SECRET)
+            finally:
+                requests.extend(seen)
+
+    with pytest.raises(AnswerLost, match="broke off"):
+        asyncio.run(run())
+    assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (silence, "did not answer within 0.3 s"),
+        (says("HTTP/1.1 200 OK\nContent-Length: 9\n\nhalf"), "broke off"),
+        (says("nonsense\n\n"), "broke off"),
+        (says("HTTP/1.1 200 OK\nContent-Length: nine\n\n"), "broke off"),
+    ],
+)
+def test_what_was_sent_without_a_whole_answer_is_lost(answer, words):
+    with pytest.raises(AnswerLost, match=words):
+        exchange(answer, "POST", Terms(seconds=0.3))
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 2000", "Connection: close"])
+def test_an_answer_beyond_the_limit_is_not_read(head):
+    with pytest.raises(BadAnswer, match="larger than"):
+        exchange(says(f"HTTP/1.1 200 OK\n{head}\n\n{'x' * 2000}"), terms=Terms(limit=1000))
+
+
+def test_an_answer_that_was_compressed_unasked_is_not_read():
+    with pytest.raises(BadAnswer, match="compressed"):
+        exchange(says("HTTP/1.1 200 OK\nContent-Encoding: gzip\nContent-Length: 2\n\nxx"))
+
+
+def test_a_redirect_is_an_answer_and_a_cookie_is_forgotten():
+    answer = says("HTTP/1.1 302 Found\nLocation: https://evil.example/\nSet-Cookie: a=b\nContent-Length: 0\n\n")
+
+    reply, requests = exchange(answer, times=2)
+
+    assert reply.status == 302
+    assert len(requests) == 2 and not any(b"Cookie" in request for request in requests)
+
+
+def test_no_error_carries_the_headers_that_were_sent():
+    with pytest.raises(AnswerLost) as caught:
+        exchange(hang_up, "POST")
+
+    error = caught.value
+    assert (error.__cause__, error.__context__) == (None, None)
+    assert "secret" not in f"{error!r} {vars(error)}"
+
+
+def test_connections_go_to_addresses_that_were_checked():
+    asked = []
+
+    async def resolve(host, port):
+        asked.append((host, port))
+        return ["127.0.0.1"]
+
+    async def refuse(host, port):
+        raise UnsafeAddress("private")
+
+    async def run():
+        async with server(says("HTTP/1.1 200 OK\nContent-Length: 0\n\n")) as (url, _):
+            named = url.with_host("pictures.example")
+            async with AiohttpTransport(resolve) as transport:
+                assert (await transport.send("GET", named)).status == 200
+                assert asked == [("pictures.example", url.port)]
+            async with AiohttpTransport(refuse) as transport:
+                await transport.send("GET", named)
+
+    with pytest.raises(UnsafeAddress, match="private"):
+        asyncio.run(run())
