@@ -16,14 +16,7 @@ from torch import Tensor
 
 from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights
 from .catalogue import BY_NAME
-
-# What a failed download leaves under the name of a weight file.
-NOT_WEIGHTS = (
-    (rb"\Z", "is empty"),
-    (rb"version https://git-lfs", "is a git-lfs pointer: a note of where the file lies, not the file"),
-    (rb"(?i)\s*<(!doctype|html|head|\?xml)", "is a web page, saved under the name of a weight file"),
-    (rb"\s*[{\[]", "is text (JSON), perhaps a server's error message, saved under the name of a weight file"),
-)
+from .files import not_weights
 
 # What torch and zipfile raise when the bytes of a pickle are not what they were.
 UNREADABLE = (
@@ -58,9 +51,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for magic, read in FORMATS:
         if re.match(magic, head):
             return read(path)
-    for beginning, verdict in NOT_WEIGHTS:
-        if re.match(beginning, head):
-            raise damaged(path, verdict)
+    if verdict := not_weights(head):
+        raise damaged(path, verdict)
     raise damaged(path, f"begins with {head[:12]!r}, which is neither safetensors nor a PyTorch pickle")
 
 

@@ -7,7 +7,8 @@
     ├── WeightsError          a weight file
     │   ├── MissingWeights    it is not where it was looked for
     │   ├── ForeignWeights    it is whole, but something else than what was asked for
-    │   └── DamagedWeights    truncated, altered, or not a weight file at all
+    │   ├── DamagedWeights    truncated, altered, or not a weight file at all
+    │   └── DownloadError     it could not be fetched whole
     └── MissingPackage        a Python package that the node needs cannot be imported
 
 A message says what was expected, what was found, and what to do next.
@@ -44,6 +45,10 @@ class ForeignWeights(WeightsError):
 
 class DamagedWeights(WeightsError):
     """A truncated or altered file, or one that never was a weight file."""
+
+
+class DownloadError(WeightsError):
+    """A weight file could not be fetched whole; nothing lies under its name."""
 
 
 class MissingPackage(PulidError, ImportError):
