@@ -20,7 +20,8 @@ from ..pulid.errors import DamagedWeights, ForeignWeights
 from ..pulid.eva import EvaVisionTower, read_eva_state
 from ..pulid.identity import Version
 from ..pulid.sites import SITES, file_index
-from .reading import damaged, label, read_tensors
+from .catalogue import EVA_CLIP, EVA_CLIP_TIMM, V1, V1_1, V1_PICKLE, WeightFile
+from .reading import copier, damaged, label, read_tensors
 
 NAMED = 3  # how many faults, or names of unknown tensors, a message gives
 FINGERPRINTED = 64  # values of each tensor
@@ -63,6 +64,8 @@ PULID_V1_1 = _kind(
 EVA = _kind("EVA02-CLIP", "Choose it as eva_clip.", r"(visual\.)?(trunk\.)?blocks\.\d+\.attn\.(inner_attn_ln|norm)\.")
 
 PULID_VERSIONS: dict[Kind | None, Version] = {PULID_V1: "v1", PULID_V1_1: "v1.1"}
+
+EXPECTED = {V1: PULID_V1, V1_PICKLE: PULID_V1, V1_1: PULID_V1_1, EVA_CLIP: EVA, EVA_CLIP_TIMM: EVA}
 
 # The first that fits names the file.
 KINDS = (
@@ -110,11 +113,13 @@ def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None
     widths = [projection_state[f"to_k.{site}.weight"].shape[:1].numel() for site in range(len(SITES))]
     encoder = ENCODERS[version](operations=operations, device="meta")
     projections = IdProjections(widths, operations=operations, device="meta")
+    _check(encoder, encoder_state, path, kind)
+    _check(projections, projection_state, path, kind)
     return PulidCheckpoint(
         version=version,
-        encoder=_fill(encoder, encoder_state, dtype, path, kind),
-        projections=_fill(projections, projection_state, dtype, path, kind),
         fingerprint=fingerprint(encoder_state),
+        encoder=_fill(encoder, encoder_state, dtype, path),
+        projections=_fill(projections, projection_state, dtype, path),
     )
 
 
@@ -133,7 +138,17 @@ def load_vision_tower(path: Path | str, operations=nn, dtype: torch.dtype | None
         tower = EvaVisionTower(config, operations=operations, device="meta")
     except (ForeignWeights, ValueError, IndexError, ZeroDivisionError) as error:  # tensors of EVA, sizes of no tower
         raise _altered(path, EVA, [str(error)]) from error
-    return _fill(tower, tower_state, dtype, path, EVA)
+    _check(tower, tower_state, path, EVA)
+    return _fill(tower, tower_state, dtype, path)
+
+
+def check_file(file: WeightFile, path: Path) -> None:
+    """Raises WeightsError unless `path` holds what this file of the catalogue should; for files without a hash."""
+    expected = EXPECTED[file]
+    state = read_tensors(path)
+    kind = recognise(state)
+    if kind is not expected:
+        raise _foreign(path, expected.title, kind, state)
 
 
 def recognise(state: Mapping[str, Tensor]) -> Kind | None:
@@ -180,11 +195,8 @@ def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[st
     return encoder, projections
 
 
-def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path, kind: Kind) -> Network:
-    """Give a network on the meta device its weights, copied out of the mapped file, for inference.
-
-    Raises DamagedWeights, before anything is copied, unless names, shapes and kinds of number all fit.
-    """
+def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
+    """Raises DamagedWeights, before anything is copied, unless names, shapes and kinds of number all fit."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     faults = [f"{name} is missing" for name in shapes if name not in state]
     faults += [f"{name} does not belong to it" for name in state if name not in shapes]
@@ -193,12 +205,17 @@ def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | No
             faults.append(f"{name} is {tuple(tensor.shape)} instead of {shapes[name]}")
         elif not tensor.is_floating_point():
             faults.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
+    described, size = sum(tensor.nbytes for tensor in state.values()), path.stat().st_size
+    if described > size:
+        faults.append(f"its tensors would have {described} bytes")  # each other's, or one number over and over
     if faults:
         raise _altered(path, kind, faults)
-    weights = {
-        name: tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
+
+
+def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path) -> Network:
+    """Give a network on the meta device its weights, copied out of the mapped file one by one, for inference."""
+    copy = copier(path)
+    weights = {name: copy(tensor).to(dtype or tensor.dtype) for name, tensor in state.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 

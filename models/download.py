@@ -1,7 +1,7 @@
 """Fetches a file of the catalogue: it arrives whole under its name, or not at all.
 
-Python's own urllib does the talking: it follows the usual proxy variables and is there before anything is installed. The
-libraries for the purpose do not fit: pooch cannot resume, huggingface_hub knows neither GitHub nor a plain folder.
+Python's own urllib does the talking: it follows the usual proxy variables and is there before anything is installed.
+The libraries for it do not fit: pooch cannot resume, huggingface_hub knows neither GitHub nor a plain folder.
 """
 
 import errno
