@@ -24,10 +24,9 @@ from urllib.parse import urlsplit
 
 from ..pulid.errors import DownloadError, WeightsError
 from .catalogue import WeightFile
-from .files import not_weights, shown
+from .files import CHUNK, fault_of, not_weights, shown
 
 HUGGING_FACE = "https://huggingface.co"
-CHUNK = 1 << 20
 LARGEST = 8 << 30  # bytes, of a file whose size nobody published
 TRIES = 5  # in a row without a new byte
 LONGEST_WAIT = 60  # seconds, whatever the server asks for
@@ -305,12 +304,9 @@ class _Download:
     def _fault(self, part: Path) -> str | None:
         """What keeps the file from being what was asked for."""
         size = part.stat().st_size
-        if self.record.size not in (None, size):
-            return f"{size} bytes instead of {self.record.size}"
-        if self.record.sha256:
-            found = sha256_of(part, lambda done: self._tell(size, size))  # of what the disk holds, not of what came
-            return None if found == self.record.sha256 else f"sha256 {found} instead of {self.record.sha256}"
-        if self.recognise:
+        if fault := fault_of(self.record, part, lambda done: self._tell(size, size)):
+            return fault
+        if self.recognise and not self.record.sha256:
             try:
                 self.recognise(part)
             except WeightsError as error:
@@ -348,16 +344,6 @@ class _Download:
     @property
     def _mirrored(self) -> bool:
         return self.connection.address(self.record) != self.record.url
-
-
-def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    digest, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            progress(done)
-    return digest.hexdigest()
 
 
 def host_of(url: str) -> str:

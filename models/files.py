@@ -1,7 +1,8 @@
 """Finds weight files in folders that somebody else names, and says where to get the ones that are not there."""
 
+import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
@@ -21,6 +22,7 @@ ANTELOPEV2_PLACES = (
 ANTELOPEV2_FILES = (SCRFD, GLINTR100)
 ZIP_PLACES = ("models", "", *ANTELOPEV2_PLACES[:2])
 
+CHUNK = 1 << 20  # bytes read at once
 HUB_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+)/([^/]+)/resolve/")
 
 # What a failed download leaves under the name of a weight file.
@@ -153,6 +155,27 @@ def other_programs(environment: Mapping[str, str], home: Path) -> tuple[Path, ..
     facexlib = find_spec("facexlib")  # finds, does not import
     folders += [Path(place, "weights") for place in (facexlib and facexlib.submodule_search_locations) or ()]
     return tuple(folder for folder in folders if folder.is_dir())
+
+
+def fault_of(file: WeightFile, path: Path, progress: Callable[[int], None] = lambda done: None) -> str | None:
+    """How the file at `path` differs in size or hash from what was published; None if in nothing that is known."""
+    size = path.stat().st_size
+    if file.size not in (None, size):
+        return f"{size} bytes instead of {file.size}"
+    if file.sha256 and (found := sha256_of(path, progress)) != file.sha256:
+        return f"sha256 {found} instead of {file.sha256}"
+    return None
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Lower-case hex; `progress` hears how many bytes are read."""
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return digest.hexdigest()
 
 
 def not_weights(head: bytes) -> str | None:
