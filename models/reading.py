@@ -175,7 +175,10 @@ def _look_through(path: Path, file, pickles: int = 1) -> None:
 
 def _read_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        misnamed = path.suffix == ".safetensors"  # torch goes by this name, if it is told it; then it cannot map
+        with path.open("rb") as file:
+            source = file if misnamed else path
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not misnamed)
         tensors = dict(_flatten(content, set())) if isinstance(content, Mapping) else {}
     except UNREADABLE as error:
         raise damaged(path, f"is cut short or altered ({type(error).__name__} while reading the pickle)") from error

@@ -123,6 +123,17 @@ def test_a_file_name_decides_nothing(v1_1_file, tmp_path):
     assert checkpoints.load_pulid(disguised).version == "v1.1"
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ".ckpt", ".onnx", ""])
+@pytest.mark.parametrize("form", ["published", "timm"])
+def test_the_tower_is_told_by_content_whatever_its_name(tmp_path, suffix, form):
+    """torch.load itself goes by the ending .safetensors."""
+    made = standins.make_eva(tmp_path / "made", form, small=True)
+
+    tower = checkpoints.load_vision_tower(made.rename(tmp_path / f"tower{suffix}"))
+
+    assert tower.config.width == 64
+
+
 def test_weights_are_for_inference_and_in_the_dtype_of_the_file(v1_1_file):
     checkpoint = checkpoints.load_pulid(v1_1_file)
 
