@@ -12,7 +12,7 @@ from ..pulid.packages import describe, import_package
 from .catalogue import CATALOGUE
 from .files import shown
 
-LARGEST = 256 << 10  # bytes of a yaml file
+LARGEST = 64 << 10  # bytes of a yaml file
 NAMES = tuple(dict.fromkeys(folder.partition("/")[0] for file in CATALOGUE for folder in file.folders))
 LEGACY = {"clip": "text_encoders"}  # as ComfyUI maps them; it looks for the latter in both folders
 
@@ -54,17 +54,16 @@ def _entries(file: Path) -> Iterable[tuple[str, Path, bool]]:
 def _read(file: Path) -> Mapping:
     yaml = import_package("yaml")
     try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
         # The base loader makes texts, lists and mappings alone: no objects, no numbers, no merged copies.
-        config = yaml.load(file.read_bytes()[: LARGEST + 1].decode("utf-8"), Loader=yaml.BaseLoader)
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError) as error:
         raise InputError(
-            f"{shown(file)} cannot be read ({describe(error)}). Expected yaml as in ComfyUI's example, of at most "
-            f"{LARGEST} bytes."
+            f"{shown(file)} cannot be read ({describe(error)}). Expected yaml as in extra_model_paths.yaml.example."
         ) from error
     if config is not None and not isinstance(config, Mapping):
-        raise InputError(
-            f"{shown(file)} holds no sections. Expected yaml as in ComfyUI's extra_model_paths.yaml.example."
-        )
+        raise InputError(f"{shown(file)} holds no sections. Expected yaml as in extra_model_paths.yaml.example.")
     return config or {}
 
 

@@ -8,7 +8,7 @@ Source of the opcodes: Python's pickletools; of what weights need: `torch.save`.
 import pickletools
 from typing import BinaryIO
 
-LARGEST = 2 << 20  # bytes; an unpickler makes up to 80 bytes of each, and a file of 1,000 tensors has 0.2 MB
+LARGEST = 1 << 20  # bytes; an unpickler makes up to 80 bytes of each, and a file of 1,000 tensors has 0.2 MB
 
 # What torch.save writes, whatever is saved (pickle protocol 2).
 OPCODES = {
