@@ -107,6 +107,7 @@ def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None
     if kind not in PULID_VERSIONS:
         raise _foreign(path, "PuLID for SDXL", kind, state)
     version = PULID_VERSIONS[kind]
+    _check_amount(state, path, kind)
 
     encoder_state, projection_state = _split(path, kind, state)
     # A scalar has the product of no sizes, 1, for a width: it is refused as misshapen when the projections are filled.
@@ -133,6 +134,7 @@ def load_vision_tower(path: Path | str, operations=nn, dtype: torch.dtype | None
     kind = recognise(state)
     if kind is not EVA:
         raise _foreign(path, EVA.title, kind, state)
+    _check_amount(state, path, kind)
     try:
         config, tower_state = read_eva_state(state)
         tower = EvaVisionTower(config, operations=operations, device="meta")
@@ -205,11 +207,15 @@ def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Ki
             faults.append(f"{name} is {tuple(tensor.shape)} instead of {shapes[name]}")
         elif not tensor.is_floating_point():
             faults.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
-    described, size = sum(tensor.nbytes for tensor in state.values()), path.stat().st_size
-    if described > size:
-        faults.append(f"its tensors would have {described} bytes")  # each other's, or one number over and over
     if faults:
         raise _altered(path, kind, faults)
+
+
+def _check_amount(state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
+    """Raises DamagedWeights for tensors that are parts of each other, or one number over and over, and fill the memory."""
+    described = sum(tensor.nbytes for tensor in state.values())
+    if described > path.stat().st_size:
+        raise _altered(path, kind, [f"its tensors would have {described} bytes"])
 
 
 def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path) -> Network:

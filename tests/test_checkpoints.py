@@ -472,6 +472,24 @@ def test_stand_ins_have_the_published_sizes_and_load(folder, record, layout, ten
     assert [layer.weight.shape[0] for layer in projections.to_v] == [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10
 
 
+def test_the_tower_of_timm_loads_at_its_real_size(folder):
+    """Its file holds no rotary tables: they are made, and come on top of what the file has."""
+    path = standins.make_eva(folder / "timm.safetensors", "timm")
+
+    tower = checkpoints.load_vision_tower(path)
+
+    assert sum(tensor.nbytes for tensor in tower.state_dict().values()) > path.stat().st_size
+    path.unlink()
+
+
+def test_tensors_that_are_one_number_over_and_over_are_refused(tmp_path):
+    state = {**TINY_V1, "id_adapter_attn_layers.1.id_to_k.weight": torch.zeros(1).expand(2048, 2048)}
+    path = tmp_path / "pulid.bin"
+    torch.save(state, path)
+
+    assert "its tensors would have" in refusal(DamagedWeights, checkpoints.load_pulid, path)
+
+
 MEASURE = """
 import sys
 sys.path.insert(0, sys.argv[1])
