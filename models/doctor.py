@@ -206,7 +206,7 @@ def files(folders: ModelFolders) -> list[Finding]:
         Finding(
             "file",
             f"{entry.verdict}, {shown(entry.path)}",
-            f"{shown(entry.path)} is not as published: delete it and get it again." if entry.fault else "",
+            "Delete it and get it again." if entry.fault else "",
         )
         for entry in entries
         if entry.path
@@ -216,7 +216,7 @@ def files(folders: ModelFolders) -> list[Finding]:
             f'Choose missing_files: download on the node, or run "{sys.executable}" "{RUN}" models --download; '
             "without --download it lists the addresses."
         )
-        findings.append(Finding("files", f"not here: {', '.join(names)}", remedy))
+        findings.append(Finding("files", f"not here, or not whole: {', '.join(names)}", remedy))
     return findings
 
 

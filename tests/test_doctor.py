@@ -181,7 +181,7 @@ def test_whole_altered_and_missing_files_are_told_apart(tmp_path):
 
     whole, cut, missing = findings
     assert whole.text.startswith("size right") and not whole.remedy
-    assert "28449231 bytes instead of 856461210" in cut.text and "get it again" in cut.remedy
+    assert "28449231 bytes instead of 856461210" in cut.text and "Delete it" in cut.remedy
     assert "EVA02_CLIP_L_336_psz14_s6B.pt" in missing.text and "glintr100.onnx" in missing.text
     assert "pulid" not in missing.text.partition(":")[2].partition(",")[0]
 

@@ -335,7 +335,7 @@ def make_antelopev2(folder: Path) -> None:
     folder.mkdir()
     onnx.save(standin_faces.make_scrfd(), folder / "scrfd_10g_bnkps.onnx")
     rng, channels = np.random.default_rng(0), 256
-    kernels = [(channels, 3, 3, 3), *[(channels, channels, 3, 3)] * 105, (512, channels, 14, 14)]  # 112 -> 14 -> 1 px
+    kernels = [(channels, 3, 3, 3), *[(channels, channels, 3, 3)] * 66, (512, channels, 14, 14)]  # 112 -> 14 -> 1 px
     nodes, tensors = [], []
     for index, shape in enumerate(kernels):
         kernel = rng.standard_normal(shape, dtype=np.float32) * np.prod(shape[1:]) ** -0.5

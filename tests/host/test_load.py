@@ -232,7 +232,7 @@ def test_a_missing_file_comes_with_the_doctors_words(models):
         run("stop")
     message = str(caught.value)
     assert message.startswith("pulid_v1.1.safetensors (PuLID v1.1")
-    assert "not here: pulid/pulid_v1.1.safetensors, clip_vision/EVA02_CLIP_L_336_psz14_s6B.pt" in message
+    assert "not here, or not whole: pulid/pulid_v1.1.safetensors, clip_vision/EVA02_CLIP_L_336_psz14_s6B.pt" in message
 
 
 def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(models, comfyui):
