@@ -253,12 +253,7 @@ def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(model
 
 # ---- Packages that are missing or broken ----
 
-BROKEN = {
-    "OSError": "raise OSError('libcudart.so.12: cannot open shared object file')",
-    "AttributeError": "raise AttributeError('_ARRAY_API not found')",
-    "SyntaxError": "def",
-    "ImportError": "raise ImportError('DLL load failed while importing onnxruntime_pybind11_state')",
-}
+BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"  # more ways are in tests/test_doctor.py
 
 LIST_AND_LOAD = """
 import asyncio, sys
@@ -277,11 +272,10 @@ except Exception as error:
 """
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_broken_packages_never_keep_the_pack_from_loading_and_are_named_when_needed(comfyui, tmp_path, kind):
+def test_broken_packages_never_keep_the_pack_from_loading_and_are_named_when_needed(comfyui, tmp_path):
     for package in ("insightface", "facexlib", "onnxruntime", "cv2"):
         (tmp_path / "broken" / package).mkdir(parents=True)
-        (tmp_path / "broken" / package / "__init__.py").write_text(BROKEN[kind])
+        (tmp_path / "broken" / package / "__init__.py").write_text(BROKEN)
 
     command = [sys.executable, "-c", LIST_AND_LOAD, tmp_path / "broken", TOOLS, comfyui]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -289,7 +283,8 @@ def test_broken_packages_never_keep_the_pack_from_loading_and_are_named_when_nee
     assert done.returncode == 0, done.stderr[-2000:]
     assert "PuLID_Loader" in done.stdout and "PuLID_Encode" in done.stdout
     assert (
-        f"MissingPackage The Python package 'onnxruntime' is installed, but cannot be imported ({kind}" in done.stdout
+        "MissingPackage The Python package 'onnxruntime' is installed, but cannot be imported (OSError: libcu"
+        in done.stdout
     )
     assert f'"{sys.executable}" -m pip install --upgrade --force-reinstall --no-deps onnxruntime' in done.stdout
 
