@@ -89,7 +89,9 @@ class Connection:
     def open(self, url: str, start: int) -> http.client.HTTPResponse:
         """The answer to a request for the file from byte `start`. Nothing that tells who asks is ever sent."""
         if not self.allows(url):
-            raise DownloadError(f"Expected an https address without a password, found one at {host_of(url)}.")
+            raise DownloadError(
+                f"Expected an https address without a password, found another at {host_of(url)}. Is HF_ENDPOINT right?"
+            )
         headers = {"User-Agent": "pulid-sdxl", "Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
