@@ -6,15 +6,22 @@
     python3 run.py conformance DIR  this pack's numbers against the authors' reference vectors in DIR
     python3 run.py bench            what the pack costs, as ratios; --quick within two minutes
 
+Two set up nothing and look at what is there; start them with the Python that starts ComfyUI.
+
+    python run.py models            every weight file: where it lies, whether it is whole; --download fetches them
+    python run.py doctor            what is installed and what is wrong, as a text to paste into a bug report
+
 ComfyUI is looked for in --comfyui, COMFYUI_PATH (several: separated like PATH), around this folder when it lies in
 custom_nodes, and in ~/comfy/ComfyUI; otherwise the official repository is cloned into .cache/.
 
-Standard library only. A new command is a function that takes (hosts, rest) and a line in COMMANDS.
+Standard library only, and for `models` and `doctor` parts of the pack that need no more. A new command is a function
+that takes (hosts, rest) and a line in COMMANDS.
 """
 
 import argparse
 import ast
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -174,6 +181,8 @@ def pip_install(requirements: list[str]) -> None:
 
 
 def tool(name: str, arguments: list[str]) -> int:
+    if not (ROOT / "tools").is_dir():
+        raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here has no tools/.")
     return subprocess.call([str(PYTHON), str(ROOT / "tools" / name), *arguments])
 
 
@@ -232,11 +241,167 @@ def pytest(title: str, arguments: list[str], **variables: str) -> tuple[int, Cou
     return code, Counter(passed=count["tests"] - failed - count["skipped"], failed=failed, skipped=count["skipped"])
 
 
+def mount_pack() -> None:
+    """Make the pack importable as `pulid_sdxl`, its root kept off sys.path, as ComfyUI does."""
+    if "pulid_sdxl" in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(
+        "pulid_sdxl", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["pulid_sdxl"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["pulid_sdxl"])
+
+
+def places(parser: argparse.ArgumentParser, hosts: list[Path], rest: list[str]):
+    """The further arguments, and the folders to look into: None where no models folder is known."""
+    from pulid_sdxl.models.files import ModelFolders, other_programs
+    from pulid_sdxl.models.paths import model_paths
+
+    parser.add_argument("--models", type=Path, metavar="DIR", help="a ComfyUI `models` folder; else the ComfyUI's own")
+    parser.add_argument("--extra-model-paths", type=Path, action="append", default=[], metavar="FILE.yaml")
+    known = parser.parse_args(rest)
+    yamls = [host / "extra_model_paths.yaml" for host in hosts[:1]]
+    yamls = [*filter(Path.is_file, yamls), *known.extra_model_paths]
+    models = known.models or (hosts[0] / "models" if hosts else None)
+    if models is None:
+        return known, None
+    if not models.is_dir():
+        raise Failure(f"{models} is not a folder. Expected a ComfyUI `models` folder.")
+    return known, ModelFolders(model_paths(models.absolute(), yamls), other_programs(os.environ, Path.home()))
+
+
+def models(hosts: list[Path], rest: list[str]) -> int:
+    """The table of files; 1 if the loader lacks any."""
+    mount_pack()
+    from pulid_sdxl.models import inventory
+
+    parser = argparse.ArgumentParser(prog="run.py models", description="Lists every weight file, and fetches them.")
+    parser.add_argument("--download", nargs="*", metavar="NAME", help="fetch these; without names, all that is missing")
+    parser.add_argument("--accept-licence", action="store_true", help="agree to licences that would be asked about")
+    known, folders = places(parser, hosts, rest)
+    if folders is None:
+        raise Failure("No ComfyUI found. Name its folder with --comfyui, or its models with --models.")
+    entries = inventory.inventory(folders, lambda file, done: show_progress(f"checking {file.name}", done, file.size))
+    show_progress("", 0, None)
+    if known.download is not None:
+        wanted = [file_named(name) for name in known.download] or inventory.lacking(entries)
+        whole = {entry.file for entry in entries if entry.whole}
+        failed = [file for file in wanted if file not in whole and not download(file, folders, known.accept_licence)]
+        if failed:
+            return 1
+        entries = inventory.inventory(folders)
+    print(inventory.table(entries))
+    lacking = inventory.lacking(entries)
+    if lacking:
+        print(f"\nThe loader lacks {', '.join(file.name for file in lacking)}. To fetch: run.py models --download")
+    return 1 if lacking or any(entry.fault for entry in entries) else 0
+
+
+def file_named(name: str):
+    from pulid_sdxl.models.catalogue import BY_NAME
+
+    if name not in BY_NAME:
+        raise Failure(f"No file {name!r} is known. Known are: {', '.join(BY_NAME)}.")
+    return BY_NAME[name]
+
+
+def download(file, folders, accepted: bool) -> bool:
+    """Fetch one file into its folder, after its licence was shown; False, with the reason printed, if that failed."""
+    from pulid_sdxl.models.download import fetch
+    from pulid_sdxl.models.inventory import asks_consent
+    from pulid_sdxl.pulid.errors import PulidError
+
+    def check_file(path: Path) -> None:
+        from pulid_sdxl.models import checkpoints
+
+        checkpoints.check_file(file, path)
+
+    print(f"{file.name}: {file.needed_for}. Licence: {file.licence}.", flush=True)
+    if asks_consent(file) and not accepted and not agrees(file):
+        print("  not fetched: this licence has to be accepted (--accept-licence)")
+        return False
+    if not file.sha256 and importlib.util.find_spec("torch") is None:
+        print(
+            "  not fetched: nobody published its hash, and without torch it cannot be recognised. Use ComfyUI's Python."
+        )
+        return False
+    try:
+        fetch(file, folders.destination(file), lambda done, total: show_progress(file.name, done, total), check_file)
+    except PulidError as error:
+        show_progress("", 0, None)
+        print(f"  {error}")
+        return False
+    show_progress("", 0, None)
+    return True
+
+
+def agrees(file) -> bool:
+    if not sys.stdin.isatty():
+        return False
+    return input(f"  {file.name} is for {file.licence}. Is that what you do with it? [y/N] ").strip().lower() in (
+        "y",
+        "yes",
+    )
+
+
+def show_progress(what: str, done: int, total: int | None) -> None:
+    """One line that is written over; nothing where nobody watches."""
+    if sys.stderr.isatty():
+        percent = f" of {total / 1e6:.0f} MB, {100 * done // total} %" if total else ""
+        print(f"\r\033[K{what and f'{what}: {done / 1e6:.0f} MB{percent}'}", end="", file=sys.stderr, flush=True)
+
+
+def doctor(hosts: list[Path], rest: list[str]) -> int:
+    mount_pack()
+    from pulid_sdxl.models import doctor
+    from pulid_sdxl.pulid.errors import PulidError
+
+    parser = argparse.ArgumentParser(prog="run.py doctor", description="Says what is installed and what is wrong.")
+    parser.add_argument("--package", help=argparse.SUPPRESS)  # how it asks itself, see ask
+    try:
+        known, folders = places(parser, hosts, rest)
+    except PulidError as error:
+        raise Failure(str(error)) from error
+    if known.package:
+        print(MARK + doctor.to_json(doctor.try_package(known.package)))
+        return 0
+    around = HERE.parent if HERE.parent.name == "custom_nodes" else hosts[0] / "custom_nodes" if hosts else None
+    host = hosts[0] if hosts else None
+    print(doctor.report(folders, host, around if around and around.is_dir() else None, ask))
+    return 0
+
+
+MARK = "FOUND "  # what follows is ours; packages print at import
+PACKAGE_SECONDS = 120
+
+
+def ask(package: str) -> list:
+    """Try a package in a process of its own: a broken library can take the whole of Python with it."""
+    from pulid_sdxl.models.doctor import Finding, from_json, version_of
+    from pulid_sdxl.pulid.packages import PIP_NAMES, pip_command
+
+    command = [sys.executable, str(ROOT / "run.py"), "doctor", "--models", str(ROOT), "--package", package]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_SECONDS, errors="replace")
+        found = tried.stdout.rpartition(MARK)
+        if tried.returncode == 0 and found[1]:
+            return from_json(found[2])
+        fate = f"ends Python (exit code {tried.returncode})"
+    except subprocess.TimeoutExpired:
+        fate = f"does not come to an end within {PACKAGE_SECONDS} s"
+    name = PIP_NAMES.get(package, package)
+    anew = pip_command("install", "--upgrade", "--force-reinstall", "--no-deps", name)
+    return [Finding(package, f"{version_of(package) or ''} {fate} when imported".strip(), f"Install it anew: {anew}")]
+
+
+SETS_UP_NOTHING = {"models", "doctor"}
 COMMANDS = {
     "demo": (on_first("demo.py"), "make a picture of the person in a photograph"),
     "test": (test, "run all tests; further arguments go to pytest"),
     "conformance": (conformance, "compare with the reference vectors in a folder"),
     "bench": (on_first("bench.py"), "measure what the pack costs"),
+    "models": (models, "list the weight files, and fetch what is missing"),
+    "doctor": (doctor, "say what is installed and what is wrong"),
 }
 
 
@@ -251,8 +416,10 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--comfyui", metavar="FOLDER")
     known, rest = parser.parse_known_args(arguments)
     try:
-        hosts = find_hosts(known.comfyui, clone=known.command != "conformance")
-        ensure_environment(hosts)
+        sets_up = known.command not in SETS_UP_NOTHING
+        hosts = find_hosts(known.comfyui, clone=sets_up and known.command != "conformance")
+        if sets_up:
+            ensure_environment(hosts)
         return COMMANDS[known.command][0](hosts, rest)
     except Failure as failure:
         print(failure, file=sys.stderr)

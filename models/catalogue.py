@@ -11,7 +11,7 @@ class WeightFile:
     """One file as its maker publishes it.
 
     name        what it is called on disk
-    folders     where it may lie under `models/`; the first is where to put it
+    folders     where it may lie under `models/`, each beginning with ComfyUI's name of a folder; put it in the first
     address     where to fetch it, with a place for `revision`
     revision    branch, commit or release tag of the address
     licence     what its maker allows
@@ -33,9 +33,26 @@ class WeightFile:
     def url(self) -> str:
         return self.address.format(revision=self.revision)
 
+    @property
+    def place(self) -> str:
+        """Where to put it, relative to `models/`."""
+        return f"{self.folders[0]}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something a node cannot do without.
+
+    input  of the node PuLID_Loader
+    files  one of these will do; the first is the one to fetch
+    """
+
+    input: str
+    files: tuple[WeightFile, ...]
+
 
 PULID = ("pulid",)
-VISION = ("clip_vision", "clip")
+VISION = ("clip_vision", "eva_clip", "text_encoders", "clip")
 ANTELOPEV2 = ("insightface/models/antelopev2",)
 FACEXLIB = ("facexlib",)
 
@@ -105,40 +122,13 @@ GLINTR100 = WeightFile(
     needed_for="recognising a face",
     sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
 )
-LANDMARK_3D_68 = WeightFile(
-    name="1k3d68.onnx",
-    folders=ANTELOPEV2,
-    address="https://huggingface.co/DIAMONIK7777/antelopev2/resolve/{revision}/1k3d68.onnx",
-    revision="main",
-    licence=RESEARCH_ONLY,
-    needed_for="nothing here: it comes with antelopev2",
-    sha256="df5c06b8a0c12e422b2ed8947b8869faa4105387f199c477af038aa01f9a45cc",
-)
-LANDMARK_2D_106 = WeightFile(
-    name="2d106det.onnx",
-    folders=ANTELOPEV2,
-    address="https://huggingface.co/DIAMONIK7777/antelopev2/resolve/{revision}/2d106det.onnx",
-    revision="main",
-    licence=RESEARCH_ONLY,
-    needed_for="nothing here: it comes with antelopev2",
-    sha256="f001b856447c413801ef5c42091ed0cd516fcd21f2d6b79635b1e733a7109dbf",
-)
-GENDER_AGE = WeightFile(
-    name="genderage.onnx",
-    folders=ANTELOPEV2,
-    address="https://huggingface.co/DIAMONIK7777/antelopev2/resolve/{revision}/genderage.onnx",
-    revision="main",
-    licence=RESEARCH_ONLY,
-    needed_for="nothing here: it comes with antelopev2",
-    sha256="4fde69b1c810857b88c64a335084f1c3fe8f01246c9a191b48c7bb756d6652fb",
-)
 ANTELOPEV2_ZIP = WeightFile(
     name="antelopev2.zip",
     folders=("insightface/models",),
     address="https://github.com/deepinsight/insightface/releases/download/{revision}/antelopev2.zip",
     revision="v0.7",
     licence=RESEARCH_ONLY,
-    needed_for="all five antelopev2 files at once; unpack it",
+    needed_for="both antelopev2 files at once; it is unpacked where it lies",
     size=360662982,
     sha256="8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5",
 )
@@ -163,19 +153,34 @@ BISENET = WeightFile(
     sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
 )
 
-CATALOGUE = (
-    V1,
-    V1_1,
-    V1_PICKLE,
-    EVA_CLIP,
-    EVA_CLIP_TIMM,
-    SCRFD,
-    GLINTR100,
-    LANDMARK_3D_68,
-    LANDMARK_2D_106,
-    GENDER_AGE,
-    ANTELOPEV2_ZIP,
-    RETINAFACE,
-    BISENET,
+NEEDS = (
+    Need("pulid_file", (V1_1, V1, V1_PICKLE)),
+    Need("eva_clip", (EVA_CLIP, EVA_CLIP_TIMM)),
+    Need("face_analysis", (SCRFD,)),
+    Need("face_analysis", (GLINTR100,)),
+    Need("face_analysis", (RETINAFACE,)),
+    Need("face_analysis", (BISENET,)),
 )
+CATALOGUE = (*(file for need in NEEDS for file in need.files), ANTELOPEV2_ZIP)
 BY_NAME = {file.name: file for file in CATALOGUE}
+
+
+def choices(need_input: str) -> tuple[WeightFile, ...]:
+    """The files that an input of the loader can name."""
+    return tuple(file for need in NEEDS if need.input == need_input for file in need.files)
+
+
+def workflow_hint(file: WeightFile) -> dict[str, str]:
+    """What a workflow says of a file in `properties.models`, so that ComfyUI's editor offers to fetch it."""
+    hint = {"name": file.name, "url": file.url, "directory": file.folders[0]}
+    return hint | ({"hash": file.sha256, "hash_type": "SHA256"} if file.sha256 else {})
+
+
+def markdown_table() -> str:
+    """The table of the README: every file, what it is for, its size and licence."""
+    rows = ["| file under `models/` | for | size | licence |", "|---|---|---|---|"]
+    for file in CATALOGUE:
+        size = f"{file.size / 1e6:.0f} MB" if file.size else ""
+        licence = f"**{file.licence}**" if file.licence == RESEARCH_ONLY else file.licence
+        rows.append(f"| [`{file.place}`]({file.url}) | {file.needed_for} | {size} | {licence} |")
+    return "\n".join(rows)

@@ -20,10 +20,12 @@ from ..pulid.errors import DamagedWeights, ForeignWeights
 from ..pulid.eva import EvaVisionTower, read_eva_state
 from ..pulid.identity import Version
 from ..pulid.sites import SITES, file_index
-from .reading import damaged, label, read_tensors
+from .catalogue import EVA_CLIP, EVA_CLIP_TIMM, V1, V1_1, V1_PICKLE, WeightFile
+from .reading import copier, damaged, label, read_tensors
 
 NAMED = 3  # how many faults, or names of unknown tensors, a message gives
 FINGERPRINTED = 64  # values of each tensor
+SHARED = 64 << 20  # bytes that tensors may have beyond their file's: EVA's 24 blocks name one rotary table
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -63,6 +65,8 @@ PULID_V1_1 = _kind(
 EVA = _kind("EVA02-CLIP", "Choose it as eva_clip.", r"(visual\.)?(trunk\.)?blocks\.\d+\.attn\.(inner_attn_ln|norm)\.")
 
 PULID_VERSIONS: dict[Kind | None, Version] = {PULID_V1: "v1", PULID_V1_1: "v1.1"}
+
+EXPECTED = {V1: PULID_V1, V1_PICKLE: PULID_V1, V1_1: PULID_V1_1, EVA_CLIP: EVA, EVA_CLIP_TIMM: EVA}
 
 # The first that fits names the file.
 KINDS = (
@@ -104,17 +108,20 @@ def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None
     if kind not in PULID_VERSIONS:
         raise _foreign(path, "PuLID for SDXL", kind, state)
     version = PULID_VERSIONS[kind]
+    _check_amount(state, path, kind)
 
     encoder_state, projection_state = _split(path, kind, state)
     # A scalar has the product of no sizes, 1, for a width: it is refused as misshapen when the projections are filled.
     widths = [projection_state[f"to_k.{site}.weight"].shape[:1].numel() for site in range(len(SITES))]
     encoder = ENCODERS[version](operations=operations, device="meta")
     projections = IdProjections(widths, operations=operations, device="meta")
+    _check(encoder, encoder_state, path, kind)
+    _check(projections, projection_state, path, kind)
     return PulidCheckpoint(
         version=version,
-        encoder=_fill(encoder, encoder_state, dtype, path, kind),
-        projections=_fill(projections, projection_state, dtype, path, kind),
         fingerprint=fingerprint(encoder_state),
+        encoder=_fill(encoder, encoder_state, dtype, path),
+        projections=_fill(projections, projection_state, dtype, path),
     )
 
 
@@ -128,12 +135,23 @@ def load_vision_tower(path: Path | str, operations=nn, dtype: torch.dtype | None
     kind = recognise(state)
     if kind is not EVA:
         raise _foreign(path, EVA.title, kind, state)
+    _check_amount(state, path, kind)
     try:
         config, tower_state = read_eva_state(state)
         tower = EvaVisionTower(config, operations=operations, device="meta")
     except (ForeignWeights, ValueError, IndexError, ZeroDivisionError) as error:  # tensors of EVA, sizes of no tower
         raise _altered(path, EVA, [str(error)]) from error
-    return _fill(tower, tower_state, dtype, path, EVA)
+    _check(tower, tower_state, path, EVA)
+    return _fill(tower, tower_state, dtype, path)
+
+
+def check_file(file: WeightFile, path: Path) -> None:
+    """Raises WeightsError unless `path` holds what this file of the catalogue should; for files without a hash."""
+    expected = EXPECTED[file]
+    state = read_tensors(path)
+    kind = recognise(state)
+    if kind is not expected:
+        raise _foreign(path, expected.title, kind, state)
 
 
 def recognise(state: Mapping[str, Tensor]) -> Kind | None:
@@ -180,11 +198,8 @@ def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[st
     return encoder, projections
 
 
-def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path, kind: Kind) -> Network:
-    """Give a network on the meta device its weights, copied out of the mapped file, for inference.
-
-    Raises DamagedWeights, before anything is copied, unless names, shapes and kinds of number all fit.
-    """
+def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
+    """Raises DamagedWeights, before anything is copied, unless names, shapes and kinds of number all fit."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     faults = [f"{name} is missing" for name in shapes if name not in state]
     faults += [f"{name} does not belong to it" for name in state if name not in shapes]
@@ -195,10 +210,19 @@ def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | No
             faults.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
     if faults:
         raise _altered(path, kind, faults)
-    weights = {
-        name: tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
+
+
+def _check_amount(state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
+    """Raises DamagedWeights for tensors that are parts of each other, or one number over and over."""
+    described = sum(tensor.nbytes for tensor in state.values())
+    if described > path.stat().st_size + SHARED:
+        raise _altered(path, kind, [f"its tensors would have {described} bytes"])
+
+
+def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path) -> Network:
+    """Give a network on the meta device its weights, copied out of the mapped file one by one, for inference."""
+    copy = copier(path)
+    weights = {name: copy(tensor).to(dtype or tensor.dtype) for name, tensor in state.items()}
     network.load_state_dict(weights, strict=True, assign=True)
     return network.requires_grad_(False).eval()
 

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pulid.errors import DamagedWeights, ForeignWeights, InputError, MissingWeights
+from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights
 from ..pulid.faces import Face, Photo, faces_of
 from ..pulid.packages import import_package
 from .catalogue import GLINTR100, SCRFD
 from .files import state_of
+from .providers import PROVIDERS
 from .reading import read_tensors
 
 log = logging.getLogger(__name__)
@@ -33,32 +34,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CPU = torch.device("cpu")
 Bring = Callable[[], torch.device]  # brings a network to the device it is to run on, and returns that
-
-# What a user calls an ONNX execution provider, fastest first; the CPU can always run what the others cannot.
-PROVIDERS = {
-    "CUDA": "CUDAExecutionProvider",
-    "MIGraphX": "MIGraphXExecutionProvider",
-    "ROCM": "ROCMExecutionProvider",
-    "DirectML": "DmlExecutionProvider",
-    "CoreML": "CoreMLExecutionProvider",
-    "CPU": "CPUExecutionProvider",
-}
-
-
-def available_providers(choice: str = "auto") -> list[str]:
-    """ONNX Runtime's names of the providers to use: "auto" is all it offers here, else one of PROVIDERS; CPU last.
-
-    Raises InputError for a provider that the installed ONNX Runtime does not offer, MissingPackage without any.
-    """
-    offered = import_package("onnxruntime").get_available_providers()
-    here = [name for name, provider in PROVIDERS.items() if provider in offered]
-    if choice != "auto" and choice not in here:
-        raise InputError(
-            f"The installed ONNX Runtime does not offer {choice!r}; it offers: {', '.join(here)}. Choose one of these "
-            "or 'auto'. For NVIDIA, onnxruntime-gpu takes the place of onnxruntime: never install both."
-        )
-    wanted = here if choice == "auto" else [choice, "CPU"]
-    return list(dict.fromkeys(PROVIDERS[name] for name in wanted))
 
 
 class InsightFaceAnalyzer:

@@ -1,10 +1,15 @@
 """Finds weight files in folders that somebody else names, and says where to get the ones that are not there."""
 
-from collections.abc import Iterable
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 
 from ..pulid.errors import InputError, MissingWeights
-from .catalogue import ANTELOPEV2_ZIP, BY_NAME, GLINTR100, SCRFD, WeightFile
+from .archive import unpack
+from .catalogue import ANTELOPEV2, ANTELOPEV2_ZIP, BY_NAME, CATALOGUE, GLINTR100, SCRFD, WeightFile
 
 # Where people and programs put antelopev2, below an InsightFace folder. The published zip holds a folder of its own
 # name, so unpacking it where the files belong nests it once more.
@@ -14,10 +19,80 @@ ANTELOPEV2_PLACES = (
     "models/antelopev2/antelopev2",
     "antelopev2/antelopev2",
 )
+ANTELOPEV2_FILES = (SCRFD, GLINTR100)
+ZIP_PLACES = ("models", "", *ANTELOPEV2_PLACES[:2])
+
+CHUNK = 1 << 20  # bytes read at once
+HUB_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+)/([^/]+)/resolve/")
+
+# What a failed download leaves under the name of a weight file.
+NOT_WEIGHTS = (
+    (rb"\Z", "is empty"),
+    (rb"version https://git-lfs", "is a git-lfs pointer: a note of where the file lies, not the file"),
+    (rb"(?i)\s*<(!doctype|html|head|\?xml)", "is a web page, saved under the name of a weight file"),
+    (rb"\s*[{\[]", "is text (JSON), perhaps a server's error message, saved under the name of a weight file"),
+)
 
 
-def find(file: WeightFile | str, folders: Iterable[Path | str]) -> Path:
-    """The first of `folders` that holds the file decides.
+@dataclass(frozen=True)
+class ModelFolders:
+    """Where weight files may lie.
+
+    named      ComfyUI's name of a folder ("pulid", "clip_vision", ...) -> its paths in order; downloads go to the first
+    elsewhere  folders of other programs that hold such files directly; searched last, never written to
+    """
+
+    named: Mapping[str, Sequence[Path]]
+    elsewhere: tuple[Path, ...] = ()
+
+    @classmethod
+    def below(cls, models: Path, elsewhere: tuple[Path, ...] = ()) -> "ModelFolders":
+        """The folders of a ComfyUI `models` folder."""
+        names = {folder.partition("/")[0] for file in CATALOGUE for folder in file.folders}
+        return cls({name: [models / name] for name in names}, elsewhere)
+
+    def of(self, file: WeightFile) -> list[Path]:
+        """All paths that may hold the file; for antelopev2 the InsightFace folders, which hold it somewhere below."""
+        names = dict.fromkeys(folder.partition("/")[0] for folder in file.folders)
+        return list(dict.fromkeys(Path(path) for name in names for path in self.named.get(name, ())))
+
+    def locate(self, file: WeightFile) -> Path | None:
+        """Where the file lies, if it does."""
+        if file is ANTELOPEV2_ZIP:
+            return find_zip(self.of(file))
+        if file in ANTELOPEV2_FILES:
+            candidates = (place / file.name for place in self._antelopev2(self.elsewhere))
+        else:
+            candidates = _candidates(file.name, file, self.of(file), self.elsewhere)
+        return next(filter(_is_file, candidates), None)
+
+    def destination(self, file: WeightFile) -> Path:
+        """The folder that a download of the file goes to. Raises MissingWeights where none is configured."""
+        if file in ANTELOPEV2_FILES:
+            places = self._antelopev2()
+        else:
+            places = [folder / file.folders[0].partition("/")[2] for folder in self.of(file)]
+        if not places:
+            raise MissingWeights(f"No folder {file.folders[0]!r} is configured, so {file.name} cannot be put anywhere.")
+        return places[0]
+
+    def _antelopev2(self, elsewhere: Sequence[Path] = ()) -> list[Path]:
+        """The folder of antelopev2's two files: the one that holds both, else the one of ours that holds most, or none.
+
+        Half of them here and half there is not antelopev2.
+        """
+        ours = _antelopev2_places(self.of(SCRFD))
+
+        def held(place: Path) -> int:
+            return sum(_is_file(place / file.name) for file in ANTELOPEV2_FILES)
+
+        whole = (place for place in (*ours, *elsewhere) if held(place) == len(ANTELOPEV2_FILES))
+        best = next(whole, None) or max(ours, key=held, default=None)
+        return [best] if best else []
+
+
+def find(file: WeightFile | str, folders: Iterable[Path | str], elsewhere: Iterable[Path] = ()) -> Path:
+    """The first of `folders` that holds the file decides; for files of the catalogue, `elsewhere` comes after them.
 
     file     a record of the catalogue, or a name as a list of files gives it; either kind of slash will do, since
              workflows travel between systems
@@ -28,49 +103,144 @@ def find(file: WeightFile | str, folders: Iterable[Path | str]) -> Path:
     folders = [Path(folder) for folder in folders]
     name = file if isinstance(file, str) else file.name
     relative = PureWindowsPath(name)  # reads both kinds of slash, on every system
-    if relative.anchor or ".." in relative.parts:
+    if relative.anchor or ".." in relative.parts or not relative.parts:
         raise InputError(f"Expected a file name inside the model folders, found {name!r}. Choose a file from the list.")
-    for folder in folders:
-        if (candidate := folder.joinpath(*relative.parts)).is_file():
+    record = BY_NAME.get(relative.name)
+    for candidate in _candidates(Path(*relative.parts), record, folders, elsewhere):
+        if _is_file(candidate):
             return candidate
-    raise MissingWeights(_missing(name, BY_NAME.get(relative.name), folders))
+    raise MissingWeights(_missing(name, record, folders))
 
 
-def find_antelopev2(folders: Iterable[Path | str]) -> Path:
+def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = ()) -> Path:
     """The folder that directly holds antelopev2's detector and recogniser, nested or not.
 
-    folders  InsightFace folders (`models/insightface` and its like), in order
+    folders    InsightFace folders (`models/insightface` and its like), in order; where they hold only the published
+               zip, its two files are unpacked beside it
+    elsewhere  folders that may hold the files directly, searched last
 
-    Raises MissingWeights when no place holds both files.
+    Raises MissingWeights when no place holds both files, DamagedWeights for a zip that is not what was published.
     """
     folders = [Path(folder) for folder in folders]
-    places = [folder / place for folder in folders for place in ANTELOPEV2_PLACES]
-    for place in places:
-        if all((place / file.name).is_file() for file in (SCRFD, GLINTR100)):
+    places = _antelopev2_places(folders)
+    for place in (*places, *elsewhere):
+        if all(_is_file(place / file.name) for file in ANTELOPEV2_FILES):
             return place
-    target = places[0] if places else Path("models", SCRFD.folders[0])
+    target = places[0] if places else Path("models", *ANTELOPEV2)
+    if archive := find_zip(folders):
+        unpack(archive, ANTELOPEV2_FILES, target)
+        return target
     raise MissingWeights(
         f"Expected {SCRFD.name} and {GLINTR100.name} together in a folder antelopev2, found no such folder. "
         f"Looked in: {_listed(places)}. "
-        f"Download {ANTELOPEV2_ZIP.url} and unpack it so that the files lie in {target}. "
-        f"Licence: {ANTELOPEV2_ZIP.licence}."
+        f"Download {ANTELOPEV2_ZIP.url} and put it, or the two files in it, in {shown(target)}; or choose "
+        f"missing_files: download. Licence: {ANTELOPEV2_ZIP.licence}."
     )
+
+
+def find_zip(folders: Iterable[Path]) -> Path | None:
+    """The published zip of antelopev2 in InsightFace folders, if it lies there as it came."""
+    places = (folder / place / ANTELOPEV2_ZIP.name for folder in folders for place in ZIP_PLACES)
+    return next(filter(_is_file, places), None)
+
+
+def other_programs(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
+    """Folders in which other programs keep such files: Hugging Face's cache, InsightFace's home, facexlib's package."""
+    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
+    hub = Path(environment.get("HF_HOME") or cache / "huggingface") / "hub"
+    hub = Path(environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or hub).expanduser()
+    repositories = dict.fromkeys(found.groups() for file in CATALOGUE if (found := HUB_ADDRESS.match(file.url)))
+    folders = [snapshot for owner, name in repositories for snapshot in _snapshots(hub / f"models--{owner}--{name}")]
+    folders += _antelopev2_places([home / ".insightface"])
+    facexlib = find_spec("facexlib")  # finds, does not import
+    folders += [Path(place, "weights") for place in (facexlib and facexlib.submodule_search_locations) or ()]
+    return tuple(folder for folder in folders if folder.is_dir())
+
+
+def fault_of(file: WeightFile, path: Path, progress: Callable[[int], None] = lambda done: None) -> str | None:
+    """How the file at `path` differs in size or hash from what was published; None if in nothing that is known."""
+    size = path.stat().st_size
+    if file.size not in (None, size):
+        return f"{size} bytes instead of {file.size}"
+    if file.sha256 and (found := sha256_of(path, progress)) != file.sha256:
+        return f"sha256 {found} instead of {file.sha256}"
+    return None
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
+    """Lower-case hex; `progress` hears how many bytes are read."""
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return digest.hexdigest()
+
+
+def not_weights(head: bytes) -> str | None:
+    """What a file that begins like this is instead of weights; None if that cannot be told."""
+    return next((verdict for beginning, verdict in NOT_WEIGHTS if re.match(beginning, head)), None)
+
+
+def shown(path: Path) -> str:
+    """The path without the name of the person's home folder."""
+    try:
+        return str(Path("~", path.relative_to(Path.home())))
+    except (ValueError, RuntimeError):  # not below it; nobody's
+        return str(path)
+
+
+def _candidates(
+    name: Path | str, record: WeightFile | None, folders: Iterable[Path], elsewhere: Iterable[Path]
+) -> Iterable[Path]:
+    yield from (folder / name for folder in folders)
+    if record:  # other programs keep it under the name it was published by
+        names = dict.fromkeys((record.name, record.url.rpartition("/")[2]))
+        yield from (folder / published for folder in elsewhere for published in names)
+
+
+def _antelopev2_places(folders: Iterable[Path]) -> list[Path]:
+    return [folder / place for folder in folders for place in ANTELOPEV2_PLACES]
+
+
+def _snapshots(repository: Path) -> list[Path]:
+    """The versions of a repository in Hugging Face's cache, the one that its `main` names first."""
+    try:
+        main = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        main = ""
+    try:
+        found = sorted(path.name for path in (repository / "snapshots").iterdir())
+    except OSError:
+        found = []
+    return [repository / "snapshots" / name for name in sorted(found, key=lambda name: name != main)]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:
     """What to tell somebody whose file is in none of the folders."""
     if record is None:
         target = folders[0] if folders else Path("models")
-        return f"{name} was not found. Looked in: {_listed(folders)}. Put it in {target}, or choose another file."
+        return (
+            f"{name} was not found. Looked in: {_listed(folders)}. Put it in {shown(target)}, or choose another file."
+        )
     target = folders[0] if folders else Path("models", record.folders[0])
     return (
         f"{name} ({record.needed_for}) was not found. Looked in: {_listed(folders)}. "
-        f"Download it from {record.url} and put it at {target / record.name}. Licence: {record.licence}."
+        f"Download it from {record.url} and put it at {shown(target / record.name)}, or choose "
+        f"missing_files: download. Licence: {record.licence}."
     )
 
 
 def _listed(folders: list[Path]) -> str:
-    return ", ".join(map(str, folders)) or "no folder (none is configured)"
+    return ", ".join(map(shown, folders)) or "no folder (none is configured)"
 
 
 def state_of(file: Path) -> tuple[str, int, int]:

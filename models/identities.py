@@ -36,7 +36,8 @@ from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import IdentityFileError, InputError
 from ..pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, Version
 from .checkpoints import recognise
-from .reading import NOT_WEIGHTS, SAFETENSORS, UNREADABLE, label
+from .files import not_weights
+from .reading import SAFETENSORS, UNREADABLE, label
 
 FORMAT, FORMAT_VERSION = "PuLID-SDXL identity", "1"
 SUFFIX = ".safetensors"
@@ -285,8 +286,7 @@ def _read(path: Path) -> tuple[dict[str, str], bytes]:
     with path.open("rb") as file:
         head = file.read(64)
         if not re.match(SAFETENSORS, head):
-            verdicts = (verdict for beginning, verdict in NOT_WEIGHTS if re.match(beginning, head))
-            raise _refusal(path, next(verdicts, f"begins with {head[:12]!r}, which is not safetensors"))
+            raise _refusal(path, not_weights(head) or f"begins with {head[:12]!r}, which is not safetensors")
         length = int.from_bytes(head[:8], "little")
         if length > MAX_HEADER:
             raise _refusal(path, f"has a header of {length} bytes, which no identity has")

@@ -1,5 +1,7 @@
 """What this pack asks of ComfyUI: folders, devices and dtypes, managed memory, and the layout of a model."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import folder_paths
 import torch
 from torch import nn
 
-from ..models.catalogue import FACEXLIB, PULID
+from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
+from ..models.files import ModelFolders, other_programs
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import MismatchError
 from ..pulid.sites import SITES, Site
@@ -28,7 +31,7 @@ OWN_FOLDERS = {
     "eva_clip": folder_paths.supported_pt_extensions,
     IDENTITIES: {".safetensors"},
 }
-VISION_FOLDERS = ("eva_clip", "clip_vision", "text_encoders")  # ComfyUI maps the old name `clip` to text_encoders
+VISION_FOLDERS = VISION[:3]  # the fourth is ComfyUI's old name for the third
 
 
 def register_folders() -> None:
@@ -49,6 +52,20 @@ def saved_identities() -> Path:
 def folders(*names: str) -> list[Path]:
     """All paths configured for these folder names, in order, each once."""
     return list(dict.fromkeys(Path(path) for name in names for path in folder_paths.get_folder_paths(name)))
+
+
+def model_folders() -> ModelFolders:
+    """Where ComfyUI and other programs keep weight files."""
+    names = dict.fromkeys(folder.partition("/")[0] for file in CATALOGUE for folder in file.folders)
+    return ModelFolders({name: folders(name) for name in names}, other_programs(os.environ, Path.home()))
+
+
+def say(text: str) -> None:
+    """Show a text on the node that runs, at once."""
+    server_type = getattr(sys.modules.get("server"), "PromptServer", None)  # there while the server runs, else not
+    server = getattr(server_type, "instance", None)
+    if server is not None and server.last_node_id is not None:
+        server.send_progress_text(text, server.last_node_id)
 
 
 def file_names(*names: str) -> list[str]:

@@ -1,27 +1,40 @@
-"""The node that loads PuLID."""
+"""The node that loads PuLID, and fetches what is not there if it is told to."""
 
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.utils import ProgressBar
 from comfy_api.latest import io
 
 from ..models import catalogue
-from ..models.checkpoints import load_pulid, load_vision_tower
-from ..models.face_analysis import PROVIDERS, InsightFaceAnalyzer, available_providers
-from ..models.files import find, find_antelopev2, state_of
-from ..pulid.errors import ForeignWeights
+from ..models.checkpoints import check_file, load_pulid, load_vision_tower
+from ..models.doctor import advice
+from ..models.download import fetch
+from ..models.face_analysis import InsightFaceAnalyzer
+from ..models.files import ANTELOPEV2_FILES, ModelFolders, find, find_antelopev2, state_of
+from ..models.providers import PROVIDERS, available_providers, provider_in_use
+from ..pulid.errors import ForeignWeights, MissingPackage, WeightsError
 from ..pulid.eva import EvaConfig
 from . import host
 from .sockets import Pulid, PulidSocket
 
+MISSING_FILES = ("stop", "download")
 
-def _choices(published: list[catalogue.WeightFile], found: list[str]) -> list[str]:
+
+def _choices(published: tuple[catalogue.WeightFile, ...], found: list[str]) -> list[str]:
     """What is there, then what could be: a name that is not there leads to a message that says where to get it."""
     return list(dict.fromkeys((*found, *(file.name for file in published))))
+
+
+def _towers() -> list[str]:
+    """Every file that may be the vision tower, those first whose names say so; of the text encoders, those alone."""
+    names = host.file_names(*host.VISION_FOLDERS)
+    likely = [name for name in names if "eva" in name.lower()]
+    return list(dict.fromkeys((*likely, *host.file_names(*host.VISION_FOLDERS[:2]))))
 
 
 class PulidLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        pulid_files = _choices([catalogue.V1_1, catalogue.V1], host.file_names("pulid"))
-        towers = [name for name in host.file_names(*host.VISION_FOLDERS) if "eva" in name.lower()]
+        pulid_files = _choices(catalogue.choices("pulid_file"), host.file_names("pulid"))
         return io.Schema(
             node_id="PuLID_Loader",
             display_name="Load PuLID (SDXL)",
@@ -36,7 +49,7 @@ class PulidLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "eva_clip",
-                    options=_choices([catalogue.EVA_CLIP], towers),
+                    options=_choices(catalogue.choices("eva_clip"), _towers()),
                     tooltip="The EVA02-CLIP-L/14-336 vision tower that looks at the face, in models/clip_vision.",
                 ),
                 io.Combo.Input(
@@ -52,9 +65,11 @@ class PulidLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "missing_files",
-                    options=["stop"],
-                    default="stop",
-                    tooltip="What to do when a file is not there. stop says which file, and where to get it.",
+                    options=list(MISSING_FILES),
+                    default=MISSING_FILES[0],
+                    tooltip="What to do when a file is not there. stop says which file, and where to get it; download "
+                    "fetches it (2 GB for all) into your models folder. InsightFace's antelopev2 is for non-commercial "
+                    "research only: choose download if that is what you do.",
                 ),
             ],
             outputs=[PulidSocket.Output("loaded", display_name="pulid")],
@@ -67,30 +82,83 @@ class PulidLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, pulid_file, eva_clip, face_analysis, provider, missing_files):
-        insightface, facexlib = host.folders(host.INSIGHTFACE), host.folders("facexlib")
-        paths = find(pulid_file, host.folders("pulid")), find(eva_clip, host.folders(*host.VISION_FOLDERS))
-        analyzer = InsightFaceAnalyzer(
-            find_antelopev2(insightface),
-            find(catalogue.RETINAFACE, facexlib),
-            find(catalogue.BISENET, facexlib),
-            available_providers(provider),
-            host.manage,
+        folders = host.model_folders()
+        try:
+            notes = _fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
+            pulid, more = _load(pulid_file, eva_clip, provider, folders)
+        except (WeightsError, MissingPackage) as error:
+            raise type(error)(f"{error}\n\n{advice(folders)}") from error
+        notes += more
+        host.say("\n".join(notes))
+        return io.NodeOutput(pulid, ui={"text": notes})
+
+
+def _fetch_missing(pulid_file: str, eva_clip: str, folders: ModelFolders) -> list[str]:
+    """Fetch what the loader needs and does not find; returns a line for each file.
+
+    A workflow chooses among the files of the catalogue, by name; no address comes from it.
+    """
+    asked = {"pulid_file": pulid_file, "eva_clip": eva_clip}
+    notes = []
+    for need in catalogue.NEEDS:
+        name = asked.get(need.input, need.files[0].name)
+        file = next((file for file in need.files if file.name == name), None)
+        zipped = file in ANTELOPEV2_FILES and folders.locate(catalogue.ANTELOPEV2_ZIP)
+        if file is None or zipped or folders.locate(file):
+            continue
+        host.say(f"Downloading {file.name} ({file.licence})")
+        fetch(file, folders.destination(file), _Progress(), lambda part, file=file: check_file(file, part))
+        notes.append(f"Downloaded {file.name}. Licence: {file.licence}.")
+    return notes
+
+
+class _Progress:
+    """Moves the node's progress bar, and ends the download when the user interrupts."""
+
+    def __init__(self):
+        self.bar = None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        throw_exception_if_processing_interrupted()
+        if total:
+            self.bar = self.bar or ProgressBar(total)
+            self.bar.update_absolute(done, total)
+
+
+def _load(pulid_file: str, eva_clip: str, provider: str, folders: ModelFolders) -> tuple[Pulid, list[str]]:
+    """What the node gives, and what it says of it."""
+    pulid_path = find(pulid_file, folders.of(catalogue.V1_1), folders.elsewhere)
+    tower_path = find(eva_clip, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
+    providers = available_providers(provider)
+    analyzer = InsightFaceAnalyzer(
+        find_antelopev2(folders.of(catalogue.SCRFD), folders.elsewhere),
+        find(catalogue.RETINAFACE, folders.of(catalogue.RETINAFACE), folders.elsewhere),
+        find(catalogue.BISENET, folders.of(catalogue.BISENET), folders.elsewhere),
+        providers,
+        host.manage,
+    )
+    checkpoint = load_pulid(pulid_path, host.OPERATIONS)
+    tower = load_vision_tower(tower_path, host.OPERATIONS)
+    if tower.config != EvaConfig():
+        raise ForeignWeights(
+            f"{eva_clip} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
         )
-        checkpoint = load_pulid(paths[0], host.OPERATIONS)
-        tower = load_vision_tower(paths[1], host.OPERATIONS)
-        if tower.config != EvaConfig():
-            raise ForeignWeights(
-                f"{eva_clip} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
-            )
-        return io.NodeOutput(
-            Pulid(
-                version=checkpoint.version,
-                fingerprint=checkpoint.fingerprint,
-                widths=checkpoint.projections.widths,
-                tower=host.managed(tower),
-                encoder=host.managed(checkpoint.encoder),
-                projections=host.managed(checkpoint.projections),
-                analyzer=analyzer,
-                source=(*map(state_of, paths), analyzer.source),
-            )
-        )
+    pulid = Pulid(
+        version=checkpoint.version,
+        fingerprint=checkpoint.fingerprint,
+        widths=checkpoint.projections.widths,
+        tower=host.managed(tower),
+        encoder=host.managed(checkpoint.encoder),
+        projections=host.managed(checkpoint.projections),
+        analyzer=analyzer,
+        source=(state_of(pulid_path), state_of(tower_path), analyzer.source),
+    )
+    return pulid, [f"PuLID {checkpoint.version}, {pulid_path.name}.", *_on_provider(providers)]
+
+
+def _on_provider(providers: list[str]) -> list[str]:
+    name, reason = provider_in_use(providers)
+    lines = [f"InsightFace's antelopev2 (non-commercial research only) runs on {name}."]
+    if reason:
+        lines.append(f"{providers[0]} was asked for, but could not be loaded: {reason}. run.py doctor says more.")
+    return lines

@@ -7,7 +7,8 @@
     ├── WeightsError          a weight file
     │   ├── MissingWeights    it is not where it was looked for
     │   ├── ForeignWeights    it is whole, but something else than what was asked for
-    │   └── DamagedWeights    truncated, altered, or not a weight file at all
+    │   ├── DamagedWeights    truncated, altered, or not a weight file at all
+    │   └── DownloadError     it could not be fetched whole
     ├── IdentityFileError     an identity file: not there, something else, truncated, altered, or not to be written
     ├── HostedError           the hosted service, or the way to it
     │   ├── MissingKey        there is no key that could be used
@@ -57,6 +58,10 @@ class ForeignWeights(WeightsError):
 
 class DamagedWeights(WeightsError):
     """A truncated or altered file, or one that never was a weight file."""
+
+
+class DownloadError(WeightsError):
+    """A weight file could not be fetched whole; nothing lies under its name."""
 
 
 class IdentityFileError(PulidError):

@@ -123,6 +123,17 @@ def test_a_file_name_decides_nothing(v1_1_file, tmp_path):
     assert checkpoints.load_pulid(disguised).version == "v1.1"
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ".ckpt", ".onnx", ""])
+@pytest.mark.parametrize("form", ["published", "timm"])
+def test_the_tower_is_told_by_content_whatever_its_name(tmp_path, suffix, form):
+    """torch.load itself goes by the ending .safetensors."""
+    made = standins.make_eva(tmp_path / "made", form, small=True)
+
+    tower = checkpoints.load_vision_tower(made.rename(tmp_path / f"tower{suffix}"))
+
+    assert tower.config.width == 64
+
+
 def test_weights_are_for_inference_and_in_the_dtype_of_the_file(v1_1_file):
     checkpoint = checkpoints.load_pulid(v1_1_file)
 
@@ -459,6 +470,24 @@ def test_stand_ins_have_the_published_sizes_and_load(folder, record, layout, ten
     projections = checkpoints.load_pulid(path).projections
     path.unlink()
     assert [layer.weight.shape[0] for layer in projections.to_v] == [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10
+
+
+def test_the_tower_of_timm_loads_at_its_real_size(folder):
+    """Its file holds no rotary tables: they are made, and come on top of what the file has."""
+    path = standins.make_eva(folder / "timm.safetensors", "timm")
+
+    tower = checkpoints.load_vision_tower(path)
+
+    assert sum(tensor.nbytes for tensor in tower.state_dict().values()) > path.stat().st_size
+    path.unlink()
+
+
+def test_tensors_that_are_one_number_over_and_over_are_refused(tmp_path):
+    state = {**TINY_V1, "id_adapter_attn_layers.1.id_to_k.weight": torch.zeros(1).expand(1 << 16, 2048)}
+    path = tmp_path / "pulid.bin"
+    torch.save(state, path)
+
+    assert "its tensors would have" in refusal(DamagedWeights, checkpoints.load_pulid, path)
 
 
 MEASURE = """

@@ -11,7 +11,8 @@ import pytest
 import skimage.data
 import torch
 from pulid_sdxl.models import face_analysis
-from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer, available_providers
+from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
+from pulid_sdxl.models.providers import available_providers
 from pulid_sdxl.pulid import faces
 from pulid_sdxl.pulid.errors import (
     DamagedWeights,

@@ -108,4 +108,11 @@ def test_the_entrypoint_of_comfyui_is_there():
 
 
 def test_run_py_needs_the_standard_library_only():
-    assert top_level(ROOT / "run.py") <= set(sys.stdlib_module_names)
+    assert top_level(ROOT / "run.py") - {"pulid_sdxl"} <= set(sys.stdlib_module_names)
+
+
+def test_what_run_py_takes_from_the_pack_needs_no_more():
+    modules = "catalogue, files, archive, download, inventory, paths, doctor"
+    code = f"import mount; mount.mount(); from pulid_sdxl.models import {modules}; print('fine')"
+    bare = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {code}"]  # without site-packages
+    assert subprocess.run(bare, capture_output=True, text=True, cwd=ROOT / "tools").stdout == "fine\n"

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,47 +267,109 @@ def slider(model_channels: int) -> Iterator[Row]:
 
 
 LOADING = """
-import sys, time
+import gc, json, statistics, sys, time
 from pathlib import Path
 sys.path.insert(0, {tools!r})
 from mount import mount
 mount()
-import torch
-import safetensors
-from pulid_sdxl.models import checkpoints
-pulid, tower, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+from pulid_sdxl.models import checkpoints, face_analysis
+from pulid_sdxl.pulid.packages import import_package
+
 def memory(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
-before = memory("VmRSS")
-start = time.perf_counter()
-if how == "ours":
-    kept = checkpoints.load_pulid(pulid), checkpoints.load_vision_tower(tower)
-else:
-    kept = pulid.read_bytes(), tower.read_bytes()
-print(time.perf_counter() - start, memory("VmHWM") - before)
+
+def tensors(*networks):
+    return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+
+def pulid(path):
+    loaded = checkpoints.load_pulid(path)
+    return loaded, tensors(loaded.encoder, loaded.projections)
+
+def tower(path):
+    loaded = checkpoints.load_vision_tower(path)
+    return loaded, tensors(loaded)
+
+def faces(folder):
+    tasks = (("detection", "scrfd_10g_bnkps.onnx"), ("recognition", "glintr100.onnx"))
+    loaded = [face_analysis.load_onnx(folder / name, task, ["CPUExecutionProvider"]) for task, name in tasks]
+    return loaded, sum((folder / name).stat().st_size for _, name in tasks)
+
+def plain(path):
+    return [file.read_bytes() for file in (path.glob("*") if path.is_dir() else [path])], 0
+
+def measure(load, path):
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, start = memory("VmRSS"), time.perf_counter()
+    loaded, kept = load(path)
+    return time.perf_counter() - start, memory("VmHWM") - before, kept
+
+import_package("insightface.model_zoo")
+for name, load in json.loads(sys.argv[3]).items():
+    path = Path(sys.argv[1], name)
+    both = {{"plain": [], "ours": []}}
+    for _ in range(int(sys.argv[2])):  # in turn, so that what else the machine does falls on both
+        both["plain"].append(measure(plain, path))
+        both["ours"].append(measure(globals()[load], path))
+    print(json.dumps({{how: [statistics.median(times), max(peaks), max(kept)] for how, runs in both.items()
+                      for times, peaks, kept in [zip(*runs)]}}))
 """
+ROOM = 300e6  # bytes that loading may take beyond what is kept
+
+# Every form that weights come in, under names that say nothing: what it is, how it is made, which loader of LOADING.
+FORMS = {
+    "v1": ("PuLID v1, converted", lambda made, path: made.make_pulid(path, "v1-converted"), "pulid"),
+    "eva": ("EVA02-CLIP, published pickle", lambda made, path: made.make_eva(path, "published"), "tower"),
+    "v1.bin": ("PuLID v1, published pickle", lambda made, path: made.make_pulid(path, "v1-published"), "pulid"),
+    "v1_1": ("PuLID v1.1", lambda made, path: made.make_pulid(path, "v1.1"), "pulid"),
+    "eva_timm": ("EVA02-CLIP, timm's safetensors", lambda made, path: made.make_eva(path, "timm"), "tower"),
+    "antelopev2": ("antelopev2, both networks", lambda made, path: make_antelopev2(path), "faces"),
+}
+QUICK_FORMS = ("v1", "eva")
 
 
-def loading(repeats: int) -> Iterator[Row]:
+def make_antelopev2(folder: Path) -> None:
+    """The detector's stand-in, and a recogniser as large as the real one: a hundred random convolutions in a row."""
+    import numpy as np
+    import onnx
+    import standin_faces
+    from onnx import TensorProto, helper, numpy_helper
+
+    folder.mkdir()
+    onnx.save(standin_faces.make_scrfd(), folder / "scrfd_10g_bnkps.onnx")
+    rng, channels = np.random.default_rng(0), 256
+    kernels = [(channels, 3, 3, 3), *[(channels, channels, 3, 3)] * 66, (512, channels, 14, 14)]  # 112 -> 14 -> 1 px
+    nodes, tensors = [], []
+    for index, shape in enumerate(kernels):
+        kernel = rng.standard_normal(shape, dtype=np.float32) * np.prod(shape[1:]) ** -0.5
+        tensors.append(numpy_helper.from_array(kernel.astype(np.float32), f"kernel{index}"))
+        source = f"layer{index - 1}" if index else "input"
+        stride = {"strides": [8, 8]} if index == 0 else {}
+        pads = {} if shape[-1] == 14 else {"pads": [1] * 4}
+        nodes.append(helper.make_node("Conv", [source, f"kernel{index}"], [f"layer{index}"], **stride, **pads))
+    last = f"layer{len(kernels) - 1}"
+    nodes.append(helper.make_node("Flatten", [last], ["embedding"]))
+    value = helper.make_tensor_value_info
+    ends = [value("input", TensorProto.FLOAT, ["n", 3, 112, 112])], [value("embedding", TensorProto.FLOAT, ["n", 512])]
+    graph = helper.make_graph(nodes, "recogniser", *ends, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, folder / "glintr100.onnx")
+
+
+def loading(repeats: int, forms: Iterable[str] = tuple(FORMS)) -> Iterator[Row]:
     """Time and peak memory of loading real-size stand-ins, over reading the same bytes; files in the page cache."""
     import standins
 
-    with tempfile.TemporaryDirectory() as folder:
-        pulid, tower = Path(folder, "pulid.safetensors"), Path(folder, "eva.pt")
-        standins.make_pulid(pulid, layout="v1-converted")
-        standins.make_eva(tower, layout="published")
-        script = LOADING.format(tools=str(Path(__file__).parent))
-        measured = {"ours": [], "plain": []}
-        for _ in range(repeats):
-            for how, values in measured.items():
-                command = [sys.executable, "-c", script, str(pulid), str(tower), how]
-                printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-                values.append([float(value) for value in printed])
-    (time_ours, peak_ours), (time_plain, peak_plain) = (
-        [statistics.median(column) for column in zip(*values, strict=True)] for values in measured.values()
-    )
-    yield Row("load PuLID and the vision tower, over reading the bytes", time_ours, time_plain, "s", 1.5)
-    yield Row("  peak memory of it", peak_ours / 1e6, peak_plain / 1e6, "MB")
+    script = LOADING.format(tools=str(Path(__file__).parent))
+    for form in forms:  # one at a time: they take a gigabyte each
+        title, make, load = FORMS[form]
+        with tempfile.TemporaryDirectory() as folder:
+            make(standins, Path(folder, form))
+            command = [sys.executable, "-c", script, folder, str(repeats), json.dumps({form: load})]
+            measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        (seconds, peak, kept), (plain_seconds, _, _) = measured["ours"], measured["plain"]
+        yield Row(f"load {title}: over reading its bytes", seconds, plain_seconds, "s", 1.5)
+        yield Row("  peak memory, over what is kept and 300 MB", peak / 1e6, (kept + ROOM) / 1e6, "MB", 1.0)
 
 
 def encoding(comfyui: str, photographs: int, many: int) -> Iterator[Row]:
@@ -356,7 +418,7 @@ def main() -> int:
         rows = show(counts())
     parts: list[Callable[[], Iterator[Row]]] = []
     if Path("/proc/self/status").exists():  # where peak memory can be read
-        parts.append(lambda: loading(1 if arguments.quick else 3))
+        parts.append(lambda: loading(7, QUICK_FORMS if arguments.quick else FORMS))
     if arguments.comfyui:
         import comfy_host
 

@@ -1,0 +1,78 @@
+"""What of the catalogue is there: where, whether it is whole, and what is still to be fetched."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .catalogue import ANTELOPEV2_ZIP, CATALOGUE, NEEDS, RESEARCH_ONLY, WeightFile
+from .files import ANTELOPEV2_FILES, ModelFolders, fault_of, shown
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the catalogue, where it lies, and what is wrong with it as far as that was looked at."""
+
+    file: WeightFile
+    path: Path | None
+    fault: str | None
+    hashed: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.path is not None and self.fault is None
+
+    @property
+    def verdict(self) -> str:
+        if self.path is None:
+            return "not here"
+        if self.fault:
+            return f"ALTERED: {self.fault}"
+        if self.hashed and self.file.sha256:
+            return "hash right"
+        return "size right" if self.file.size else "nothing to check by"
+
+
+def inventory(folders: ModelFolders, progress: Callable[[WeightFile, int], None] | None = None) -> list[Entry]:
+    """An entry for every file. With `progress`, which hears the bytes read, hashes are compared; else sizes alone."""
+    return [_entry(file, folders.locate(file), progress) for file in CATALOGUE]
+
+
+def lacking(entries: Iterable[Entry]) -> list[WeightFile]:
+    """What has to be fetched before the loader can run."""
+    whole = {entry.file for entry in entries if entry.whole}
+    if ANTELOPEV2_ZIP in whole:
+        whole |= set(ANTELOPEV2_FILES)
+    return [need.files[0] for need in NEEDS if not whole.intersection(need.files)]
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """One paragraph for each file: what it is, where it lies or comes from, and whether it is whole."""
+    inputs = {file: f"PuLID_Loader: {need.input}" for need in NEEDS for file in need.files}
+    rows = [("file", "size", "state", "needed by", "licence")]
+    for entry in entries:
+        size = entry.path.stat().st_size if entry.path else entry.file.size
+        size_words = f"{size / 1e6:.0f} MB" if size else ""
+        needed = inputs.get(entry.file, "in place of the two above it")
+        rows.append((entry.file.name, size_words, entry.verdict.partition(":")[0], needed, entry.file.licence))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for number, entry in enumerate(entries, start=1):
+        lines[number] += f"\n    {shown(entry.path) if entry.path else entry.file.url}"
+        if entry.fault:
+            lines[number] += f"\n    {entry.fault}: delete it, or let --download replace it"
+    return "\n".join(lines)
+
+
+def asks_consent(file: WeightFile) -> bool:
+    """Whether its licence forbids what somebody may want to do with it."""
+    return file.licence == RESEARCH_ONLY
+
+
+def _entry(file: WeightFile, path: Path | None, progress: Callable[[WeightFile, int], None] | None) -> Entry:
+    if path is None:
+        return Entry(file, None, None, False)
+    if progress is None:
+        size = path.stat().st_size
+        fault = f"{size} bytes instead of {file.size}" if file.size not in (None, size) else None
+        return Entry(file, path, fault, False)
+    return Entry(file, path, fault_of(file, path, lambda done: progress(file, done)), True)

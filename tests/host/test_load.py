@@ -1,0 +1,305 @@
+"""The loader: what it offers, fetches, shows and says, on a ComfyUI whose folders are the test's own."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+
+import comfy_host
+
+comfy_host.enter(os.environ["COMFYUI"])
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from file_server import serving, slowly
+from parts import gather
+from pulid_sdxl.models import catalogue, download, files
+from pulid_sdxl.nodes import host, load
+from pulid_sdxl.nodes.load import PulidLoader
+from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, MissingWeights
+
+MODEL_FOLDERS = ("pulid", "facexlib", "insightface", "eva_clip", "clip_vision", "text_encoders")
+TOOLS = Path(load.__file__).parents[1] / "tools"
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch):
+    """ComfyUI's `models` is an empty folder of the test's, and so is the home of other programs."""
+    found = {name: ([str(tmp_path / name)], folder_paths.supported_pt_extensions) for name in MODEL_FOLDERS[4:]}
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", found)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(host, "other_programs", lambda environment, home: ())
+    host.register_folders()
+    return tmp_path
+
+
+# ---- Folders ----
+
+
+def test_every_folder_of_the_catalogue_is_known_to_comfyui(models):
+    folders = host.model_folders()
+    for file in catalogue.CATALOGUE:
+        assert folders.of(file)
+        assert folders.destination(file).is_relative_to(models)
+
+
+def test_what_a_yaml_or_another_pack_registered_stays_first_and_as_it_was(models):
+    folder_paths.folder_names_and_paths["pulid"] = (["/big disk/pulid"], {".safetensors"})
+    folder_paths.folder_names_and_paths["insightface"] = (["/other pack/insightface"], set())
+
+    host.register_folders()
+
+    assert folder_paths.folder_names_and_paths["pulid"] == (
+        ["/big disk/pulid", str(models / "pulid")],
+        {".safetensors"},
+    )
+    paths, extensions = folder_paths.folder_names_and_paths["insightface"]
+    assert paths == ["/other pack/insightface", str(models / "insightface")]
+    assert extensions == {".onnx"}
+
+
+def test_registering_twice_changes_nothing():
+    before = {name: (list(paths), set(more)) for name, (paths, more) in folder_paths.folder_names_and_paths.items()}
+    host.register_folders()
+    after = {name: (list(paths), set(more)) for name, (paths, more) in folder_paths.folder_names_and_paths.items()}
+    assert after == before
+
+
+def test_a_tower_of_any_name_can_be_chosen_and_text_encoders_are_left_out(models):
+    for place in ("clip_vision/renamed.safetensors", "clip_vision/my_EVA.pt", "text_encoders/t5.safetensors"):
+        (models / place).parent.mkdir(exist_ok=True)
+        (models / place).touch()
+
+    options = {entry.id: entry for entry in PulidLoader.define_schema().inputs}["eva_clip"].options
+
+    assert options == ["my_EVA.pt", "renamed.safetensors", *(file.name for file in catalogue.choices("eva_clip"))]
+
+
+def test_stopping_is_the_default_and_comes_first():
+    entry = {entry.id: entry for entry in PulidLoader.define_schema().inputs}["missing_files"]
+    assert entry.options == ["stop", "download"]
+    assert entry.default == "stop"
+    assert catalogue.RESEARCH_ONLY in entry.tooltip
+
+
+# ---- Downloading from the graph ----
+
+SMALL = {need.files[0]: need.files[0].name.encode() * 200_000 for need in catalogue.NEEDS}
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """The catalogue with small files, served by this machine; yields the server."""
+
+    def content_of(handler):
+        name = handler.path.rpartition("/")[2]
+        handler.server.content = next(content for file, content in SMALL.items() if file.name == name)
+        slowly(pieces=2, seconds=0)(handler)
+
+    with serving(b"", *[content_of] * 50) as server:
+        made = {}
+        for file, content in SMALL.items():
+            made[file] = replace(
+                file,
+                address=f"{server.url}/{file.name}",
+                size=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+            )
+        needs = tuple(
+            replace(need, files=tuple(made.get(file, file) for file in need.files)) for need in catalogue.NEEDS
+        )
+        monkeypatch.setattr(catalogue, "NEEDS", needs)
+        antelope = tuple(made[file] for file in files.ANTELOPEV2_FILES)
+        monkeypatch.setattr(files, "ANTELOPEV2_FILES", antelope)
+        monkeypatch.setattr(load, "ANTELOPEV2_FILES", antelope)
+        local = download.Connection(loopback=True)
+        monkeypatch.setattr(load, "fetch", lambda *arguments: download.fetch(*arguments, connection=local))
+        yield server
+
+
+def run(missing_files, pulid_file=catalogue.V1_1.name, eva_clip=catalogue.EVA_CLIP.name):
+    return PulidLoader.execute(pulid_file, eva_clip, "antelopev2", "auto", missing_files)
+
+
+def fetched(server):
+    return [path[1:] for path, _ in server.requests]
+
+
+def test_nothing_is_fetched_unless_asked_for(models, published):
+    with pytest.raises(MissingWeights, match=r"pulid_v1\.1\.safetensors .*was not found"):
+        run("stop")
+    assert published.requests == []
+    assert not list(models.rglob("*.*"))
+
+
+def test_everything_missing_is_fetched_into_comfyuis_folders(models, published):
+    with pytest.raises(DamagedWeights, match=r"pulid_v1\.1\.safetensors"):  # made-up contents are no weights
+        run("download")
+
+    assert sorted(fetched(published)) == sorted(file.name for file in SMALL)
+    for file, content in SMALL.items():
+        assert (models / file.place).read_bytes() == content
+    assert not list(models.rglob("*.part")) and not list(models.rglob("*.lock"))
+
+
+def test_what_is_there_is_not_fetched_again(models, published):
+    for file in list(SMALL)[1:]:
+        (models / file.place).parent.mkdir(parents=True, exist_ok=True)
+        (models / file.place).write_bytes(b"the user's own")
+
+    assert load._fetch_missing(catalogue.V1_1.name, catalogue.EVA_CLIP.name, host.model_folders()) == [
+        "Downloaded pulid_v1.1.safetensors. Licence: Apache-2.0."
+    ]
+    assert fetched(published) == ["pulid_v1.1.safetensors"]
+
+
+def test_the_zip_of_antelopev2_spares_its_download(models, published):
+    (models / "insightface" / "models").mkdir(parents=True)
+    (models / "insightface" / "models" / "antelopev2.zip").touch()
+
+    load._fetch_missing("mine.safetensors", "mine.pt", host.model_folders())
+
+    assert not [name for name in fetched(published) if name.endswith(".onnx")]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["https://evil.example/pulid.safetensors", "glintr100.onnx", "antelopev2.zip", "sub/pulid_v1.1.safetensors",
+     "../pulid_v1.1.safetensors"],
+)  # fmt: skip
+def test_no_name_in_a_workflow_becomes_an_address(models, published, name):
+    load._fetch_missing(name, name, host.model_folders())
+
+    assert set(fetched(published)) == {file.name for file in list(SMALL)[2:]}  # the face networks, which nobody names
+
+
+def test_the_bar_of_the_node_moves_and_ends_full(published, monkeypatch):
+    seen = []
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
+
+    load._fetch_missing(catalogue.V1_1.name, "mine.pt", host.model_folders())
+
+    size = len(SMALL[catalogue.V1_1])
+    assert (size, size) in seen
+    assert all(value <= total for value, total in seen)
+
+
+def test_the_user_can_interrupt(models, published):
+    comfy.model_management.interrupt_current_processing(True)
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        run("download")
+
+    assert not list(models.rglob("pulid_v1.1.safetensors"))
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_each_licence_is_told_on_the_node(published, monkeypatch):
+    said = []
+    monkeypatch.setattr(host, "say", said.append)
+
+    notes = load._fetch_missing(catalogue.V1_1.name, catalogue.EVA_CLIP.name, host.model_folders())
+
+    assert len(notes) == len(said) == 6
+    assert "Downloading glintr100.onnx (non-commercial research only)" in said
+    assert "Downloaded glintr100.onnx. Licence: non-commercial research only." in notes
+
+
+def test_a_download_that_fails_says_what_else_is_wrong(models, published, monkeypatch):
+    published.content = b""
+    published.plan[:] = [lambda handler: handler.head(404)]
+
+    with pytest.raises(DownloadError) as caught:
+        run("download")
+
+    message = str(caught.value)
+    assert message.startswith("pulid_v1.1.safetensors could not be fetched. 127.0.0.1 has no such file (HTTP 404)")
+    assert "run.py" in message and message.rstrip().endswith("doctor")
+    assert "torch" in message and "onnxruntime" in message
+
+
+def test_a_missing_file_comes_with_the_doctors_words(models):
+    with pytest.raises(MissingWeights) as caught:
+        run("stop")
+    message = str(caught.value)
+    assert message.startswith("pulid_v1.1.safetensors (PuLID v1.1")
+    assert "not here, or not whole: pulid/pulid_v1.1.safetensors, clip_vision/EVA02_CLIP_L_336_psz14_s6B.pt" in message
+
+
+def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(models, comfyui):
+    renamed = {catalogue.V1_1.name: "a.bin", catalogue.EVA_CLIP.name: "b.safetensors"}
+    for part in gather(None, None, comfyui):
+        place = models / part.place
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.with_name(renamed.get(place.name, place.name)).symlink_to(part.source)
+
+    output = run("download", "a.bin", "b.safetensors")  # nothing is missing
+
+    assert output.result[0].version == "v1.1"
+    assert output.ui["text"] == [
+        "PuLID v1.1, a.bin.",
+        "InsightFace's antelopev2 (non-commercial research only) runs on CPU.",
+    ]
+
+
+# ---- Packages that are missing or broken ----
+
+BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"  # more ways are in tests/test_doctor.py
+
+LIST_AND_LOAD = """
+import asyncio, sys
+sys.path[:0] = [sys.argv[1], sys.argv[2]]  # broken packages, tools
+import comfy_host
+comfy_host.enter(sys.argv[3])
+import pulid_sdxl
+extension = asyncio.run(pulid_sdxl.comfy_entrypoint())
+nodes = asyncio.run(extension.get_node_list())
+print([node.define_schema().node_id for node in nodes])
+from pulid_sdxl.models.providers import available_providers
+try:
+    available_providers()
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_broken_packages_never_keep_the_pack_from_loading_and_are_named_when_needed(comfyui, tmp_path):
+    for package in ("insightface", "facexlib", "onnxruntime", "cv2"):
+        (tmp_path / "broken" / package).mkdir(parents=True)
+        (tmp_path / "broken" / package / "__init__.py").write_text(BROKEN)
+
+    command = [sys.executable, "-c", LIST_AND_LOAD, tmp_path / "broken", TOOLS, comfyui]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "PuLID_Loader" in done.stdout and "PuLID_Encode" in done.stdout
+    assert (
+        "MissingPackage The Python package 'onnxruntime' is installed, but cannot be imported (OSError: libcu"
+        in done.stdout
+    )
+    assert f'"{sys.executable}" -m pip install --upgrade --force-reinstall --no-deps onnxruntime' in done.stdout
+
+
+# ---- Providers ----
+
+
+def test_what_is_really_used_is_on_the_node():
+    assert load._on_provider(["CPUExecutionProvider"]) == [
+        "InsightFace's antelopev2 (non-commercial research only) runs on CPU."
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")  # where this onnxruntime does not even offer it
+def test_a_provider_that_does_not_load_is_told_with_its_reason():
+    lines = load._on_provider(["CUDAExecutionProvider", "CPUExecutionProvider"])
+    assert lines[0].endswith("runs on CPU.")
+    assert "CUDAExecutionProvider was asked for, but could not be loaded: " in lines[1]
