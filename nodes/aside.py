@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from comfy.model_management import InterruptProcessingException, processing_interrupted
 from comfy_execution.progress import get_progress_state
-from server import PromptServer
 
 from ..models.hosted.service import STEPS, Progress
 from ..pulid.errors import Interrupted
+from . import host
 
 LOOK_SECONDS = 0.2  # between two looks at the thread's progress
 GRACE_SECONDS = 0.2  # that an interrupted node waits for its thread, which then goes on alone to call things off
@@ -86,6 +86,6 @@ class _Shown:
         progress = self._newest
         if progress is not None and progress != self._seen:
             self._seen = progress
-            PromptServer.instance.send_progress_text(progress.words, self.node_id, PromptServer.instance.client_id)
+            host.say(progress.words, self.node_id)
             # Not comfy.utils.ProgressBar, which clears the interrupt while it looks at it.
             get_progress_state().update_progress(self.node_id, progress.step, STEPS)

@@ -60,12 +60,12 @@ def model_folders() -> ModelFolders:
     return ModelFolders({name: folders(name) for name in names}, other_programs(os.environ, Path.home()))
 
 
-def say(text: str) -> None:
-    """Show a text on the node that runs, at once."""
+def say(text: str, node_id: str | None = None) -> None:
+    """Show a text at once, on the node with that id or else on the one that runs, to whoever queued it."""
     server_type = getattr(sys.modules.get("server"), "PromptServer", None)  # there while the server runs, else not
     server = getattr(server_type, "instance", None)
-    if server is not None and server.last_node_id is not None:
-        server.send_progress_text(text, server.last_node_id)
+    if server is not None and (node_id := node_id or server.last_node_id) is not None:
+        server.send_progress_text(text, node_id, server.client_id)
 
 
 def file_names(*names: str) -> list[str]:

@@ -21,6 +21,9 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
 NOT_NEEDED = {"torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}  # left out of .venv, see run.py
 
+# What ComfyUI imports without asking for it: 0.3.64 got it from the huggingface-hub of its day.
+UNASKED = ["requests"]
+
 
 def comfyui() -> Path | None:
     given = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)[-1]
@@ -86,7 +89,7 @@ class Environment:
 def environment(tmp_path_factory):
     made = Environment(tmp_path_factory.mktemp("clean") / "venv")
     lines = (line.split("#")[0].strip() for line in (HOST / "requirements.txt").read_text("utf-8").splitlines())
-    for name in closure([line for line in lines if line]):
+    for name in closure([*(line for line in lines if line), *UNASKED]):
         link(name, made.site)
     return made
 

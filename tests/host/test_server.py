@@ -1,5 +1,6 @@
 """The pack as ComfyUI's own server loads and runs it, in a process of its own, driven as a browser drives it."""
 
+import compileall
 import io
 import itertools
 import json
@@ -94,6 +95,8 @@ def server(comfyui, fal, tmp_path_factory):
     probe = base / "custom_nodes" / "probe"
     probe.mkdir()
     (probe / "__init__.py").write_text(PROBE)
+    for package in ("nodes", "models", "pulid"):  # Python's first start compiles; what counts is every other
+        compileall.compile_dir(WORKFLOWS[0].parents[1] / package, quiet=1)
     with ComfyServer(comfyui, base, ("--cpu",), fal.environment) as server:
         yield server
 
