@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights
+from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError
 from ..pulid.faces import Face, Photo, faces_of
 from ..pulid.packages import import_package
 from .catalogue import GLINTR100, SCRFD
@@ -128,6 +128,18 @@ class InsightFaceAnalyzer:
         bisenet = import_package("facexlib.parsing.bisenet")
         network = load_torch(self._bisenet_file, lambda: bisenet.BiSeNet(FACE_PARTS))
         return network, self._manage(network)
+
+
+class AbsentAnalyzer:
+    """Stands where the face networks would be, and says what they lack as soon as one is asked for."""
+
+    source = ("no face networks",)
+
+    def __init__(self, error: PulidError):
+        self._error = error
+
+    def __getattr__(self, name: str):
+        raise self._error
 
 
 def load_onnx(file: Path, task: str, providers: list[str]):

@@ -1,5 +1,7 @@
 """The node that loads PuLID, and fetches what is not there if it is told to."""
 
+from pathlib import Path
+
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from comfy_api.latest import io
@@ -8,11 +10,12 @@ from ..models import catalogue
 from ..models.checkpoints import check_file, load_pulid, load_vision_tower
 from ..models.doctor import advice
 from ..models.download import fetch
-from ..models.face_analysis import InsightFaceAnalyzer
+from ..models.face_analysis import AbsentAnalyzer, InsightFaceAnalyzer
 from ..models.files import ANTELOPEV2_FILES, ModelFolders, find, find_antelopev2, state_of
 from ..models.providers import PROVIDERS, available_providers, provider_in_use
-from ..pulid.errors import ForeignWeights, MissingPackage, WeightsError
+from ..pulid.errors import ForeignWeights, MissingPackage, MissingWeights, WeightsError
 from ..pulid.eva import EvaConfig
+from ..pulid.faces import FaceAnalyzer
 from . import host
 from .sockets import Pulid, PulidSocket
 
@@ -81,6 +84,14 @@ class PulidLoader(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        # Once the face networks are there, what was loaded without them is loaded again.
+        try:
+            return str(_face_files(host.model_folders()))
+        except WeightsError as error:
+            return str(error)
+
+    @classmethod
     def execute(cls, pulid_file, eva_clip, face_analysis, provider, missing_files):
         folders = host.model_folders()
         try:
@@ -129,14 +140,7 @@ def _load(pulid_file: str, eva_clip: str, provider: str, folders: ModelFolders) 
     """What the node gives, and what it says of it."""
     pulid_path = find(pulid_file, folders.of(catalogue.V1_1), folders.elsewhere)
     tower_path = find(eva_clip, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
-    providers = available_providers(provider)
-    analyzer = InsightFaceAnalyzer(
-        find_antelopev2(folders.of(catalogue.SCRFD), folders.elsewhere),
-        find(catalogue.RETINAFACE, folders.of(catalogue.RETINAFACE), folders.elsewhere),
-        find(catalogue.BISENET, folders.of(catalogue.BISENET), folders.elsewhere),
-        providers,
-        host.manage,
-    )
+    analyzer, about_faces = _face_analyzer(provider, folders)
     checkpoint = load_pulid(pulid_path, host.OPERATIONS)
     tower = load_vision_tower(tower_path, host.OPERATIONS)
     if tower.config != EvaConfig():
@@ -153,7 +157,26 @@ def _load(pulid_file: str, eva_clip: str, provider: str, folders: ModelFolders) 
         analyzer=analyzer,
         source=(state_of(pulid_path), state_of(tower_path), analyzer.source),
     )
-    return pulid, [f"PuLID {checkpoint.version}, {pulid_path.name}.", *_on_provider(providers)]
+    return pulid, [f"PuLID {checkpoint.version}, {pulid_path.name}.", *about_faces]
+
+
+def _face_analyzer(provider: str, folders: ModelFolders) -> tuple[FaceAnalyzer, list[str]]:
+    """The face networks, and what the node says of them. Saved identities need none, so that they may be missing."""
+    try:
+        providers = available_providers(provider)
+        return InsightFaceAnalyzer(*_face_files(folders), providers, host.manage), _on_provider(providers)
+    except (MissingWeights, MissingPackage) as error:
+        why = type(error)(f"{error}\n\n{advice(folders)}")
+        return AbsentAnalyzer(why), [f"Only saved identities can be used, no photographs. {error}"]
+
+
+def _face_files(folders: ModelFolders) -> tuple[Path, Path, Path]:
+    """antelopev2's folder, RetinaFace and BiSeNet."""
+    return (
+        find_antelopev2(folders.of(catalogue.SCRFD), folders.elsewhere),
+        find(catalogue.RETINAFACE, folders.of(catalogue.RETINAFACE), folders.elsewhere),
+        find(catalogue.BISENET, folders.of(catalogue.BISENET), folders.elsewhere),
+    )
 
 
 def _on_provider(providers: list[str]) -> list[str]:

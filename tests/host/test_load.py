@@ -19,10 +19,12 @@ comfy_host.enter(os.environ["COMFYUI"])
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from file_server import serving, slowly
 from parts import gather
 from pulid_sdxl.models import catalogue, download, files
 from pulid_sdxl.nodes import host, load
+from pulid_sdxl.nodes.identity import PulidEncode
 from pulid_sdxl.nodes.load import PulidLoader
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, MissingWeights
 
@@ -249,6 +251,38 @@ def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(model
         "PuLID v1.1, a.bin.",
         "InsightFace's antelopev2 (non-commercial research only) runs on CPU.",
     ]
+
+
+def without_face_files(models, comfyui):
+    for part in gather(None, None, comfyui):
+        if not part.place.startswith(("insightface", "facexlib")):
+            place = models / part.place
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(part.source)
+
+
+def test_without_face_networks_saved_identities_work_and_photographs_are_refused_in_words(models, comfyui):
+    without_face_files(models, comfyui)
+
+    output = run("stop")
+
+    pulid = output.result[0]
+    assert pulid.version == "v1.1"
+    assert output.ui["text"][1].startswith("Only saved identities can be used, no photographs. Expected scrfd_10g")
+    with pytest.raises(MissingWeights, match=r"(?s)scrfd_10g_bnkps.onnx.*non-commercial.*doctor"):
+        PulidEncode.execute(pulid, torch.rand(1, 64, 64, 3), "largest", 0, "one person", False, "stop")
+
+
+def test_face_networks_that_arrive_later_make_the_loader_run_again(models, comfyui):
+    without_face_files(models, comfyui)
+    before = PulidLoader.fingerprint_inputs()
+    for part in gather(None, None, comfyui):
+        place = models / part.place
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(part.source)
+    after = PulidLoader.fingerprint_inputs()
+    assert before != after == PulidLoader.fingerprint_inputs()
 
 
 # ---- Packages that are missing or broken ----
