@@ -105,7 +105,7 @@ class Encoded:
 
 def encode(pulid: Pulid, taken: list[Photograph], choice: Choice, photos: Photos, id_mix: bool, skip: bool) -> Encoded:
     """Looks at each photograph and makes the identity of what was seen."""
-    progress, used, drawn, notes = ProgressBar(len(taken)), [], [], []
+    progress, used, drawn, notes, faceless = ProgressBar(len(taken)), [], [], [], []
     looks = look(pulid, taken, choice, KEPT, throw_exception_if_processing_interrupted)
     for number, (photograph, seen) in enumerate(zip(taken, looks, strict=True), start=1):
         name = f"Photograph {number} of {len(taken)}"
@@ -114,12 +114,13 @@ def encode(pulid: Pulid, taken: list[Photograph], choice: Choice, photos: Photos
             used.append(seen)
             sight = seen.sight
             notes.append(f"{name}: face {sight.index} of {len(sight.faces)}, {choice.order}; {sight.how}.")
-        elif skip:
-            notes.append(f"{name}: skipped. {seen}")
         else:
-            raise NoFaceError(f"{name}: {seen}")
+            notes.append(f"{name}: skipped. {seen}")
+            faceless.append(f"{name}: {seen}")
         drawn.append(draw_faces(read_photo(photograph.pixels), sight))
         progress.update(1)
+    if faceless and not skip:
+        raise NoFaceError("\n".join(faceless))
     if not used:
         raise NoFaceError("\n".join(("No photograph was left.", *notes)))
     identity = pulid.identify([one.reading for one in used], photos, id_mix)

@@ -119,10 +119,14 @@ def test_a_mask_chooses_the_face_it_covers():
         encode(photograph((40, 60)), mask=mask)
 
 
-def test_no_face_stops_with_the_photographs_number():
-    batch = torch.cat((photograph((100, 100)), photograph()))
-    with pytest.raises(NoFaceError, match=r"Photograph 2 of 2: No face found"):
+def test_no_face_stops_and_names_every_photograph_without_one():
+    batch = torch.cat((photograph((100, 100)), photograph(), photograph((90, 90)), photograph()))
+    with pytest.raises(NoFaceError) as caught:
         encode(batch)
+    assert [line[:36] for line in str(caught.value).splitlines()] == [
+        "Photograph 2 of 4: No face found in ",
+        "Photograph 4 of 4: No face found in ",
+    ]
 
 
 def test_no_face_can_be_skipped_and_is_said():
