@@ -55,7 +55,7 @@ class Pulid:
     encoder: object
     projections: object
     analyzer: FaceAnalyzer
-    source: Hashable
+    source: Hashable = field(default_factory=object)  # equal to no other
     _noisy: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
     _projected: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
 
