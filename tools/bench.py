@@ -424,7 +424,7 @@ def main() -> int:
 
         comfy_host.enter(arguments.comfyui)  # after counting: it changes what torch makes of attention
         parts += [
-            lambda: encoding(1 if arguments.quick else 5),
+            lambda: encoding(arguments.comfyui, *((3, 0) if arguments.quick else (6, 50))),
             *(lambda size=size: steps(*size) for size in sizes),
             lambda: slider(FULL),
         ]
