@@ -406,7 +406,7 @@ def show(rows: Iterator[Row]) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="needed for the times of steps, of encoding and of a slider")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; within two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; within three minutes")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     arguments = parser.parse_args()
     sizes = [(FIFTH, 256, 3), (FULL, 256, 1)]

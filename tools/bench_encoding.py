@@ -72,10 +72,16 @@ def ours(folder: Path, comfyui: str) -> Encode:
     return lambda photo: encode(pulid, photo[None])
 
 
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention as EVA-CLIP is published, where xformers is not installed."""
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
 def published(folder: Path, comfyui: str) -> Encode:
-    """As the authors and the packs after them publish it: the same networks in float32, three of facexlib's built
-    again for each call, and the encoder run twice.
+    """As the authors and the packs after them publish it: the same networks in float32, attention written out, three
+    of facexlib's networks built again for each call, and the encoder run twice.
     """
+    torch.nn.functional.scaled_dot_product_attention = written_out
     from facexlib.parsing import init_parsing_model
     from facexlib.utils.face_restoration_helper import FaceRestoreHelper
     from insightface.app import FaceAnalysis
