@@ -9,18 +9,21 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..pulid.encoders import ARCFACE_WIDTH
 from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError
 from ..pulid.faces import Face, Photo, faces_of
-from ..pulid.packages import import_package
+from ..pulid.packages import describe, import_package
 from .catalogue import GLINTR100, SCRFD
 from .files import state_of
+from .onnx_graph import graph_alone
 from .providers import PROVIDERS
 from .reading import read_tensors
 
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
 FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # BGR, what RetinaFace was trained with
+ARCFACE_SIZE = 112  # px a side
+FIRST_THAT_MAPS = (1, 21)  # ONNX Runtime
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -149,12 +154,17 @@ def load_onnx(file: Path, task: str, providers: list[str]):
     zoo = import_package("insightface.model_zoo")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: SCRFD's file declares shapes for 640 px and warns at every other size
+    open_model = open_mapped if task == "recognition" and can_map(onnxruntime, providers) else open_whole
     try:
-        # One session serves all sizes; InsightFace 2 would otherwise build and keep one for each. Version 1 ignores
-        # this and the options.
-        model = zoo.get_model(str(file), providers=providers, sess_options=options, static_shape_sessions=False)
-    except (bindings.InvalidProtobuf, bindings.InvalidGraph, bindings.InvalidArgument) as error:
+        model = open_model(zoo, file, options, providers)
+    except (bindings.InvalidProtobuf, bindings.InvalidGraph, bindings.InvalidArgument, ValueError) as error:
         raise DamagedWeights(f"{file.name} in {file.parent} is not a whole ONNX file. Get it again.") from error
+    except (bindings.Fail, bindings.RuntimeException, bindings.NotImplemented, bindings.EPFail) as error:
+        words = describe(error)
+        raise DamagedWeights(
+            f"ONNX Runtime could not open {file.name} in {file.parent} ({words}). If that names no trouble of the "
+            "device, get the file again."
+        ) from error
     if model is None or model.taskname != task:
         found = "another network" if model is None else f"a network for {model.taskname}"
         raise ForeignWeights(
@@ -162,6 +172,36 @@ def load_onnx(file: Path, task: str, providers: list[str]):
         )
     log.info("%s runs on %s", file.name, model.session.get_providers()[0])
     return model
+
+
+def open_whole(zoo: ModuleType, file: Path, options, providers: list[str]):
+    """InsightFace's own way: ONNX Runtime reads the file and lays the weights out for this machine."""
+    # One session serves all sizes; InsightFace 2 would otherwise build and keep one for each. Version 1 ignores this
+    # and the options.
+    return zoo.get_model(str(file), providers=providers, sess_options=options, static_shape_sessions=False)
+
+
+def open_mapped(zoo: ModuleType, file: Path, options, providers: list[str]):
+    """The same for a recogniser, whose weights stay mapped from the file: a tenth of the time, a third of the memory.
+
+    None if it is no recogniser. A face takes 20 ms longer on the CPU, where ALL would lay the weights out anew.
+    """
+    file = file.resolve()  # ONNX Runtime follows no link out of the folder
+    if (graph := graph_alone(file)) is None:
+        return open_whole(zoo, file, options, providers)
+    options.graph_optimization_level = import_package("onnxruntime").GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+    session = zoo.model_zoo.PickableInferenceSession(graph, sess_options=options, providers=providers)
+    shapes = [end.shape[1:] for end in (*session.get_inputs(), *session.get_outputs())]
+    if shapes != [[3, ARCFACE_SIZE, ARCFACE_SIZE], [ARCFACE_WIDTH]]:
+        return None
+    return zoo.ArcFaceONNX(BytesIO(graph), session)  # it looks at the graph's first nodes for the range of its input
+
+
+def can_map(onnxruntime: ModuleType, providers: list[str]) -> bool:
+    """Whether this ONNX Runtime finds weights that lie outside a graph in memory, for providers known to take them."""
+    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
+    return version >= FIRST_THAT_MAPS and set(providers) <= {PROVIDERS["CPU"], PROVIDERS["CUDA"]}
 
 
 def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:

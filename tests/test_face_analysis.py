@@ -181,7 +181,12 @@ def test_faces_and_embeddings_are_insightfaces_own(group, analyzer, models):
     for face, other in zip(found, expected, strict=True):
         assert face.box == tuple(other.bbox.tolist()) and face.score == other.det_score
         assert np.array_equal(face.landmarks, other.kps)
-        assert np.array_equal(analyzer.recognise(group, face).numpy(), other.embedding)
+        assert as_insightface(analyzer.recognise(group, face), other.embedding)
+
+
+def as_insightface(ours, own):
+    """Equal but for the last digits: InsightFace lets ONNX Runtime lay the weights out, which orders sums anew."""
+    return np.abs(ours.numpy() - own).max() <= 2e-6 * np.abs(own).max()
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +243,7 @@ def test_a_crop_is_recognised_and_parsed_as_the_authors_do(seeing):
 
     recogniser = get_model(str(seeing / ANTELOPE / "glintr100.onnx"), providers=["CPUExecutionProvider"])
     aligned = np.ascontiguousarray((crop.pixels * 255).round().byte().permute(1, 2, 0).numpy()[..., ::-1])
-    assert np.array_equal(crop.arcface.numpy(), recogniser.get_feat(aligned)[0])
+    assert as_insightface(crop.arcface, recogniser.get_feat(aligned)[0])
 
     bisenet = BiSeNet(num_class=19).eval()
     bisenet.load_state_dict(make_bisenet())

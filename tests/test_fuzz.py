@@ -9,7 +9,7 @@ import fuzz
 import pytest
 
 SEED = 20240425
-CASES = {"checkpoints": 300, "zip": 500, "yaml": 400, "catalogue": 2000}
+CASES = {"checkpoints": 300, "zip": 500, "yaml": 400, "catalogue": 2000, "recogniser": 300}
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(),

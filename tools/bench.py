@@ -329,31 +329,13 @@ QUICK_FORMS = ("v1", "eva")
 
 
 def make_antelopev2(folder: Path) -> None:
-    """The detector's stand-in, and a recogniser as large as the real one: a hundred random convolutions in a row."""
-    import numpy as np
+    """The detector's stand-in, and the recogniser's real architecture at its real size."""
     import onnx
     import standin_faces
-    from onnx import TensorProto, helper, numpy_helper
 
     folder.mkdir()
     onnx.save(standin_faces.make_scrfd(), folder / "scrfd_10g_bnkps.onnx")
-    rng, channels = np.random.default_rng(0), 256
-    kernels = [(channels, 3, 3, 3), *[(channels, channels, 3, 3)] * 66, (512, channels, 14, 14)]  # 112 -> 14 -> 1 px
-    nodes, tensors = [], []
-    for index, shape in enumerate(kernels):
-        kernel = rng.standard_normal(shape, dtype=np.float32) * np.prod(shape[1:]) ** -0.5
-        tensors.append(numpy_helper.from_array(kernel.astype(np.float32), f"kernel{index}"))
-        source = f"layer{index - 1}" if index else "input"
-        stride = {"strides": [8, 8]} if index == 0 else {}
-        pads = {} if shape[-1] == 14 else {"pads": [1] * 4}
-        nodes.append(helper.make_node("Conv", [source, f"kernel{index}"], [f"layer{index}"], **stride, **pads))
-    last = f"layer{len(kernels) - 1}"
-    nodes.append(helper.make_node("Flatten", [last], ["embedding"]))
-    value = helper.make_tensor_value_info
-    ends = [value("input", TensorProto.FLOAT, ["n", 3, 112, 112])], [value("embedding", TensorProto.FLOAT, ["n", 512])]
-    graph = helper.make_graph(nodes, "recogniser", *ends, tensors)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
-    onnx.save(model, folder / "glintr100.onnx")
+    onnx.save(standin_faces.make_iresnet100(), folder / "glintr100.onnx")
 
 
 def loading(repeats: int, forms: Iterable[str] = tuple(FORMS)) -> Iterator[Row]:

@@ -27,7 +27,7 @@ from mount import mount
 from safetensors.torch import save
 
 mount()
-from pulid_sdxl.models import archive, catalogue, checkpoints, files, paths  # noqa: E402
+from pulid_sdxl.models import archive, catalogue, checkpoints, face_analysis, files, paths  # noqa: E402
 from pulid_sdxl.pulid.errors import PulidError  # noqa: E402
 
 ROOM = 200e6  # bytes beyond the file's size
@@ -291,6 +291,56 @@ def find_name(path: Path) -> None:
         raise AssertionError(name)
 
 
+# --- The recogniser --------------------------------------------------------------------------------------------------
+
+
+def sound_recognisers() -> list[bytes]:
+    import standin_faces
+
+    return [standin_faces.make_glintr100().SerializeToString()]
+
+
+def hostile_recognisers(trace: Path) -> dict[str, bytes]:
+    import onnx
+    import standin_faces
+
+    trace.with_name("secret").write_bytes(bytes(8 << 20))
+
+    def changed(change: Callable[[onnx.ModelProto, onnx.TensorProto], None]) -> bytes:
+        model = standin_faces.make_glintr100()
+        change(model, max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data)))
+        return model.SerializeToString()
+
+    def outside(location: str, offset: int, length: int) -> bytes:
+        def change(model: onnx.ModelProto, tensor: onnx.TensorProto) -> None:
+            tensor.ClearField("raw_data")
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in {"location": location, "offset": offset, "length": length}.items():
+                tensor.external_data.add(key=key, value=str(value))
+
+        return changed(change)
+
+    return {
+        "a longer shape": changed(lambda model, tensor: tensor.dims.__setitem__(0, tensor.dims[0] * 1000)),
+        "a shape beyond 64 bits": changed(lambda model, tensor: tensor.dims.extend([1 << 40, 1 << 40])),
+        "a negative shape": changed(lambda model, tensor: tensor.dims.__setitem__(0, -1)),
+        "another type": changed(lambda model, tensor: setattr(tensor, "data_type", onnx.TensorProto.STRING)),
+        "weights elsewhere": outside("../secret", 0, 4 * 64 * 7 * 7 * 512),
+        "weights beyond the end": outside("case.onnx", 1 << 40, 4 * 64 * 7 * 7 * 512),
+        "weights of a device": outside("/dev/zero", 0, 4 * 64 * 7 * 7 * 512),
+        "empty fields": b"\x3a\x00" * 5_000_000,
+        "an endless number": b"\x3a" + b"\xff" * 100_000,
+        "no weights, but names": b"\x3a" + b"\xff\xff\xff\x07" + b"\x2a\x02\x42\x00" * 4_194_303,
+    }
+
+
+def load_recogniser(path: Path) -> None:
+    named = path.with_suffix(".onnx")
+    named.unlink(missing_ok=True)
+    named.hardlink_to(path)
+    face_analysis.load_onnx(named, "recognition", ["CPUExecutionProvider"])
+
+
 Reader = tuple[Callable[[Path], None], Callable[[], list[bytes]], Callable[[Path], dict[str, bytes]]]
 READERS: dict[str, Reader] = {
     "checkpoints": (load_checkpoint, sound_checkpoints, hostile_checkpoints),
@@ -301,6 +351,7 @@ READERS: dict[str, Reader] = {
         lambda: [name.encode() for name in NAMES],
         lambda trace: {repr(name): name.encode() for name in NAMES},
     ),
+    "recogniser": (load_recogniser, sound_recognisers, hostile_recognisers),
 }
 
 

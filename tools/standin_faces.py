@@ -180,6 +180,38 @@ def make_glintr100() -> ModelProto:
     return graph.model("glintr100_standin", {"input": ("batch", 3, 112, 112)}, {"embedding": ("batch", EMBEDDING)})
 
 
+def make_iresnet100() -> ModelProto:
+    """The real recogniser's architecture, IResNet-100, with random weights: 65 million, 260 MB.
+
+    Source: ArcFace (arXiv 1801.07698) as InsightFace trains it, exported with convolutions and their norms as one.
+    """
+    rng = np.random.default_rng(SEED)
+    graph = Graph()
+
+    def convolve(values: str, narrow: int, wide: int, side: int, stride: int = 1) -> str:
+        kernel = rng.standard_normal((wide, narrow, side, side), dtype=np.float32) * (side**2 * narrow) ** -0.5
+        return graph.Conv(values, kernel, np.zeros(wide), strides=[stride] * 2, pads=[side // 2] * 4)
+
+    def norm(values: str, channels: int) -> str:
+        one, zero = np.ones(channels), np.zeros(channels)
+        return graph.BatchNormalization(values, one, zero, zero, one)
+
+    def bend(values: str, channels: int) -> str:
+        return graph.PRelu(values, np.full((channels, 1, 1), 0.25))
+
+    values, narrow = bend(convolve("input", 3, 64, 3), 64), 64
+    for wide, blocks in ((64, 3), (128, 13), (256, 30), (512, 3)):  # 112 -> 56 -> 28 -> 14 -> 7 px
+        for stride in (2, *[1] * (blocks - 1)):
+            inner = bend(convolve(norm(values, narrow), narrow, wide, 3), wide)
+            inner = convolve(inner, wide, wide, 3, stride)
+            values = graph.Add(inner, convolve(values, narrow, wide, 1, stride) if stride == 2 else values)
+            narrow = wide
+    matrix = rng.standard_normal((EMBEDDING, narrow * 7 * 7), dtype=np.float32) * (narrow * 7 * 7) ** -0.5
+    embedding = graph.Gemm(graph.Flatten(norm(values, narrow)), matrix, np.zeros(EMBEDDING), transB=1)
+    graph.rename(norm(embedding, EMBEDDING), "embedding")
+    return graph.model("iresnet100_standin", {"input": ("batch", 3, 112, 112)}, {"embedding": ("batch", EMBEDDING)})
+
+
 # ---- facexlib's networks ----
 
 
