@@ -123,7 +123,8 @@ def encode(pulid: Pulid, taken: list[Photograph], choice: Choice, photos: Photos
         raise NoFaceError("\n".join(faceless))
     if not used:
         raise NoFaceError("\n".join(("No photograph was left.", *notes)))
-    identity = pulid.identify([one.reading for one in used], photos, id_mix)
+    readings = [one.reading for one in used]
+    identity = pulid.identify(readings, photos, id_mix, throw_exception_if_processing_interrupted)
     identity = replace(identity, preview=torch.stack([one.small for one in used[:PREVIEWS]]))
     notes.append(
         f"{len(used)} of {len(taken)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens."

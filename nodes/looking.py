@@ -10,9 +10,10 @@ from ..pulid.errors import InputError, NoFaceError
 from ..pulid.faces import VISION_SIZE, Sight, find_face, grey_on_white, read_photo, shrink
 from ..pulid.identity import FaceCrop, thumbnails
 from .kept import Kept, digest
-from .sockets import Pulid, Reading
+from .sockets import Keep, Pulid, Reading
 
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
+WHOLE = 8  # photographs of which the hidden states are kept where the encoder reads all together: 12 MB each
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def look(
     Raises InputError, with the photograph's number, for one that cannot be used.
     """
     waiting: list[tuple[Hashable, Look | NoFaceError | tuple[Sight, FaceCrop]]] = []
+    keep = Keep.HIDDEN if choice.together else Keep.TOKENS
     for number, photograph in enumerate(taken, start=1):
         step()
         if (seen := kept.get(photograph.key)) is None:
@@ -86,15 +88,17 @@ def look(
                 raise InputError(f"Photograph {number} of {len(taken)}: {error}") from error
         waiting.append((photograph.key, seen))
         if sum(isinstance(one, tuple) for _, one in waiting) in (0, BATCH):
-            yield from _read(pulid, waiting, choice, kept)
+            yield from _read(pulid, waiting, keep, kept)
             waiting = []
-    yield from _read(pulid, waiting, choice, kept)
+            if choice.together and number >= WHOLE:
+                keep = Keep.FACE
+    yield from _read(pulid, waiting, keep, kept)
 
 
-def _read(pulid: Pulid, waiting: list, choice: Choice, kept: Kept) -> Iterator[Look | NoFaceError]:
+def _read(pulid: Pulid, waiting: list, keep: Keep, kept: Kept) -> Iterator[Look | NoFaceError]:
     """Sends the crops among these through the networks together; what is ready already passes by."""
     found = [one for _, one in waiting if isinstance(one, tuple)]
-    looks = iter(_looks(pulid, found, choice) if found else ())
+    looks = iter(_looks(pulid, found, keep) if found else ())
     for key, one in waiting:
         if isinstance(one, tuple):
             one = next(looks)
@@ -102,11 +106,11 @@ def _read(pulid: Pulid, waiting: list, choice: Choice, kept: Kept) -> Iterator[L
         yield one
 
 
-def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], choice: Choice) -> list[Look]:
+def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], keep: Keep) -> list[Look]:
     pixels = torch.stack([crop.pixels for _, crop in found])
-    faces = grey_on_white(pixels, pulid.analyzer.parse(pixels))
-    readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), choice.together)
-    seen = shrink(faces, VISION_SIZE).clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
+    faces = shrink(grey_on_white(pixels, pulid.analyzer.parse(pixels)), VISION_SIZE)
+    readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), keep)
+    seen = faces.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
     small = thumbnails(pixels)
     return [
         Look(sight, seen[row].clone(), small[row].clone(), reading)

@@ -1,7 +1,8 @@
 """The two socket types of this pack, and what travels through the first."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..pulid.attention import SiteKV
 from ..pulid.embed import Photos, face_vectors, identity_of, reads_together, uncond_tokens
+from ..pulid.encoders import STAGES
 from ..pulid.faces import FaceAnalyzer, to_vision_input
 from ..pulid.identity import IdEmbedding, Version
 from . import host
@@ -26,15 +28,25 @@ class Reading:
     tokens  (T, D)
     x       (1280,)
     hidden  5 x (577, 1024)
+    face    (1, 336, 336), in the place of the hidden states, to compute them again
     """
 
-    tokens: Tensor | None
+    tokens: Tensor | None = None
     x: Tensor | None = None
     hidden: tuple[Tensor, ...] = ()
+    face: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (self.tokens, self.x, *self.hidden) if tensor is not None]
+        return [tensor for tensor in (self.tokens, self.x, *self.hidden, self.face) if tensor is not None]
+
+
+class Keep(Enum):
+    """What a Reading keeps of a photograph."""
+
+    TOKENS = auto()  # what the encoder made of it alone
+    HIDDEN = auto()  # for the encoder to look at it together with others: 12 MB
+    FACE = auto()  # for the same, from the vision tower once more: 0.5 MB
 
 
 @dataclass(eq=False)
@@ -64,31 +76,53 @@ class Pulid:
         """The tokens of nobody (1, T, D); they depend on the weights alone."""
         return self._uncond_tokens()
 
-    def read(self, faces: Tensor, arcface: Tensor, together: bool) -> list[Reading]:
-        """Grey faces on white (P, 3, 512, 512) and their embeddings (P, 512) -> a Reading each, on the CPU.
-
-        together  the encoder will look at these and other photographs at once, in `identify`
-        """
+    def read(self, faces: Tensor, arcface: Tensor, keep: Keep) -> list[Reading]:
+        """Grey faces on white (P, 3, 336, 336) and their embeddings (P, 512) -> a Reading each, on the CPU."""
         device = host.load(self.tower, self.encoder)
         features = self.tower.model.features(to_vision_input(faces).to(device))
         x = face_vectors(arcface.to(device), features)
         # Copies of rows, so that one photograph that is kept does not keep those it was read with.
-        if not together:
-            return [Reading(tokens.clone()) for tokens in self.encoder.model(x, features.hidden).cpu()]
-        rows = zip(x.cpu(), *(stream.cpu() for stream in features.hidden), strict=True)
-        return [Reading(None, own.clone(), tuple(stream.clone() for stream in hidden)) for own, *hidden in rows]
+        match keep:
+            case Keep.TOKENS:
+                return [Reading(tokens.clone()) for tokens in self.encoder.model(x, features.hidden).cpu()]
+            case Keep.HIDDEN:
+                rows = zip(x.cpu(), *(stream.cpu() for stream in features.hidden), strict=True)
+                return [Reading(x=own.clone(), hidden=tuple(stream.clone() for stream in rest)) for own, *rest in rows]
+            case Keep.FACE:  # grey: its three channels are one
+                return [Reading(x=own.clone(), face=face[:1].clone()) for own, face in zip(x.cpu(), faces, strict=True)]
 
-    def identify(self, readings: Sequence[Reading], photos: Photos, id_mix: bool) -> IdEmbedding:
-        """What was read in each photograph -> ID tokens on the CPU."""
+    def identify(
+        self, readings: Sequence[Reading], photos: Photos, id_mix: bool, step: Callable[[], None] = lambda: None
+    ) -> IdEmbedding:
+        """What was read in each photograph -> ID tokens on the CPU. `step` is called between photographs."""
         if reads_together(self.version, photos):
-            device = host.load(self.encoder)
+            networks = (self.encoder,) if all(reading.hidden for reading in readings) else (self.tower, self.encoder)
+            device = host.load(*networks)
             x = torch.stack([reading.x for reading in readings]).unsqueeze(0).to(device)
-            # One stage at a time: those of many photographs would fill a device.
-            streams = zip(*(reading.hidden for reading in readings), strict=True)
-            tokens = self.encoder.model(x, (torch.cat(stream).unsqueeze(0).to(device) for stream in streams)).cpu()
+            tokens = self.encoder.model(x, self._stages(readings, device, step)).cpu()
         else:
             tokens = torch.stack([reading.tokens for reading in readings])
         return identity_of(tokens, self.zeros, self.version, self.fingerprint, photos, id_mix)
+
+    def _stages(self, readings: Sequence[Reading], device: torch.device, step: Callable[[], None]) -> Iterator[Tensor]:
+        """The hidden states of all photographs, (1, P * 577, 1024) on the CPU, one stage at a time.
+
+        Those that were not kept are computed again, all photographs going through the tower side by side.
+        """
+        tower = self.tower.model
+        streams = torch.empty(len(readings), tower.positions, tower.config.width)
+        for stage in range(STAGES):
+            for stream, reading in zip(streams, readings, strict=True):
+                step()
+                if reading.hidden:
+                    stream.copy_(reading.hidden[stage])
+                    continue
+                if stage == 0:
+                    x = tower.begin(to_vision_input(reading.face.expand(1, 3, -1, -1)).to(device))
+                else:
+                    x = stream.unsqueeze(0).to(device)
+                stream.copy_(tower.advance(x, stage)[0])
+            yield streams.flatten(0, 1).unsqueeze(0)
 
     def with_noise(self, identity: IdEmbedding, noise: float, seed: int) -> IdEmbedding:
         """The identity with the encoder's answer to noise, instead of zeros, in its negative branch."""
@@ -101,9 +135,8 @@ class Pulid:
         return kept[noise, seed]
 
     def _uncond_tokens(self, noise: float = 0.0, seed: int = 0) -> Tensor:
-        positions = self.tower.model.config.grid**2 + 1
         device = host.load(self.encoder)
-        return uncond_tokens(self.encoder.model, positions, device, noise, seed).cpu()
+        return uncond_tokens(self.encoder.model, self.tower.model.positions, device, noise, seed).cpu()
 
     def project(self, identity: IdEmbedding, device: torch.device, dtype: torch.dtype) -> tuple[SiteKV, ...]:
         """Keys and values of every site: one row per identity, then the negative branch's. Made once per identity."""

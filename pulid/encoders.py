@@ -4,10 +4,9 @@ Source: PuLID (arXiv 2404.16022) and its published weights, whose parameter name
 Both take x = ArcFace (512) joined with the unit-length pooled vision vector (768), and five hidden states.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 ARCFACE_WIDTH = 512
@@ -67,16 +66,31 @@ class PerceiverAttention(nn.Module):
         self.to_kv = operations.Linear(width, 2 * width, bias=False, **factory)
         self.to_out = operations.Linear(width, width, bias=False, **factory)
 
-    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
-        """context (B, M, width), latents (B, L, width) -> (B, L, width)."""
-        context, latents = self.norm1(context), self.norm2(latents)
-        kv = self.to_kv(torch.cat((context, latents), dim=1))
-        q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, M, width) -> (B, heads, M, head_width)
-            for t in (self.to_q(latents), *kv.chunk(2, dim=-1))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
+    def forward(self, context: Sequence[Tensor], latents: Tensor) -> Tensor:
+        """context in parts (B, M, width), latents (B, L, width) -> (B, L, width)."""
+        latents = self.norm2(latents)
+        parts = (*(self.norm1(part) for part in context), latents)
+        kv = (self.to_kv(part).chunk(2, dim=-1) for part in parts)
+        out = attend(self._heads(self.to_q(latents)), ((self._heads(k), self._heads(v)) for k, v in kv))
         return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, M, width) -> (B, heads, M, head_width)"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention over keys and values that come in parts, as if they came at once, with one part in memory at a time.
+
+    q (..., L, D), keys and values (..., M, D) each -> (..., L, D). Source: online softmax (arXiv 1805.02867).
+    """
+    out, total, top = torch.zeros_like(q), q.new_zeros((*q.shape[:-1], 1)), q.new_full((*q.shape[:-1], 1), -torch.inf)
+    for k, v in parts:
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        higher = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
+        weights, before = (scores - higher).exp_(), (top - higher).exp_()
+        out, total, top = out * before + weights @ v, total * before + weights.sum(dim=-1, keepdim=True), higher
+    return out / total
 
 
 def _feed_forward(width: int, operations, **factory) -> nn.Sequential:
@@ -94,6 +108,7 @@ class IdFormer(nn.Module):
     QUERIES = 32
     LAYERS_PER_STAGE = 2
     HEADS = 16
+    PART = 1024  # positions that are attended to at once: more photographs take more time, not more memory
 
     def __init__(self, operations=nn, device=None, dtype=None):
         super().__init__()
@@ -114,17 +129,19 @@ class IdFormer(nn.Module):
             for _ in range(STAGES * self.LAYERS_PER_STAGE)
         )
 
-    def forward(self, x: Tensor, hidden: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, hidden: Iterable[Tensor]) -> Tensor:
         """x (B, 1280) or, for P photographs of one person, (B, P, 1280); hidden 5 x (B, P * positions, 1024).
 
-        Returns (B, 32, 2048), however many photographs there are.
+        Returns (B, 32, 2048), however many photographs there are. `hidden` may be made stage by stage, and may lie on
+        another device.
         """
         photographs = x.unsqueeze(1) if x.ndim == 2 else x
         # (B, P, 1280) -> (B, P * 5, 1024)
         face = self.id_embedding_mapping(photographs).unflatten(-1, (FACE_TOKENS, HIDDEN_WIDTH)).flatten(1, 2)
         latents = torch.cat((self.latents.to(face).expand(face.shape[0], -1, -1), face), dim=1)
         for stage, stream in enumerate(hidden):
-            context = torch.cat((face, self.get_submodule(f"mapping_{stage}")(stream)), dim=1)
+            mapping = self.get_submodule(f"mapping_{stage}")
+            context = [face, *(mapping(part.to(face.device)) for part in stream.split(self.PART, dim=1))]
             first = stage * self.LAYERS_PER_STAGE
             for attention, feed_forward in self.layers[first : first + self.LAYERS_PER_STAGE]:
                 latents = latents + attention(context, latents)

@@ -5,7 +5,7 @@ Sources: EVA-CLIP (arXiv 2303.15389) and EVA-02 (arXiv 2303.11331). Parameters c
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def rotary_table(grid: int, head_width: int, rope_grid: int) -> tuple[Tensor, Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x (..., patches, head_width) by their angles."""
+    """Turn neighbouring pairs of x (..., N, head_width) by their angles, cos and sin (N, head_width)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)
     return x * cos + turned * sin
@@ -73,14 +73,15 @@ class Attention(nn.Module):
         self.norm = operations.LayerNorm(width, eps=NORM_EPS, **factory)
         self.proj = operations.Linear(width, width, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        split = (self.heads, -1)
-        q = self.q_proj(x).unflatten(-1, split).transpose(1, 2)  # (B, N, width) -> (B, heads, N, head_width)
-        k = self.k_proj(x).unflatten(-1, split).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, split).transpose(1, 2)
-        q, k = (torch.cat((t[:, :, :1], rotate(t[:, :, 1:], cos, sin)), dim=2) for t in (q, k))  # not the class token
-        x = F.scaled_dot_product_attention(q, k, v)
-        x = x.transpose(1, 2).flatten(2)  # (B, heads, N, head_width) -> (B, N, width)
+    def forward(self, asking: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """asking (B, n, width), the first n of the positions x (B, N, width), ask them all -> (B, n, width)."""
+        q, k, v = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, N, width) -> (B, heads, N, head_width)
+            for projected in (self.q_proj(asking), self.k_proj(x), self.v_proj(x))
+        )
+        n = q.shape[2]
+        x = F.scaled_dot_product_attention(rotate(q, cos[:n], sin[:n]), rotate(k, cos, sin), v)
+        x = x.transpose(1, 2).flatten(2)  # (B, heads, n, head_width) -> (B, n, width)
         return self.proj(self.norm(x))
 
 
@@ -105,8 +106,10 @@ class Block(nn.Module):
         self.norm2 = operations.LayerNorm(config.width, eps=NORM_EPS, **factory)
         self.mlp = SwiGlu(config, operations, **factory)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, only: int | None = None) -> Tensor:
+        """x (B, N, width) -> the same, or what becomes of its first `only` positions, (B, only, width)."""
+        normed = self.norm1(x)
+        x = x[:, :only] + self.attn(normed[:, :only], normed, cos, sin)
         return x + self.mlp(self.norm2(x))
 
 
@@ -129,7 +132,7 @@ class EvaVisionTower(nn.Module):
         self.config = config
         self.patch_embed = PatchEmbed(config, operations, **factory)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width, **factory))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.width, **factory))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.positions, config.width, **factory))
         table = torch.zeros(config.grid**2, config.width // config.heads, **factory)
         self.register_buffer("rope_cos", table)
         self.register_buffer("rope_sin", table.clone())
@@ -137,17 +140,39 @@ class EvaVisionTower(nn.Module):
         self.norm = operations.LayerNorm(config.width, eps=NORM_EPS, **factory)
         self.head = operations.Linear(config.width, config.embed_dim, **factory)
 
+    @property
+    def positions(self) -> int:
+        """Of a hidden state: the class token and every patch."""
+        return 1 + self.config.grid**2
+
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """pixels (B, 3, H, W), normalised -> pooled (B, embed_dim) and five hidden states (B, 1 + patches, width)."""
+        x, hidden = self.begin(pixels), []
+        for stage in range(len(HIDDEN_BLOCKS)):
+            x = self.advance(x, stage)
+            hidden.append(x)
+        last = self.config.depth - 1
+        x = self._through(x, range(HIDDEN_BLOCKS[-1] + 1, last))
+        x = self._through(x, [last], only=1)  # of the last block, nothing but the class token is asked for
+        return self.head(self.norm(x[:, 0])), tuple(hidden)
+
+    def begin(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, H, W), normalised -> what goes into the first block, (B, 1 + patches, width)."""
         x = self.patch_embed(pixels)
-        x = torch.cat((self.cls_token.to(x).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed.to(x)
-        cos, sin = self.rope_cos.to(x), self.rope_sin.to(x)
-        hidden = []
-        for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin)
-            if index in HIDDEN_BLOCKS:
-                hidden.append(x)
-        return self.head(self.norm(x[:, :1]).squeeze(1)), tuple(hidden)
+        return torch.cat((self.cls_token.to(x).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed.to(x)
+
+    def advance(self, x: Tensor, stage: int) -> Tensor:
+        """From one hidden state (from `begin`, for stage 0) to the next: (B, 1 + patches, width) both."""
+        first = HIDDEN_BLOCKS[stage - 1] + 1 if stage else 0
+        return self._through(x, range(first, HIDDEN_BLOCKS[stage] + 1))
+
+    def _through(self, x: Tensor, blocks: Iterable[int], only: int | None = None) -> Tensor:
+        # The class token stands nowhere: it is turned by no angle.
+        cos = F.pad(self.rope_cos.to(x), (0, 0, 1, 0), value=1.0)
+        sin = F.pad(self.rope_sin.to(x), (0, 0, 1, 0), value=0.0)
+        for index in blocks:
+            x = self.blocks[index](x, cos, sin, only)
+        return x
 
     def features(self, pixels: Tensor) -> VisionFeatures:
         """As `forward`, with the pooled vector divided by its length: what the ID encoders take."""

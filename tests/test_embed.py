@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pulid_sdxl.pulid.embed import embed, face_vectors, uncond_tokens
-from pulid_sdxl.pulid.encoders import ENCODERS, FACE_WIDTH, HIDDEN_WIDTH, IdEncoder, IdFormer
+from pulid_sdxl.pulid.encoders import ENCODERS, FACE_WIDTH, HIDDEN_WIDTH, IdEncoder, IdFormer, attend
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.pulid.identity import VisionFeatures
 
@@ -60,6 +60,24 @@ def test_v1_1_reads_all_photographs_and_gives_32_tokens(encoders, count):
 def test_v1_1_order_of_further_photographs_matters_less_than_which_they_are(encoders):
     two, three = make(encoders["v1.1"], "v1.1", 2), make(encoders["v1.1"], "v1.1", 3)
     assert not torch.allclose(two.cond, three.cond, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", [1, 4, 7])
+def test_v1_1_looks_at_parts_of_many_photographs_as_if_they_came_at_once(encoders, monkeypatch, part):
+    expected = make(encoders["v1.1"], "v1.1", 3).cond
+    monkeypatch.setattr(IdFormer, "PART", part)
+    assert torch.allclose(make(encoders["v1.1"], "v1.1", 3).cond, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("loud", [1.0, 100.0])
+@pytest.mark.parametrize("sizes", [[7], [1, 6], [3, 3, 1]])
+def test_attention_in_parts_is_attention(sizes, loud):
+    """Also where one score is far above the others, and comes first, last or between."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 4, 5 if side == "q" else 7, 8, generator=generator) for side in "qkv")
+    expected = torch.nn.functional.scaled_dot_product_attention(q * loud, k, v)
+    made = attend(q * loud, zip(k.split(sizes, dim=2), v.split(sizes, dim=2), strict=True))
+    assert torch.allclose(made, expected, atol=1e-6)
 
 
 def test_average_is_the_mean_of_each_photographs_own_tokens(encoders, version):

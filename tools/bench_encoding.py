@@ -30,11 +30,14 @@ Encode = Callable[[np.ndarray], None]  # of a photograph (H, W, 3) uint8 RGB
 
 
 def make(folder: Path) -> None:
+    import onnx
     import standin_faces
     import standins
     from facexlib.parsing.parsenet import ParseNet
 
     standin_faces.make_face_models(folder)
+    recogniser = folder / "insightface/models/antelopev2/glintr100.onnx"
+    onnx.save(standin_faces.make_iresnet100(), recogniser)  # as large and slow as the real one
     torch.save(ParseNet(in_size=512, out_size=512, parsing_ch=19).state_dict(), folder / "facexlib" / PARSENET)
     standins.make_pulid(folder / PULID, layout="v1-converted", width_scale=0.1)
     standins.make_eva(folder / TOWER, layout="published")

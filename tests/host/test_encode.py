@@ -17,7 +17,7 @@ import torch
 from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
 from pulid_sdxl.nodes import host, identity, kept, looking
 from pulid_sdxl.nodes.identity import PulidEncode
-from pulid_sdxl.nodes.sockets import Pulid, Reading
+from pulid_sdxl.nodes.sockets import Keep, Pulid, Reading
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding
@@ -57,14 +57,15 @@ class Identifies(Pulid):
 
     def __init__(self, version="v1", source=None):
         super().__init__(version, "print", (), None, None, None, OnePixelIsAFace(), source or object())
-        self.faces, self.batches = [], []
+        self.faces, self.batches, self.keeps = [], [], []
 
-    def read(self, faces, arcface, together):
+    def read(self, faces, arcface, keep):
         self.batches.append(len(faces))
+        self.keeps += [keep] * len(faces)
         self.faces += zip(faces, arcface, strict=True)
         return [Reading(torch.full((10, 2048), float(row[0]))) for row in arcface]
 
-    def identify(self, readings, photos, id_mix):
+    def identify(self, readings, photos, id_mix, step):
         self.readings, self.photos, self.id_mix = readings, photos, id_mix
         return IdEmbedding(torch.zeros(1, 10, 2048), torch.zeros(1, 10, 2048), self.version, "print")
 
@@ -149,7 +150,7 @@ def test_an_index_beyond_the_last_says_how_many_faces_there_are():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grey_and_transparent_photographs_are_taken(channels):
     pulid, _ = encode(photograph((100, 100), channels=channels))
-    assert pulid.faces[0][0].shape == (3, 512, 512)
+    assert pulid.faces[0][0].shape == (3, 336, 336)
 
 
 def test_a_photograph_8000_px_wide_is_taken():
@@ -289,6 +290,19 @@ def test_that_a_photograph_shows_no_face_is_kept_too():
     looks = pulid.analyzer.looks
     encode(torch.cat((photograph(), photograph((40, 60)))), pulid, no_face="skip photo")
     assert pulid.analyzer.looks == looks + 1
+
+
+@pytest.mark.parametrize(
+    ("version", "photos", "keeps"),
+    [
+        ("v1", "one person", [Keep.TOKENS] * 10),
+        ("v1.1", "average", [Keep.TOKENS] * 10),
+        ("v1.1", "one person", [Keep.HIDDEN] * 8 + [Keep.FACE] * 2),
+    ],
+)
+def test_of_many_photographs_little_is_kept(version, photos, keeps):
+    pulid, _ = encode(torch.cat([photograph((60 + row, 100)) for row in range(10)]), Identifies(version), photos=photos)
+    assert pulid.keeps == keeps
 
 
 def test_photographs_go_through_the_networks_a_few_at_a_time(monkeypatch):

@@ -32,7 +32,6 @@ from pulid_sdxl.pulid.attention import IdProjections
 from pulid_sdxl.pulid.embed import identity_of, join_tokens
 from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
-from pulid_sdxl.pulid.eva import EvaConfig
 from pulid_sdxl.pulid.identity import IdEmbedding
 from pulid_sdxl.pulid.sites import SITES
 
@@ -68,7 +67,7 @@ def pulid():
 def noisy():
     """A loaded PuLID with an encoder, for what the negative branch sees."""
     torch.manual_seed(2)
-    tower = SimpleNamespace(model=SimpleNamespace(config=EvaConfig(image_size=28)))
+    tower = SimpleNamespace(model=SimpleNamespace(positions=5))
     return Pulid("v1", "print", WIDTHS, tower, host.managed(IdEncoder()), host.managed(projections()), None, None)
 
 

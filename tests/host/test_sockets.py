@@ -13,36 +13,22 @@ comfy_host.enter(os.environ["COMFYUI"])
 
 import torch
 from pulid_sdxl.nodes import host
-from pulid_sdxl.nodes.sockets import Pulid
+from pulid_sdxl.nodes.sockets import Keep, Pulid
 from pulid_sdxl.pulid.embed import embed, face_vectors, uncond_tokens
 from pulid_sdxl.pulid.encoders import ENCODERS
-from pulid_sdxl.pulid.eva import EvaConfig
+from pulid_sdxl.pulid.eva import EvaConfig, EvaVisionTower
 from pulid_sdxl.pulid.faces import to_vision_input
-from pulid_sdxl.pulid.identity import VisionFeatures
 
-CONFIG = EvaConfig(image_size=28)  # 2 x 2 patches
-
-
-class Glance(torch.nn.Module):
-    """In the vision tower's place: each of its outputs is another linear map of the face's average colours."""
-
-    config = CONFIG
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.pooled = torch.nn.Parameter(torch.randn(3, 768, generator=generator))
-        self.hidden = torch.nn.Parameter(torch.randn(5, 3, 5 * 1024, generator=generator))
-
-    def features(self, pixels):
-        colours = pixels.mean(dim=(2, 3))  # (B, 3, H, W) -> (B, 3)
-        hidden = (torch.unflatten(colours @ weights, 1, (5, 1024)) for weights in self.hidden)
-        return VisionFeatures(torch.nn.functional.normalize(colours @ self.pooled), tuple(hidden))
+SMALL = EvaConfig(patch_size=168, mlp_width=8, depth=21)  # 2 x 2 patches
 
 
 @pytest.fixture(scope="module")
 def tower():
-    return Glance().requires_grad_(False)
+    torch.manual_seed(0)
+    made = EvaVisionTower(SMALL)
+    for parameter in made.parameters():  # norms start at one, tokens and biases at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    return made.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module", params=ENCODERS)
@@ -60,23 +46,31 @@ def encoder(version):
     return made.eval().requires_grad_(False)
 
 
+@pytest.fixture(scope="module")
+def pulid(version, tower, encoder):
+    return Pulid(version, "print", (), host.managed(tower), host.managed(encoder), None, None, "here")
+
+
+def photographs(count):
+    """Grey faces (count, 3, 336, 336) and what the recogniser says of them."""
+    generator = torch.Generator().manual_seed(2)
+    faces = torch.rand(count, 1, 336, 336, generator=generator).expand(-1, 3, -1, -1)
+    return faces, torch.randn(count, 512, generator=generator)
+
+
 @pytest.mark.parametrize("photos", ["one person", "average", "one identity per photo"])
 @pytest.mark.parametrize("id_mix", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 @torch.inference_mode()
-def test_one_at_a_time_gives_what_all_at_once_give(tower, encoder, version, photos, id_mix, count):
-    generator = torch.Generator().manual_seed(2)
-    faces, arcface = torch.rand(count, 3, 512, 512, generator=generator), torch.randn(count, 512, generator=generator)
+def test_one_at_a_time_gives_what_all_at_once_give(pulid, tower, encoder, version, photos, id_mix, count):
+    faces, arcface = photographs(count)
     features = tower.features(to_vision_input(faces))
-    uncond = uncond_tokens(encoder, CONFIG.grid**2 + 1)
+    uncond = uncond_tokens(encoder, tower.positions)
     x = face_vectors(arcface, features)
     expected = embed(encoder, version, "print", x, features.hidden, uncond, photos, id_mix)
 
-    pulid = Pulid(version, "print", (), host.managed(tower), host.managed(encoder), None, None, "here")
-    together = version == "v1.1" and photos == "one person"
-    readings = [
-        reading for row in range(count) for reading in pulid.read(faces[row, None], arcface[row, None], together)
-    ]
+    keep = Keep.HIDDEN if version == "v1.1" and photos == "one person" else Keep.TOKENS
+    readings = [one for row in range(count) for one in pulid.read(faces[row, None], arcface[row, None], keep)]
     made = pulid.identify(readings, photos, id_mix)
 
     assert made.cond.shape == expected.cond.shape and made.version == version and made.encoder == "print"
@@ -84,12 +78,42 @@ def test_one_at_a_time_gives_what_all_at_once_give(tower, encoder, version, phot
     assert torch.equal(made.uncond, expected.uncond)
 
 
+@pytest.mark.parametrize("version", ["v1.1"], indirect=True)
+@pytest.mark.parametrize("whole", [0, 1, 3])
 @torch.inference_mode()
-def test_hidden_states_are_kept_only_where_photographs_are_read_together(tower, encoder, version):
-    pulid = Pulid(version, "print", (), host.managed(tower), host.managed(encoder), None, None, "here")
-    faces, arcface = torch.rand(2, 3, 512, 512), torch.randn(2, 512)
-    for reading in pulid.read(faces, arcface, together=False):
-        assert sum(tensor.untyped_storage().nbytes() for tensor in reading.tensors) <= 32 * 2048 * 4
-    for reading in pulid.read(faces, arcface, together=True):
+def test_hidden_states_that_were_not_kept_are_computed_again(pulid, whole):
+    faces, arcface = photographs(3)
+    kept = pulid.read(faces, arcface, Keep.HIDDEN)
+    readings = [*kept[:whole], *pulid.read(faces, arcface, Keep.FACE)[whole:]]
+    steps = []
+
+    made = pulid.identify(readings, "one person", False, lambda: steps.append(1))
+
+    expected = pulid.identify(kept, "one person", False)
+    assert torch.allclose(made.cond, expected.cond, atol=1e-5)
+    other = pulid.identify([*kept[:2], kept[0]], "one person", False)
+    assert not torch.allclose(made.cond, other.cond, atol=1e-3)
+    assert len(steps) == 3 * 5
+
+
+@pytest.mark.parametrize("version", ["v1.1"], indirect=True)
+@torch.inference_mode()
+def test_a_user_can_interrupt_between_photographs(pulid):
+    readings = pulid.read(*photographs(3), Keep.FACE)
+
+    def step():
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        pulid.identify(readings, "one person", False, step)
+
+
+@pytest.mark.parametrize(
+    ("keep", "floats"),
+    [(Keep.TOKENS, 32 * 2048), (Keep.HIDDEN, 1280 + 5 * 5 * 1024), (Keep.FACE, 1280 + 336 * 336)],
+)
+@torch.inference_mode()
+def test_no_more_is_kept_than_is_asked_for(pulid, keep, floats):
+    for reading in pulid.read(*photographs(2), keep):
         held = sum(tensor.untyped_storage().nbytes() for tensor in reading.tensors)
-        assert held == 4 * (1280 + 5 * 5 * 1024)
+        assert held <= 4 * floats
