@@ -20,6 +20,7 @@ from comfy_server import ComfyServer, ServerError, title
 from fake_fal import FakeFal
 from parts import gather
 from PIL import Image, ImageOps
+from translations import LOCALES, english, flat, read
 from workflow import find, misfits, set_inputs, to_prompt
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
@@ -174,6 +175,28 @@ def test_shipped_workflows_fit_the_nodes(info, path):
 
 def test_shipped_workflows_are_offered_as_templates(server):
     assert set(server.get("/workflow_templates")[PACK]) == {path.stem for path in WORKFLOWS}
+
+
+def test_translations_follow_the_nodes(info):
+    ours = {name: node for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
+    assert english(ours) == read("en"), "run tools/translations.py, then translate what it names"
+
+
+def test_translations_are_served(server):
+    served = server.get("/i18n")
+    for folder in LOCALES.iterdir():
+        assert read(folder.name).items() <= served[folder.name]["nodeDefs"].items()
+
+
+def test_translations_name_the_options_of_combos_as_they_are(info):
+    tooltips = {path[:-1]: text for path, text in flat(read("en")) if path[1] == "inputs" and path[-1] == "tooltip"}
+    for (node, _, name), tooltip in tooltips.items():
+        declared = info[node]["input"]["required"] | info[node]["input"].get("optional", {})
+        for option in declared[name][1].get("options", []):
+            named = re.compile(rf"(?<!\w){re.escape(option)}(?!\w)", re.ASCII)
+            for folder in LOCALES.iterdir() if named.search(tooltip) else []:
+                translated = read(folder.name)[node]["inputs"][name]["tooltip"]
+                assert named.search(translated), f"{folder.name} {node}.{name} does not name {option!r}"
 
 
 def test_a_photograph_becomes_a_picture_twice_the_same(server, prompt):
