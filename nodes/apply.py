@@ -142,6 +142,7 @@ class PulidApplyAdvanced(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFF,
+                    control_after_generate=False,  # the editor would change it, and with it the model, at every run
                     tooltip="Another seed, another noise; only for noise.",
                 ),
                 MASK,

@@ -96,7 +96,7 @@ def widget_values(node: dict, object_info: ObjectInfo) -> dict[str, Any]:
         if not rest:
             break
         values[name] = rest.pop(0)
-        seed = options.get("control_after_generate") or name in ("seed", "noise_seed")
+        seed = options.get("control_after_generate", name in ("seed", "noise_seed"))
         upload = any(options.get(key) for key in UPLOADS)
         if rest and ((seed and rest[0] in AFTER_SEED) or (upload and rest[0] == "image")):
             rest.pop(0)

@@ -180,6 +180,13 @@ def test_the_editor_makes_the_prompt_that_the_tests_run(editor, workflow, opened
     assert made == to_prompt(workflow, info)
 
 
+def test_no_run_changes_the_noise_of_a_patched_model_by_itself(editor):
+    """The editor lets a seed change at every run unless it is told otherwise."""
+    editor.show("PuLID_ApplyAdvanced")
+    widgets = editor.page.evaluate("() => app.graph.nodes[0].widgets.map(widget => widget.name)")
+    assert "noise_seed" in widgets and "control_after_generate" not in widgets
+
+
 def test_every_help_page_opens_on_its_node(editor):
     pages = sorted((ROOT / "web" / "docs").glob("*.md"))
     assert pages
