@@ -13,7 +13,7 @@ from .kept import Kept, digest
 from .sockets import Keep, Pulid, Reading
 
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
-WHOLE = 8  # photographs of which the hidden states are kept where the encoder reads all together: 12 MB each
+WHOLE = 8  # photographs whose hidden states are kept, 12 MB each, where the encoder reads all together
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Times from photograph to identity in one process, ours or the published way; tools/bench.py runs both.
 
-bench_encoding.py make FOLDER                    writes stand-ins of all files
+bench_encoding.py make FOLDER LAYOUT             writes stand-ins of all files, PuLID's in one of tools/standins.py
 bench_encoding.py ours FOLDER COMFYUI COUNT      prints seconds: COUNT photographs, then the last one again
 bench_encoding.py published FOLDER COMFYUI COUNT
 bench_encoding.py peak FOLDER COMFYUI COUNT      prints bytes: the peak of encoding COUNT photographs at once
@@ -29,7 +29,7 @@ PARSENET = "parsing_parsenet.pth"  # what facexlib builds beside the parsing net
 Encode = Callable[[np.ndarray], None]  # of a photograph (H, W, 3) uint8 RGB
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, layout: str) -> None:
     import onnx
     import standin_faces
     import standins
@@ -39,7 +39,7 @@ def make(folder: Path) -> None:
     recogniser = folder / "insightface/models/antelopev2/glintr100.onnx"
     onnx.save(standin_faces.make_iresnet100(), recogniser)  # as large and slow as the real one
     torch.save(ParseNet(in_size=512, out_size=512, parsing_ch=19).state_dict(), folder / "facexlib" / PARSENET)
-    standins.make_pulid(folder / PULID, layout="v1-converted", width_scale=0.1)
+    standins.make_pulid(folder / PULID, layout=layout, width_scale=0.1)
     standins.make_eva(folder / TOWER, layout="published")
 
 
@@ -151,7 +151,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="torchvision|insightface|facexlib")  # what they do in deprecated ways
     with torch.inference_mode():
         if what == "make":
-            make(Path(folder))
+            make(Path(folder), rest[0])
         elif what == "peak":
             print(peak(Path(folder), rest[0], int(rest[1])))
         else:
