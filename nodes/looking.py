@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import VISION_SIZE, Sight, find_face, grey_on_white, read_photo, shrink
+from ..pulid.faces import VISION_SIZE, FaceAnalyzer, Sight, find_face, grey_on_white, read_photo, shrink
 from ..pulid.identity import FaceCrop, thumbnails
 from .kept import Kept, digest
 from .sockets import Pulid, Reading
@@ -22,6 +22,14 @@ class Choice:
     order: str
     index: int
     together: bool
+
+    def find(self, photograph: "Photograph", analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
+        """What is seen in a photograph, and the chosen face. Raises NoFaceError, InputError."""
+        return find_face(read_photo(photograph.pixels), analyzer, self.order, self.index, photograph.mask)
+
+    def shrink(self, faces: Tensor) -> Tensor:
+        """Faces (P, 3, H, W) at the vision tower's size."""
+        return shrink(faces, VISION_SIZE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +84,7 @@ def look(
         step()
         if (seen := kept.get(photograph.key)) is None:
             try:
-                seen = find_face(
-                    read_photo(photograph.pixels), pulid.analyzer, choice.order, choice.index, photograph.mask
-                )
+                seen = choice.find(photograph, pulid.analyzer)
             except NoFaceError as error:
                 seen = error.with_traceback(None)  # which would keep the photograph
                 kept.put(photograph.key, seen)
@@ -104,9 +110,9 @@ def _read(pulid: Pulid, waiting: list, choice: Choice, kept: Kept) -> Iterator[L
 
 def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], choice: Choice) -> list[Look]:
     pixels = torch.stack([crop.pixels for _, crop in found])
-    faces = grey_on_white(pixels, pulid.analyzer.parse(pixels))
+    faces = choice.shrink(grey_on_white(pixels, pulid.analyzer.parse(pixels)))
     readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), choice.together)
-    seen = shrink(faces, VISION_SIZE).clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
+    seen = faces.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
     small = thumbnails(pixels)
     return [
         Look(sight, seen[row].clone(), small[row].clone(), reading)

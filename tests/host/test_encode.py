@@ -149,7 +149,7 @@ def test_an_index_beyond_the_last_says_how_many_faces_there_are():
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grey_and_transparent_photographs_are_taken(channels):
     pulid, _ = encode(photograph((100, 100), channels=channels))
-    assert pulid.faces[0][0].shape == (3, 512, 512)
+    assert pulid.faces[0][0].shape == (3, 336, 336)
 
 
 def test_a_photograph_8000_px_wide_is_taken():
