@@ -267,17 +267,16 @@ def not_taken() -> list[type[io.ComfyNode]]:
 def _joined(pulid, eva_clip, face_analysis) -> Pulid:
     """Raises MismatchError for what another pack's node put into one of the sockets."""
     sockets = (
-        ("pulid", pulid, Pulid, PulidModelLoader),
-        ("eva_clip", eva_clip, VisionTower, PulidEvaClipLoader),
-        ("face_analysis", face_analysis, InsightFaceAnalyzer, PulidInsightFaceLoader),
+        ("pulid", pulid, Pulid, "Load PuLID Model (PulidModelLoader)"),
+        ("eva_clip", eva_clip, VisionTower, "Load Eva Clip (PuLID) (PulidEvaClipLoader)"),
+        ("face_analysis", face_analysis, InsightFaceAnalyzer, "Load InsightFace (PuLID) (PulidInsightFaceLoader)"),
     )
     for name, value, expected, loader in sockets:
         if not isinstance(value, expected):
-            schema = loader.GET_SCHEMA()
             raise MismatchError(
-                f"{name} must come from {schema.display_name} ({schema.node_id}) of PuLID for SDXL, found "
-                f"{type(value).__module__}.{type(value).__qualname__} of another pack. Connect that node; if another "
-                "pack has taken its id, remove one of the two packs. run.py doctor names packs with the same nodes."
+                f"{name} must come from {loader} of PuLID for SDXL, found {type(value).__module__}."
+                f"{type(value).__qualname__} of another pack. Connect that node; where another pack has taken its id, "
+                "remove one of the two packs. run.py doctor names packs with the same nodes."
             )
     return pulid.with_sight(eva_clip, face_analysis)
 
