@@ -295,7 +295,7 @@ def _apply(
         0 if noise else zero_tokens, weights,
         start_at=start_at, end_at=end_at, attn_mask=attn_mask, sampling="bilinear",
     )  # fmt: skip
-    return io.NodeOutput(patched, ui={"text": notes})
+    return io.NodeOutput(patched, ui={"text": notes} if notes else None)
 
 
 @dataclass(frozen=True)

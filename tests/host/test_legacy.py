@@ -566,12 +566,12 @@ def test_a_photograph_without_a_face_is_left_out_and_the_node_says_so(loaded):
     whole, unseen, unaligned = photograph([(80, 70)], [(90, 90)]), photograph(), photograph([(80, 70)])
 
     output = apply_advanced(three, torch.cat((unseen, whole, unaligned)))
-    apply_advanced(three, whole)
 
     assert output.ui["text"] == [
         "Photograph 1 of 3 was left out. InsightFace saw no face at 640 to 320 px.",
         "Photograph 3 of 3 was left out. RetinaFace saw no face to align.",
     ]
+    assert apply_advanced(three, whole).ui is None
     assert torch.allclose(applied[0][0].cond, applied[1][0].cond, atol=1e-6)
     with pytest.raises(NoFaceError, match=r"(?s)Photograph 1 of 1 was left out.*PuLID Encode Identity also finds"):
         apply_advanced(three, unseen)
@@ -587,7 +587,7 @@ def test_an_empty_batch_is_refused(loaded):
     [
         (
             0,
-            r"pulid must come from Load PuLID Model \(PulidModelLoader\) of .*, found types\.SimpleNamespace of another",
+            r"pulid must come from Load PuLID Model \(PulidModelLoader\) of .* found types\.SimpleNamespace of another",
         ),
         (1, r"eva_clip must come from Load Eva Clip \(PuLID\) \(PulidEvaClipLoader\)"),
         (2, r"face_analysis must come from Load InsightFace \(PuLID\) \(PulidInsightFaceLoader\).*run.py doctor"),
