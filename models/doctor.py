@@ -34,10 +34,9 @@ NO_RUNTIMES = {"onnxruntime-extensions", "onnxruntime-tools", "onnxruntime-genai
 OPENCVS = re.compile(r"opencv(-contrib)?-python(-headless)?", re.IGNORECASE)
 VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 
-# Nodes of PuLID packs for SDXL that shared workflows name, and our own.
-NODE_IDS = re.compile(
-    rb"""["'](PulidModelLoader|PulidInsightFaceLoader|PulidEvaClipLoader|ApplyPulid(?:Advanced|Flux)?|PuLID_\w+)["']"""
-)
+# Nodes that older shared workflows name: ours step back where another pack has one.
+LEGACY_IDS = {"PulidModelLoader", "PulidInsightFaceLoader", "PulidEvaClipLoader", "ApplyPulid", "ApplyPulidAdvanced"}
+NODE_IDS = re.compile(rf"""["']({"|".join(LEGACY_IDS)}|ApplyPulidFlux|PuLID_\w+)["']""".encode())
 LONGEST_SOURCE = 1 << 20  # bytes read of a file of another pack
 MOST_SOURCES = 200  # files read of another pack
 
@@ -230,7 +229,8 @@ def neighbours(custom_nodes: Path) -> list[Finding]:
         copies = [node_id for node_id in ids if node_id.startswith("PuLID_")]
         if ids:
             remedy = f"It has nodes of this pack ({', '.join(copies[:3])}): keep one of the two." if copies else ""
-            findings.append(Finding("other pack", f"{pack.name} has {', '.join(ids)}", remedy))
+            theirs = "; older workflows run on its nodes, not on ours" if LEGACY_IDS & {*ids} else ""
+            findings.append(Finding("other pack", f"{pack.name} has {', '.join(ids)}{theirs}", remedy))
     return findings
 
 

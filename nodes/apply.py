@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..pulid.attention import METHODS, Fusion
+from ..pulid.attention import METHODS, Fusion, Sampling
 from ..pulid.errors import InputError, MismatchError
 from ..pulid.identity import IdEmbedding
 from ..pulid.schedule import CURVES, Schedule
@@ -186,14 +186,14 @@ def _part_weight(name: str, where: str):
 
 def apply(
     model, pulid: Pulid, identity: IdEmbedding, fusion: Fusion, zero_tokens: int, site_weights: list[float],
-    curve: str = "flat", start_at: float = 0.0, end_at: float = 1.0, attn_mask=None,
+    curve: str = "flat", start_at: float = 0.0, end_at: float = 1.0, attn_mask=None, mask_sampling: Sampling = "area",
 ):  # fmt: skip
     """The patched model; the model itself where no site has a weight."""
     check_pair(pulid, identity)
     host.check_layout(model, pulid.widths)
     if start_at > end_at:
         raise InputError(f"start_at ({start_at}) lies after end_at ({end_at}), so PuLID would never act. Swap them.")
-    mask = None if attn_mask is None else TokenMask(read_mask(attn_mask))
+    mask = None if attn_mask is None else TokenMask(read_mask(attn_mask), mask_sampling)
     if not any(site_weights):
         return model
     sampling = model.get_model_object("model_sampling")

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import host
+from . import host, legacy
 from .apply import PulidApply, PulidApplyAdvanced
 from .combine import PulidCombineIdentities
 from .hosted import NODES as HOSTED
@@ -25,4 +25,5 @@ class PulidExtension(ComfyExtension):
             PulidApplyAdvanced,
             PulidFaceSimilarity,
             *HOSTED,
+            *legacy.not_taken(),
         ]

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import comfy.model_management
@@ -71,6 +71,11 @@ def say(text: str, node_id: str | None = None) -> None:
 def file_names(*names: str) -> list[str]:
     """The files ComfyUI lists in these folders."""
     return list(dict.fromkeys(file for name in names for file in folder_paths.get_filename_list(name)))
+
+
+def registered_nodes() -> Mapping[str, type]:
+    """The nodes that ComfyUI has so far, by id: its own, and those of the packs that it loaded before this one."""
+    return getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {})
 
 
 def private_folder() -> Path:

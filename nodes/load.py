@@ -1,5 +1,7 @@
 """The node that loads PuLID, and fetches what is not there if it is told to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -17,7 +19,7 @@ from ..pulid.errors import ForeignWeights, MissingPackage, MissingWeights, Weigh
 from ..pulid.eva import EvaConfig
 from ..pulid.faces import FaceAnalyzer
 from . import host
-from .sockets import Pulid, PulidSocket
+from .sockets import Pulid, PulidSocket, VisionTower
 
 MISSING_FILES = ("stop", "download")
 
@@ -25,6 +27,10 @@ MISSING_FILES = ("stop", "download")
 def _choices(published: tuple[catalogue.WeightFile, ...], found: list[str]) -> list[str]:
     """What is there, then what could be: a name that is not there leads to a message that says where to get it."""
     return list(dict.fromkeys((*found, *(file.name for file in published))))
+
+
+def pulid_choices() -> list[str]:
+    return _choices(catalogue.choices("pulid_file"), host.file_names("pulid"))
 
 
 def _towers() -> list[str]:
@@ -37,7 +43,7 @@ def _towers() -> list[str]:
 class PulidLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        pulid_files = _choices(catalogue.choices("pulid_file"), host.file_names("pulid"))
+        pulid_files = pulid_choices()
         return io.Schema(
             node_id="PuLID_Loader",
             display_name="Load PuLID (SDXL)",
@@ -94,11 +100,9 @@ class PulidLoader(io.ComfyNode):
     @classmethod
     def execute(cls, pulid_file, eva_clip, face_analysis, provider, missing_files):
         folders = host.model_folders()
-        try:
+        with advised(folders):
             notes = _fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
             pulid, more = _load(pulid_file, eva_clip, provider, folders)
-        except (WeightsError, MissingPackage) as error:
-            raise type(error)(f"{error}\n\n{advice(folders)}") from error
         notes += more
         host.say("\n".join(notes))
         return io.NodeOutput(pulid, ui={"text": notes})
@@ -141,33 +145,60 @@ def _load(pulid_file: str, eva_clip: str, provider: str, folders: ModelFolders) 
     pulid_path = find(pulid_file, folders.of(catalogue.V1_1), folders.elsewhere)
     tower_path = find(eva_clip, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
     analyzer, about_faces = _face_analyzer(provider, folders)
-    checkpoint = load_pulid(pulid_path, host.OPERATIONS)
-    tower = load_vision_tower(tower_path, host.OPERATIONS)
-    if tower.config != EvaConfig():
-        raise ForeignWeights(
-            f"{eva_clip} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
-        )
-    pulid = Pulid(
+    pulid = pulid_of(pulid_path).with_sight(tower_of(tower_path), analyzer)
+    return pulid, [f"PuLID {pulid.version}, {pulid_path.name}.", *about_faces]
+
+
+@contextmanager
+def advised(folders: ModelFolders, if_missing: str = "") -> Iterator[None]:
+    """What is said of a file or package that cannot be used is followed by what else is wrong here.
+
+    if_missing  what else is said of a file that is not there
+    """
+    try:
+        yield
+    except (WeightsError, MissingPackage) as error:
+        more = if_missing if isinstance(error, MissingWeights) else ""
+        raise type(error)(f"{error}{more}\n\n{advice(folders)}") from error
+
+
+def pulid_of(path: Path) -> Pulid:
+    """What a PuLID file holds."""
+    checkpoint = load_pulid(path, host.OPERATIONS)
+    return Pulid(
         version=checkpoint.version,
         fingerprint=checkpoint.fingerprint,
         widths=checkpoint.projections.widths,
-        tower=host.managed(tower),
+        tower=None,
         encoder=host.managed(checkpoint.encoder),
         projections=host.managed(checkpoint.projections),
-        analyzer=analyzer,
-        source=(state_of(pulid_path), state_of(tower_path), analyzer.source),
+        analyzer=None,
+        source=state_of(path),
     )
-    return pulid, [f"PuLID {checkpoint.version}, {pulid_path.name}.", *about_faces]
+
+
+def tower_of(path: Path) -> VisionTower:
+    """The vision tower of a file. Raises ForeignWeights for one of another size."""
+    tower = load_vision_tower(path, host.OPERATIONS)
+    if tower.config != EvaConfig():
+        raise ForeignWeights(
+            f"{path.name} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
+        )
+    return VisionTower(host.managed(tower), state_of(path))
 
 
 def _face_analyzer(provider: str, folders: ModelFolders) -> tuple[FaceAnalyzer, list[str]]:
     """The face networks, and what the node says of them. Saved identities need none, so that they may be missing."""
     try:
-        providers = available_providers(provider)
-        return InsightFaceAnalyzer(*_face_files(folders), providers, host.manage), _on_provider(providers)
+        return analyzer_of(available_providers(provider), folders)
     except (MissingWeights, MissingPackage) as error:
         why = type(error)(f"{error}\n\n{advice(folders)}")
         return AbsentAnalyzer(why), [f"Only saved identities can be used, no photographs. {error}"]
+
+
+def analyzer_of(providers: list[str], folders: ModelFolders) -> tuple[InsightFaceAnalyzer, list[str]]:
+    """The face networks on these providers, and what the node says of them. Raises MissingWeights, MissingPackage."""
+    return InsightFaceAnalyzer(*_face_files(folders), providers, host.manage), _on_provider(providers)
 
 
 def _face_files(folders: ModelFolders) -> tuple[Path, Path, Path]:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import VISION_SIZE, Sight, find_face, grey_on_white, read_photo, shrink
+from ..pulid.faces import VISION_SIZE, FaceAnalyzer, Sight, find_face, grey_on_white, read_photo, shrink
 from ..pulid.identity import FaceCrop, thumbnails
 from .kept import Kept, digest
 from .sockets import Keep, Pulid, Reading
 
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
-WHOLE = 8  # photographs whose hidden states are kept, 12 MB each, where the encoder reads all together
+WHOLE = 16  # photographs whose hidden states are kept, 12 MB each, where the encoder reads all together
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,14 @@ class Choice:
     order: str
     index: int
     together: bool
+
+    def find(self, photograph: "Photograph", analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
+        """What is seen in a photograph, and the chosen face. Raises NoFaceError, InputError."""
+        return find_face(read_photo(photograph.pixels), analyzer, self.order, self.index, photograph.mask)
+
+    def shrink(self, faces: Tensor) -> Tensor:
+        """Faces (P, 3, H, W) at the vision tower's size."""
+        return shrink(faces, VISION_SIZE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +86,7 @@ def look(
         step()
         if (seen := kept.get(photograph.key)) is None:
             try:
-                seen = find_face(
-                    read_photo(photograph.pixels), pulid.analyzer, choice.order, choice.index, photograph.mask
-                )
+                seen = choice.find(photograph, pulid.analyzer)
             except NoFaceError as error:
                 seen = error.with_traceback(None)  # which would keep the photograph
                 kept.put(photograph.key, seen)
@@ -88,17 +94,17 @@ def look(
                 raise InputError(f"Photograph {number} of {len(taken)}: {error}") from error
         waiting.append((photograph.key, seen))
         if sum(isinstance(one, tuple) for _, one in waiting) in (0, BATCH):
-            yield from _read(pulid, waiting, keep, kept)
+            yield from _read(pulid, waiting, choice, keep, kept)
             waiting = []
             if choice.together and number >= WHOLE:
                 keep = Keep.FACE
-    yield from _read(pulid, waiting, keep, kept)
+    yield from _read(pulid, waiting, choice, keep, kept)
 
 
-def _read(pulid: Pulid, waiting: list, keep: Keep, kept: Kept) -> Iterator[Look | NoFaceError]:
+def _read(pulid: Pulid, waiting: list, choice: Choice, keep: Keep, kept: Kept) -> Iterator[Look | NoFaceError]:
     """Sends the crops among these through the networks together; what is ready already passes by."""
     found = [one for _, one in waiting if isinstance(one, tuple)]
-    looks = iter(_looks(pulid, found, keep) if found else ())
+    looks = iter(_looks(pulid, found, choice, keep) if found else ())
     for key, one in waiting:
         if isinstance(one, tuple):
             one = next(looks)
@@ -106,9 +112,9 @@ def _read(pulid: Pulid, waiting: list, keep: Keep, kept: Kept) -> Iterator[Look 
         yield one
 
 
-def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], keep: Keep) -> list[Look]:
+def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], choice: Choice, keep: Keep) -> list[Look]:
     pixels = torch.stack([crop.pixels for _, crop in found])
-    faces = shrink(grey_on_white(pixels, pulid.analyzer.parse(pixels)), VISION_SIZE)
+    faces = choice.shrink(grey_on_white(pixels, pulid.analyzer.parse(pixels)))
     readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), keep)
     seen = faces.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
     small = thumbnails(pixels)

@@ -9,7 +9,7 @@ import torch
 from comfy.ldm.modules import attention as host_attention
 from torch import Tensor
 
-from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse, mask_to_tokens
+from ..pulid.attention import Fusion, HeadKV, Sampling, SiteKV, fuse, mask_to_tokens
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from .host import cross_attention
@@ -22,8 +22,8 @@ Replacement = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 class TokenMask:
     """A mask (M, H, W) 0..1 on the CPU, and its token grids, each made once."""
 
-    def __init__(self, mask: Tensor):
-        self.mask = mask
+    def __init__(self, mask: Tensor, sampling: Sampling = "area"):
+        self.mask, self.sampling = mask, sampling
         self._grids: dict[tuple, Tensor] = {}
 
     def tokens(self, like: Tensor, grid: tuple[int, int], chunks: int) -> Tensor:
@@ -34,7 +34,7 @@ class TokenMask:
         images = len(like) // chunks
         key = (images, chunks, grid, like.dtype, like.device)
         if key not in self._grids:
-            tokens = mask_to_tokens(self.mask, grid).to(like)
+            tokens = mask_to_tokens(self.mask, grid, self.sampling).to(like)
             if len(tokens) > 1:
                 tokens = tokens[[min(i, len(tokens) - 1) for i in range(images)] * chunks]
             self._grids[key] = tokens

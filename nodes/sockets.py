@@ -49,6 +49,14 @@ class Keep(Enum):
     FACE = auto()  # for the same, from the vision tower once more: 0.5 MB
 
 
+@dataclass(frozen=True, eq=False)
+class VisionTower:
+    """The vision tower by itself: the managed network, and what tells its weights from others."""
+
+    network: object
+    source: Hashable
+
+
 @dataclass(eq=False)
 class Pulid:
     """Everything the loader gives. The three networks rest under the host's memory management between uses.
@@ -58,15 +66,17 @@ class Pulid:
     tower, encoder, projections  managed networks; they compute in float32 from whatever dtype they are stored in
     analyzer              the face networks, built at first use
     source                tells these weights from others: two that are equal give equal results
+
+    What one PuLID file holds has neither tower nor analyzer, until `with_sight`.
     """
 
     version: Version
     fingerprint: str
     widths: tuple[int, ...]
-    tower: object
+    tower: object | None
     encoder: object
     projections: object
-    analyzer: FaceAnalyzer
+    analyzer: FaceAnalyzer | None
     source: Hashable = field(default_factory=object)  # equal to no other
     _noisy: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
     _projected: WeakKeyDictionary = field(default_factory=WeakKeyDictionary)
@@ -75,6 +85,11 @@ class Pulid:
     def zeros(self) -> Tensor:
         """The tokens of nobody (1, T, D); they depend on the weights alone."""
         return self._uncond_tokens()
+
+    def with_sight(self, tower: VisionTower, analyzer: FaceAnalyzer) -> "Pulid":
+        """The same weights, able to look at photographs; what was projected before need not be projected again."""
+        source = self.source, tower.source, analyzer.source
+        return replace(self, tower=tower.network, analyzer=analyzer, source=source)
 
     def read(self, faces: Tensor, arcface: Tensor, keep: Keep) -> list[Reading]:
         """Grey faces on white (P, 3, 336, 336) and their embeddings (P, 512) -> a Reading each, on the CPU."""

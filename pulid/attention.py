@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -205,6 +206,13 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square()
 
 
-def mask_to_tokens(mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """mask (M, H, W) 0..1 -> (M, h * w): the covered share of the picture area that each image token stands for."""
-    return F.interpolate(mask.unsqueeze(1), size=grid, mode="area").flatten(1)
+Sampling = Literal["area", "bilinear"]
+
+
+def mask_to_tokens(mask: Tensor, grid: tuple[int, int], sampling: Sampling = "area") -> Tensor:
+    """mask (M, H, W) 0..1 -> (M, h * w), one value for each image token.
+
+    sampling  "area": the covered share of the picture area that the token stands for.
+              "bilinear": read at the middle of that area, as the pack of older shared workflows does.
+    """
+    return F.interpolate(mask.unsqueeze(1), size=grid, mode=sampling).flatten(1)

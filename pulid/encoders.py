@@ -4,7 +4,8 @@ Source: PuLID (arXiv 2404.16022) and its published weights, whose parameter name
 Both take x = ArcFace (512) joined with the unit-length pooled vision vector (768), and five hidden states.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -66,10 +67,10 @@ class PerceiverAttention(nn.Module):
         self.to_kv = operations.Linear(width, 2 * width, bias=False, **factory)
         self.to_out = operations.Linear(width, width, bias=False, **factory)
 
-    def forward(self, context: Sequence[Tensor], latents: Tensor) -> Tensor:
+    def forward(self, context: Iterable[Tensor], latents: Tensor) -> Tensor:
         """context in parts (B, M, width), latents (B, L, width) -> (B, L, width)."""
         latents = self.norm2(latents)
-        parts = (*(self.norm1(part) for part in context), latents)
+        parts = chain(map(self.norm1, context), [latents])
         kv = (self.to_kv(part).chunk(2, dim=-1) for part in parts)
         out = attend(self._heads(self.to_q(latents)), ((self._heads(k), self._heads(v)) for k, v in kv))
         return self.to_out(out.transpose(1, 2).flatten(2))
@@ -85,8 +86,9 @@ def attend(q: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     q (..., L, D), keys and values (..., M, D) each -> (..., L, D). Source: online softmax (arXiv 1805.02867).
     """
     out, total, top = torch.zeros_like(q), q.new_zeros((*q.shape[:-1], 1)), q.new_full((*q.shape[:-1], 1), -torch.inf)
+    q = q * q.shape[-1] ** -0.5
     for k, v in parts:
-        scores = q @ k.mT * q.shape[-1] ** -0.5
+        scores = q @ k.mT
         higher = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
         weights, before = (scores - higher).exp_(), (top - higher).exp_()
         out, total, top = out * before + weights @ v, total * before + weights.sum(dim=-1, keepdim=True), higher
@@ -108,7 +110,8 @@ class IdFormer(nn.Module):
     QUERIES = 32
     LAYERS_PER_STAGE = 2
     HEADS = 16
-    PART = 1024  # positions that are attended to at once: more photographs take more time, not more memory
+    PART = 512  # positions that are attended to at once
+    HELD = 16 * PART  # positions whose context is made once and held; for more it is made for each layer anew
 
     def __init__(self, operations=nn, device=None, dtype=None):
         super().__init__()
@@ -140,13 +143,18 @@ class IdFormer(nn.Module):
         face = self.id_embedding_mapping(photographs).unflatten(-1, (FACE_TOKENS, HIDDEN_WIDTH)).flatten(1, 2)
         latents = torch.cat((self.latents.to(face).expand(face.shape[0], -1, -1), face), dim=1)
         for stage, stream in enumerate(hidden):
-            mapping = self.get_submodule(f"mapping_{stage}")
-            context = [face, *(mapping(part.to(face.device)) for part in stream.split(self.PART, dim=1))]
+            held = list(self._context(stage, stream, face.device)) if stream.shape[1] <= self.HELD else None
             first = stage * self.LAYERS_PER_STAGE
             for attention, feed_forward in self.layers[first : first + self.LAYERS_PER_STAGE]:
+                context = chain([face], held or self._context(stage, stream, face.device))
                 latents = latents + attention(context, latents)
                 latents = latents + feed_forward(latents)
         return latents[:, : self.QUERIES] @ self.proj_out.to(latents)
+
+    def _context(self, stage: int, stream: Tensor, device: torch.device) -> Iterator[Tensor]:
+        """A stage's hidden states (B, M, 1024) as its layers look at them, in parts, on that device."""
+        mapping = self.get_submodule(f"mapping_{stage}")
+        return (mapping(part.to(device)) for part in stream.split(self.PART, dim=1))
 
 
 ENCODERS = {"v1": IdEncoder, "v1.1": IdFormer}

@@ -29,6 +29,7 @@ SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors'
 DETECTOR_SIZES = (*range(640, 255, -64), *range(768, 1281, 128))
 CLOSE_UP_SIZES = tuple(range(640, 255, -128))
 TURNED_SIZES = (640, 320, 1280)
+SHARED_SIZES = range(640, 256, -64)  # those of the pack of older shared workflows
 
 # Boxes that overlap more than this are one face: both detectors draw the line here among their own boxes.
 SAME_FACE_IOU = 0.4
@@ -217,15 +218,37 @@ def find_face(
     landmarks = (twin or face).landmarks
     crop = align(photo, landmarks)
     arcface = analyzer.recognise(photo, face) if found.detected else analyzer.recognise_crop(crop)
+    return Sight(faces, index, found.how), _face_crop(crop, arcface, face, landmarks)
+
+
+def find_face_apart(photo: Photo, analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
+    """As the pack of older shared workflows: the largest face is recognised, the most central one aligned.
+
+    Raises NoFaceError if one of the two detectors sees none.
+    """
+    size = photo.shape[1], photo.shape[0]
+    side, detected = next(((side, found) for side in SHARED_SIZES if (found := analyzer.detect(photo, side))), (0, []))
+    if not detected:
+        raise NoFaceError(f"InsightFace saw no face at {SHARED_SIZES[0]} to {SHARED_SIZES[-1]} px.")
+    central = in_order(analyzer.detect_for_alignment(photo), "center", size)
+    if not central:
+        raise NoFaceError("RetinaFace saw no face to align.")
+    faces = in_order(detected, "largest", size)
+    landmarks = central[0].landmarks
+    crop = align(photo, landmarks)
+    arcface = analyzer.recognise(photo, faces[0])
+    return Sight(faces, 0, f"InsightFace at {side} px"), _face_crop(crop, arcface, faces[0], landmarks)
+
+
+def _face_crop(crop: np.ndarray, arcface: Tensor, face: Face, landmarks: np.ndarray) -> FaceCrop:
     pixels = torch.from_numpy(crop).permute(2, 0, 1).contiguous() / 255  # (512, 512, 3) -> (3, 512, 512)
-    crop = FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score)
-    return Sight(faces, index, found.how), crop
+    return FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score)
 
 
-def read_photo(image: Tensor) -> Photo:
+def read_photo(image: Tensor, long_edge: float = LONG_EDGE) -> Photo:
     """A row of an IMAGE batch, (H, W, C) float 0..1, as a photograph.
 
-    C is 3 (RGB), 1 (grey) or 4 (RGB and opacity, laid on white). The long edge becomes at most LONG_EDGE.
+    C is 3 (RGB), 1 (grey) or 4 (RGB and opacity, laid on white). The long edge becomes at most `long_edge`.
     Raises InputError for any other shape or type, for NaN and infinity, and for pictures too small to hold a face.
     """
     if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or not image.is_floating_point():
@@ -234,11 +257,11 @@ def read_photo(image: Tensor) -> Photo:
             f"found {tuple(image.shape)} of {image.dtype}."
         )
     height, width, channels = image.shape
-    scale = min(LONG_EDGE / max(height, width, 1), 1)
+    scale = min(long_edge / max(height, width, 1), 1)
     if min(int(height * scale), int(width * scale)) < SHORT_EDGE:
         raise InputError(
             f"A photograph of {width} x {height} px is too small or too narrow to hold a face: "
-            f"once its long edge is at most {LONG_EDGE} px, its short edge must be at least {SHORT_EDGE} px."
+            f"once its long edge is at most {long_edge} px, its short edge must be at least {SHORT_EDGE} px."
         )
     image = image.cpu().float()
     if not image.isfinite().all():
@@ -357,9 +380,12 @@ def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:
     return torch.where(background[:, None], 1.0, grey).expand(-1, 3, -1, -1)
 
 
-def shrink(faces: Tensor, size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, size, size), bicubic without antialiasing, as torchvision 0.15, which the authors pin."""
-    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", align_corners=False)
+def shrink(faces: Tensor, size: int, antialias: bool = False) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size), bicubic.
+
+    antialias  torchvision's default since 0.17; the authors pin 0.15, where it is off
+    """
+    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", antialias=antialias)
 
 
 def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:

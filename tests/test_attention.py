@@ -202,3 +202,13 @@ def test_mask_to_tokens_gives_the_covered_share():
     mask[:, :, :24] = 1
     assert mask_to_tokens(mask, (4, 4)).view(4, 4)[0].tolist() == [1, 0.5, 0, 0]
     assert mask_to_tokens(torch.ones(3, 5, 7), (9, 2)).shape == (3, 18)
+
+
+def test_mask_to_tokens_can_read_the_middle_instead():
+    mask = torch.zeros(1, 64, 64)
+    mask[:, :, :24] = 1
+    # The middle of the second token lies between pixels 23 and 24, that of the first and third far from the edge.
+    assert mask_to_tokens(mask, (4, 4), "bilinear").view(4, 4)[0].tolist() == [1, 0.5, 0, 0]
+    mask[:, :, 23] = 0
+    assert mask_to_tokens(mask, (4, 4), "bilinear").view(4, 4)[0].tolist() == [1, 0, 0, 0]
+    assert mask_to_tokens(mask, (4, 4)).view(4, 4)[0].tolist() == [1, 7 / 16, 0, 0]

@@ -166,7 +166,9 @@ def test_other_packs_are_found_by_the_nodes_they_name_and_never_run(tmp_path):
 
     other, copy = doctor.neighbours(tmp_path)
 
-    assert other == Finding("other pack", "PuLID_ComfyUI has ApplyPulid, PulidModelLoader")
+    assert other == Finding(
+        "other pack", "PuLID_ComfyUI has ApplyPulid, PulidModelLoader; older workflows run on its nodes, not on ours"
+    )
     assert "keep one of the two" in copy.remedy
 
 

@@ -62,10 +62,11 @@ def test_v1_1_order_of_further_photographs_matters_less_than_which_they_are(enco
     assert not torch.allclose(two.cond, three.cond, atol=1e-3)
 
 
-@pytest.mark.parametrize("part", [1, 4, 7])
-def test_v1_1_looks_at_parts_of_many_photographs_as_if_they_came_at_once(encoders, monkeypatch, part):
+@pytest.mark.parametrize(("part", "held"), [(1, 0), (4, 100), (7, 14)])
+def test_v1_1_looks_at_parts_of_many_photographs_as_if_they_came_at_once(encoders, monkeypatch, part, held):
     expected = make(encoders["v1.1"], "v1.1", 3).cond
     monkeypatch.setattr(IdFormer, "PART", part)
+    monkeypatch.setattr(IdFormer, "HELD", held)
     assert torch.allclose(make(encoders["v1.1"], "v1.1", 3).cond, expected, atol=1e-5)
 
 

@@ -364,6 +364,47 @@ def test_a_photograph_without_a_face_is_looked_at_every_way_once(spotted):
     assert len(analyzer.asked) == sum(len(view.sides) for view in faces.VIEWS) == len(DOWN + UP) + 4 + 9
 
 
+# ---- As the pack of older shared workflows ----
+
+
+class AtSides(FakeAnalyzer):
+    """Sees its faces at certain detector sizes alone, and notes which were tried."""
+
+    def __init__(self, sides, detected, for_alignment):
+        super().__init__(detected, for_alignment)
+        self.sides, self.tried = sides, []
+
+    def detect(self, photo, side):
+        self.tried.append(side)
+        return self.detected if side in self.sides else []
+
+
+def test_apart_the_largest_is_recognised_and_the_most_central_aligned(photo):
+    small, large = face_at(190, 150, 40, 50), face_at(60, 60, 60, 70)
+    off, central = face_at(62, 60, 90, 90), face_at(195, 150, 30, 30)
+    analyzer = AtSides({448, 384}, [small, large], [off, central])
+
+    sight, crop = faces.find_face_apart(photo, analyzer)
+
+    assert torch.equal(crop.arcface, torch.tensor(large.box))
+    assert crop.box == large.box
+    aligned = torch.from_numpy(faces.align(photo, central.landmarks)).permute(2, 0, 1) / 255
+    assert torch.equal(crop.pixels, aligned)
+    assert (sight.faces, sight.index, sight.how) == ([large, small], 0, "InsightFace at 448 px")
+    assert analyzer.tried == [640, 576, 512, 448]
+
+
+def test_apart_neither_detector_stands_in_for_the_other(photo):
+    face = face_at(200, 150)
+    nowhere = AtSides((), [face], [face])
+    with pytest.raises(NoFaceError, match="InsightFace saw no face at 640 to 320 px"):
+        faces.find_face_apart(photo, nowhere)
+    assert nowhere.tried == [640, 576, 512, 448, 384, 320]
+    with pytest.raises(NoFaceError, match="RetinaFace saw no face to align"):
+        faces.find_face_apart(photo, FakeAnalyzer([face]))
+    assert not nowhere.recognised_crops
+
+
 # ---- Reading a photograph ----
 
 
@@ -378,6 +419,11 @@ def test_a_large_photograph_is_shrunk_as_the_authors_do():
 
     expected = cv2.resize(levels, (int(1111 * 1024 / 1500), 1024), interpolation=cv2.INTER_LANCZOS4)
     assert np.array_equal(photo, expected)
+
+
+def test_a_photograph_can_keep_its_size():
+    levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
+    assert np.array_equal(faces.read_photo(torch.from_numpy(levels) / 255, long_edge=1500), levels)
 
 
 def test_transparency_is_laid_on_white():

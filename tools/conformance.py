@@ -26,7 +26,7 @@ from torch import Tensor
 
 mount()
 from pulid_sdxl.pulid import encoders, eva, faces  # noqa: E402
-from pulid_sdxl.pulid.attention import Fusion, IdProjections, SiteKV, fuse  # noqa: E402
+from pulid_sdxl.pulid.attention import Fusion, IdProjections, SiteKV, fuse, mask_to_tokens  # noqa: E402
 
 # Where the tests look; beside the repository unless said otherwise.
 FOLDER = Path(os.environ.get("PULID_REFERENCE") or Path(__file__).parents[2] / "shared" / "reference")
@@ -172,7 +172,7 @@ def attention_shared_workflows(reference: Reference) -> Iterator[Line]:
     yield Line("shared workflows, unpatched", relative(base, site["out.unpatched"]), TOLERANCE)
     height, width = site["mask"].shape[-2:]
     rows = round((base.shape[1] * height / width) ** 0.5)
-    mask = F.interpolate(site["mask"].unsqueeze(1), size=(rows, base.shape[1] // rows), mode="bilinear").flatten(1)
+    mask = mask_to_tokens(site["mask"], (rows, base.shape[1] // rows), "bilinear")
     negative_first = [1] * (len(base) // 2) + [0] * (len(base) // 2)
     for mode, (fusion, zero_tokens) in SHARED_MODES.items():
         kv = _site_kv(site, torch.cat((site["cond"], site["uncond"]))).prepare(heads, zero_tokens, 0.8)

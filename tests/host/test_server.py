@@ -151,7 +151,7 @@ def test_every_node_and_input_explains_itself(info):
     assert set(NODES) <= set(ours)
     for name, node in ours.items():
         assert node["description"], name
-        assert node["category"] == "PuLID"
+        assert node["category"] == ("PuLID/legacy" if node["deprecated"] else "PuLID")
         for group in ("required", "optional"):
             for key, (_, options) in node["input"].get(group, {}).items():
                 assert options.get("tooltip"), f"{name}.{key} has no tooltip"
@@ -165,7 +165,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs_and_no_others(info):
         rows = re.findall(r"^\| ([a-z_0-9, ]+) \|", table, re.MULTILINE)
         named = {word for row in rows for word in row.split(", ")}
         inputs = {key for group in ("required", "optional") for key in node["input"].get(group, {})}
-        assert named and named <= inputs, name
+        assert named <= inputs and bool(named) == bool(inputs), name
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -1,0 +1,354 @@
+"""The nodes that older shared workflows name, under their old ids, inputs and sockets, giving their old pictures.
+
+They come from another pack (https://github.com/cubiq/PuLID_ComfyUI), whose numbers differ from the authors': only 60
+of the 70 sites, one weight per picture in ortho_v2, photographs averaged, and the face looked at and the face
+recognised chosen apart. That is kept here, out of this pack's own parts; what is new belongs to the other nodes.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.utils import ProgressBar
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..models import catalogue
+from ..models.face_analysis import InsightFaceAnalyzer
+from ..models.files import find
+from ..models.providers import available_providers
+from ..pulid.attention import METHODS, Fusion
+from ..pulid.embed import Photos, reads_together
+from ..pulid.errors import InputError, MismatchError, NoFaceError
+from ..pulid.faces import VISION_SIZE, FaceAnalyzer, Sight, find_face_apart, read_photo, shrink
+from ..pulid.identity import FaceCrop, IdEmbedding, Version
+from ..pulid.sites import SITES
+from . import host
+from .apply import END, MASK, MODEL, START, apply
+from .identity import KEPT
+from .load import advised, analyzer_of, pulid_choices, pulid_of, tower_of
+from .looking import Choice, Look, Photograph, look, photographs
+from .sockets import Pulid, VisionTower
+
+log = logging.getLogger(__name__)
+
+CATEGORY = "PuLID/legacy"
+INSTEAD_OF_LOADERS = "For older shared workflows. In new ones, use Load PuLID (SDXL)."
+INSTEAD_OF_APPLY = "For older shared workflows. In new ones, use PuLID Encode Identity and Apply PuLID (SDXL)."
+NO_DOWNLOAD = (
+    " This node has no missing_files: run Load PuLID (SDXL) once with it on download, and this one finds the files too."
+)
+
+PulidFile = io.Custom("PULID")  # a Pulid that cannot look at photographs yet
+EvaClip = io.Custom("EVA_CLIP")  # a VisionTower
+FaceAnalysis = io.Custom("FACEANALYSIS")  # an InsightFaceAnalyzer
+
+
+class PulidModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PulidModelLoader",
+            display_name="Load PuLID Model",
+            category=CATEGORY,
+            description=INSTEAD_OF_LOADERS,
+            is_deprecated=True,
+            inputs=[
+                io.Combo.Input(
+                    "pulid_file",
+                    options=pulid_choices(),
+                    tooltip="The PuLID file, in models/pulid. Older workflows were made with v1.",
+                )
+            ],
+            outputs=[PulidFile.Output("loaded", display_name="PULID")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, pulid_file):
+        return True  # of a file that is not here, find says where to get it
+
+    @classmethod
+    def execute(cls, pulid_file):
+        folders = host.model_folders()
+        with advised(folders, NO_DOWNLOAD):
+            return io.NodeOutput(pulid_of(find(pulid_file, folders.of(catalogue.V1), folders.elsewhere)))
+
+
+class PulidInsightFaceLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PulidInsightFaceLoader",
+            display_name="Load InsightFace (PuLID)",
+            category=CATEGORY,
+            description=INSTEAD_OF_LOADERS,
+            is_deprecated=True,
+            inputs=[
+                io.Combo.Input(
+                    "provider",
+                    options=["CPU", "CUDA", "ROCM", "CoreML"],
+                    tooltip="What runs the InsightFace models. Where it is not installed, the CPU does, and the node "
+                    "says so.",
+                )
+            ],
+            outputs=[FaceAnalysis.Output("loaded", display_name="FACEANALYSIS")],
+        )
+
+    @classmethod
+    def execute(cls, provider):
+        folders = host.model_folders()
+        with advised(folders, NO_DOWNLOAD):
+            providers, notes = _providers(provider)
+            analyzer, more = analyzer_of(providers, folders)
+        host.say("\n".join(notes + more))
+        return io.NodeOutput(analyzer, ui={"text": notes + more})
+
+
+def _providers(choice: str) -> tuple[list[str], list[str]]:
+    """What to ask of ONNX Runtime, and what to say of it: a shared workflow names what its author's machine has."""
+    try:
+        return available_providers(choice), []
+    except InputError as error:
+        return available_providers("CPU"), [f"{error} Going on with the CPU."]
+
+
+class PulidEvaClipLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="PulidEvaClipLoader",
+            display_name="Load Eva Clip (PuLID)",
+            category=CATEGORY,
+            description=INSTEAD_OF_LOADERS,
+            is_deprecated=True,
+            inputs=[],
+            outputs=[EvaClip.Output("loaded", display_name="EVA_CLIP")],
+        )
+
+    @classmethod
+    def execute(cls):
+        folders = host.model_folders()
+        with advised(folders, NO_DOWNLOAD):
+            here = filter(None, map(folders.locate, catalogue.choices("eva_clip")))
+            path = next(here, None) or find(catalogue.EVA_CLIP, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
+            return io.NodeOutput(tower_of(path))
+
+
+PULID = PulidFile.Input("pulid", tooltip="From Load PuLID Model.")
+EVA_CLIP = EvaClip.Input("eva_clip", tooltip="From Load Eva Clip (PuLID).")
+FACE_ANALYSIS = FaceAnalysis.Input("face_analysis", tooltip="From Load InsightFace (PuLID).")
+IMAGE = io.Image.Input("image", tooltip="Photographs of one person; what is seen in them is averaged.")
+WEIGHT = io.Float.Input(
+    "weight",
+    default=1.0,
+    min=-1.0,
+    max=5.0,
+    step=0.05,
+    tooltip="How strongly the picture takes on the person. 0 leaves the model as it is, below 0 pushes away.",
+)
+PATCHED = io.Model.Output("patched_model", display_name="MODEL")
+
+# Their methods, by the names that ours have.
+OUR_METHODS = {"fidelity": "fidelity", "style": "extreme style", "neutral": "neutral"}
+
+
+class ApplyPulid(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ApplyPulid",
+            display_name="Apply PuLID",
+            category=CATEGORY,
+            description=INSTEAD_OF_APPLY,
+            is_deprecated=True,
+            inputs=[
+                MODEL,
+                PULID,
+                EVA_CLIP,
+                FACE_ANALYSIS,
+                IMAGE,
+                io.Combo.Input(
+                    "method",
+                    options=list(OUR_METHODS),
+                    tooltip="fidelity: closest likeness. style: leaves more room to the prompt's style. neutral: adds "
+                    "the person without sparing anything.",
+                ),
+                WEIGHT,
+                START,
+                END,
+                MASK,
+            ],
+            outputs=[PATCHED],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, pulid, eva_clip, face_analysis, image, method, weight, start_at, end_at, attn_mask=None
+    ):  # fmt: skip
+        whole = _joined(pulid, eva_clip, face_analysis)
+        chosen = METHODS[OUR_METHODS[method]][whole.version]
+        return _apply(
+            model, whole, image, chosen.fusion, chosen.zero_tokens, weight, 0.0, start_at, end_at, attn_mask
+        )  # fmt: skip
+
+
+class ApplyPulidAdvanced(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="ApplyPulidAdvanced",
+            display_name="Apply PuLID Advanced",
+            category=CATEGORY,
+            description=INSTEAD_OF_APPLY.replace("Apply PuLID", "Apply PuLID Advanced"),
+            is_deprecated=True,
+            inputs=[
+                MODEL,
+                PULID,
+                EVA_CLIP,
+                FACE_ANALYSIS,
+                IMAGE,
+                WEIGHT,
+                io.Combo.Input(
+                    "projection",
+                    options=["ortho_v2", "ortho", "none"],
+                    tooltip="How the person joins the picture: ortho_v2 as in fidelity, ortho as in style, none as in "
+                    "neutral.",
+                ),
+                io.Int.Input(
+                    "fidelity",
+                    default=8,
+                    min=0,
+                    max=32,
+                    step=1,
+                    tooltip="The number of zero tokens: more make the picture easier to edit and less alike.",
+                ),
+                io.Float.Input(
+                    "noise",
+                    default=0.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.1,
+                    tooltip="Noise in place of zeros, in the negative branch and in the zero tokens.",
+                ),
+                START,
+                END,
+                MASK,
+            ],
+            outputs=[PATCHED],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, pulid, eva_clip, face_analysis, image, weight, projection, fidelity, noise, start_at, end_at,
+        attn_mask=None,
+    ):  # fmt: skip
+        whole = _joined(pulid, eva_clip, face_analysis)
+        return _apply(
+            model, whole, image, Fusion(projection), fidelity, weight, noise, start_at, end_at, attn_mask
+        )  # fmt: skip
+
+
+NODES = (PulidModelLoader, PulidInsightFaceLoader, PulidEvaClipLoader, ApplyPulid, ApplyPulidAdvanced)
+
+
+def not_taken() -> list[type[io.ComfyNode]]:
+    """These nodes; none of them where another pack has one, since nodes of two packs would not fit together."""
+    registered = host.registered_nodes()
+    ours = {node.GET_SCHEMA().node_id: node for node in NODES}
+    taken = [node_id for node_id, node in ours.items() if registered.get(node_id, node) is not node]
+    if not taken:
+        return list(NODES)
+    pack = getattr(registered[taken[0]], "RELATIVE_PYTHON_MODULE", "another pack")
+    log.info("PuLID for SDXL leaves the nodes of older workflows to %s, which has %s.", pack, ", ".join(taken))
+    return []
+
+
+def _joined(pulid, eva_clip, face_analysis) -> Pulid:
+    """Raises MismatchError for what another pack's node put into one of the sockets."""
+    sockets = (
+        ("pulid", pulid, Pulid, "Load PuLID Model (PulidModelLoader)"),
+        ("eva_clip", eva_clip, VisionTower, "Load Eva Clip (PuLID) (PulidEvaClipLoader)"),
+        ("face_analysis", face_analysis, InsightFaceAnalyzer, "Load InsightFace (PuLID) (PulidInsightFaceLoader)"),
+    )
+    for name, value, expected, loader in sockets:
+        if not isinstance(value, expected):
+            raise MismatchError(
+                f"{name} must come from {loader} of PuLID for SDXL, found {type(value).__module__}."
+                f"{type(value).__qualname__} of another pack. Connect that node; where another pack has taken its id, "
+                "remove one of the two packs. run.py doctor names packs with the same nodes."
+            )
+    return pulid.with_sight(eva_clip, face_analysis)
+
+
+def _apply(
+    model, pulid: Pulid, image: Tensor, fusion: Fusion, zero_tokens: int, weight: float, noise: float,
+    start_at: float, end_at: float, attn_mask: Tensor | None,
+):  # fmt: skip
+    identity, notes = _identify(pulid, image, noise, zero_tokens)
+    if notes:
+        host.say("\n".join(notes))
+    # That pack registers the middle block under a key that ComfyUI never looks up.
+    weights = [0.0 if site.part == "middle" else weight for site in SITES]
+    patched = apply(
+        model, pulid, identity, Fusion.SHARED_V2 if fusion is Fusion.ORTHOGONAL_V2 else fusion,
+        0 if noise else zero_tokens, weights,
+        start_at=start_at, end_at=end_at, attn_mask=attn_mask, mask_sampling="bilinear",
+    )  # fmt: skip
+    return io.NodeOutput(patched, ui={"text": notes} if notes else None)
+
+
+@dataclass(frozen=True)
+class Apart(Choice):
+    """How that pack looks at a photograph: at its full size, and at two faces where there are several."""
+
+    def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
+        pixels = (photograph.pixels * 255).floor() / 255  # it cuts off where ours rounds
+        return find_face_apart(read_photo(pixels, max(pixels.shape[:2])), analyzer)
+
+    def shrink(self, faces: Tensor) -> Tensor:
+        return shrink(faces, VISION_SIZE, antialias=True)
+
+
+# How photographs combine: v1's tokens are averaged; v1.1, which that pack could not read, does it as everywhere.
+PHOTOS: dict[Version, Photos] = {"v1": "average", "v1.1": "one person"}
+
+
+def _identify(pulid: Pulid, image: Tensor, noise: float, zero_tokens: int) -> tuple[IdEmbedding, list[str]]:
+    """The person, and which photographs were left out. Raises NoFaceError when none remains."""
+    if len(image) == 0:
+        raise InputError("The image batch is empty: connect at least one photograph.")
+    photos = PHOTOS[pulid.version]
+    choice = Apart("largest", 0, reads_together(pulid.version, photos))
+    taken = photographs(image, None, pulid.source, choice)
+    key = (*(photograph.key for photograph in taken), noise, zero_tokens if noise else 0)
+    if (kept := KEPT.get(key)) is not None:
+        return kept
+    progress, readings, notes = ProgressBar(len(taken)), [], []
+    for number, seen in enumerate(look(pulid, taken, choice, KEPT, throw_exception_if_processing_interrupted), start=1):
+        if isinstance(seen, Look):
+            readings.append(seen.reading)
+        else:
+            notes.append(f"Photograph {number} of {len(taken)} was left out. {seen}")
+        progress.update(1)
+    if not readings:
+        raise NoFaceError(
+            "\n".join(notes) + "\nNo photograph was left. PuLID Encode Identity also finds faces that are turned, very "
+            "small or close to the frame; use it with Apply PuLID (SDXL), or take another photograph."
+        )
+    identity = pulid.identify(readings, photos, False, throw_exception_if_processing_interrupted)
+    if noise:
+        identity = _with_noise(pulid, identity, noise, zero_tokens, draws=1 if choice.together else len(readings))
+    KEPT.put(key, (identity, notes), (identity.cond, identity.uncond))
+    return identity, notes
+
+
+def _with_noise(pulid: Pulid, identity: IdEmbedding, noise: float, zero_tokens: int, draws: int) -> IdEmbedding:
+    """Noise where that pack has it: the negative branch, drawn for each photograph and averaged, and the zero tokens.
+
+    It draws anew each time; here every run draws the same.
+    """
+    uncond = torch.cat([pulid.with_noise(identity, noise, seed).uncond for seed in range(draws)]).mean(0, keepdim=True)
+    shape = 1, zero_tokens, uncond.shape[-1]
+    tokens = torch.rand(shape, generator=torch.Generator().manual_seed(draws)) * noise
+    return replace(identity, cond=torch.cat((identity.cond, tokens), dim=1), uncond=torch.cat((uncond, tokens), dim=1))

@@ -1,0 +1,677 @@
+"""The nodes of older shared workflows: their shape, real workflows, their numbers, and other packs with their ids."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+
+import comfy_host
+
+comfy_host.enter(os.environ["COMFYUI"])
+
+import demo
+import numpy as np
+import parts
+import standins
+import torch
+import torchvision
+from comfy_server import ComfyServer, ServerError, link
+from conformance import FOLDER
+from PIL import Image
+from pulid_sdxl.models import catalogue
+from pulid_sdxl.models import files as pulid_files
+from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
+from pulid_sdxl.nodes import host, kept, legacy, patch
+from pulid_sdxl.nodes.sockets import Pulid, VisionTower
+from pulid_sdxl.pulid import faces as pulid_faces
+from pulid_sdxl.pulid.attention import Fusion, IdProjections
+from pulid_sdxl.pulid.encoders import IdEncoder
+from pulid_sdxl.pulid.errors import InputError, MismatchError, MissingWeights, NoFaceError
+from pulid_sdxl.pulid.faces import Face
+from pulid_sdxl.pulid.identity import IdEmbedding, VisionFeatures
+from pulid_sdxl.pulid.sites import SITES
+from safetensors.torch import load_file
+from workflow import declared_inputs, find, misfits, set_inputs, to_prompt
+
+ROOT = Path(legacy.__file__).parents[1]
+V1 = catalogue.V1.name
+
+# ---- Their shape ----
+
+WEIGHT = ("weight", "FLOAT", {"default": 1.0, "min": -1.0, "max": 5.0, "step": 0.05})
+START = ("start_at", "FLOAT", {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001})
+END = ("end_at", "FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.001})
+SOCKETS = [
+    ("model", "MODEL", {}),
+    ("pulid", "PULID", {}),
+    ("eva_clip", "EVA_CLIP", {}),
+    ("face_analysis", "FACEANALYSIS", {}),
+    ("image", "IMAGE", {}),
+]
+MASK = [("attn_mask", "MASK", {})]
+
+# The other pack's node definitions: id -> required inputs in order (name, type or choices, limits), optional ones,
+# outputs (name and type are one). A file list has no choices of its own.
+OLD = {
+    "PulidModelLoader": ([("pulid_file", None, {})], [], "PULID"),
+    "PulidInsightFaceLoader": ([("provider", ["CPU", "CUDA", "ROCM", "CoreML"], {})], [], "FACEANALYSIS"),
+    "PulidEvaClipLoader": ([], [], "EVA_CLIP"),
+    "ApplyPulid": (
+        [*SOCKETS, ("method", ["fidelity", "style", "neutral"], {}), WEIGHT, START, END],
+        MASK,
+        "MODEL",
+    ),
+    "ApplyPulidAdvanced": (
+        [
+            *SOCKETS,
+            WEIGHT,
+            ("projection", ["ortho_v2", "ortho", "none"], {}),
+            ("fidelity", "INT", {"default": 8, "min": 0, "max": 32, "step": 1}),
+            ("noise", "FLOAT", {"default": 0.0, "min": -1.0, "max": 1.0, "step": 0.1}),
+            START,
+            END,
+        ],
+        MASK,
+        "MODEL",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    """A ComfyUI with this pack and stand-ins of every file that an older workflow needs."""
+    base = tmp_path_factory.mktemp("base")
+    demo.prepare_base(base, parts.gather(None, None, comfyui))
+    demo.prepare_photo(base / "input", None)
+    Image.new("RGB", (320, 240), (128, 128, 128)).save(base / "input" / "grey.png")
+
+    def make(folder):
+        standins.make_pulid(folder / "pulid" / V1, layout="v1-converted", width_scale=parts.FIFTH)
+
+    link(parts.standins("pulid-v1-0.2", make) / "pulid" / V1, base / "models" / "pulid" / V1)
+    (base / "models" / "pulid" / catalogue.V1_1.name).rename(base / "models" / "pulid" / "newer.safetensors")
+    seeing_retinaface(base / "models" / "facexlib" / catalogue.RETINAFACE.name)
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
+        yield server
+
+
+def seeing_retinaface(path):
+    """In place of the stand-in that sees nothing, one that sees upright faces of 256 px wherever it looks."""
+    state = torch.load(path, weights_only=True)
+    path.unlink()
+    landmarks = torch.tensor([-0.25, -0.2, 0.25, -0.2, 0, 0, -0.2, 0.25, 0.2, 0.25]) / 0.1  # of the box, over variance
+    for kind, bias in (
+        ("ClassHead", torch.tensor([-9.0, 9.0, 9.0, -9.0])),
+        ("BboxHead", torch.zeros(8)),
+        ("LandmarkHead", landmarks.repeat(2)),
+    ):
+        state[f"module.{kind}.2.conv1x1.weight"].zero_()
+        state[f"module.{kind}.2.conv1x1.bias"].copy_(bias)
+    torch.save(state, path)
+
+
+@pytest.fixture(scope="module")
+def info(server):
+    return server.object_info()
+
+
+@pytest.mark.parametrize("node_id", OLD)
+def test_inputs_and_outputs_are_the_other_packs(info, node_id):
+    required, optional, output = OLD[node_id]
+    node = info[node_id]
+    assert (node["output"], node["output_name"]) == ([output], [output])
+    assert node["input_order"].get("required", []) == [name for name, _, _ in required]
+    assert node["input_order"].get("optional", []) == [name for name, _, _ in optional]
+    declared = declared_inputs(node_id, info)
+    for name, kind, limits in (*required, *optional):
+        found, options = declared[name]
+        if found == "COMBO" or isinstance(found, list):
+            found = found if isinstance(found, list) else options["options"]
+            assert options.get("default") in (None, found[0])  # what a new node shows
+            found = found if kind else kind
+        assert found == kind
+        assert {key: options.get(key) for key in limits} == limits
+
+
+def test_they_are_marked_as_deprecated_and_lie_in_a_category_of_their_own(info):
+    for node_id in OLD:
+        assert info[node_id]["deprecated"]
+        assert info[node_id]["category"] == "PuLID/legacy"
+        assert "In new ones, use " in info[node_id]["description"]
+
+
+# ---- Old workflows on a real server ----
+
+
+def slot(name, kind, link=None):
+    return {"name": name, "type": kind, "link": link}
+
+
+def out(kind, *links, name=None):
+    return {"name": name or kind, "type": kind, "links": list(links), "slot_index": 0}
+
+
+def old_workflow(apply="ApplyPulid", values=("fidelity", 0.8, 0, 1), masked=True):
+    """An older workflow as the editor saved it: values by place alone, whole numbers for fractions."""
+    mask = [slot("attn_mask", "MASK", 14)] if masked else []
+    clip = [out("MODEL", 1), {**out("CLIP", 2, 3), "slot_index": 1}, {**out("VAE", 4), "slot_index": 2}]
+    nodes = [
+        {"id": 4, "type": "CheckpointLoaderSimple", "inputs": [], "outputs": clip,
+         "widgets_values": ["standin_sdxl_fifth_width.safetensors"]},
+        {"id": 12, "type": "LoadImage", "inputs": [], "outputs": [out("IMAGE", 5), out("MASK")],
+         "widgets_values": ["astronaut.png", "image"]},
+        {"id": 16, "type": "PulidModelLoader", "outputs": [out("PULID", 6)], "widgets_values": [V1]},
+        {"id": 17, "type": "PulidInsightFaceLoader", "outputs": [out("FACEANALYSIS", 7)], "widgets_values": ["CPU"]},
+        {"id": 19, "type": "PulidEvaClipLoader", "outputs": [out("EVA_CLIP", 8)]},
+        {"id": 33, "type": apply, "inputs": [
+            slot("model", "MODEL", 1), slot("pulid", "PULID", 6), slot("eva_clip", "EVA_CLIP", 8),
+            slot("face_analysis", "FACEANALYSIS", 7), slot("image", "IMAGE", 5), *mask],
+         "outputs": [out("MODEL", 9)], "widgets_values": list(values)},
+        {"id": 22, "type": "CLIPTextEncode", "inputs": [slot("clip", "CLIP", 2)], "outputs": [out("CONDITIONING", 10)],
+         "widgets_values": ["portrait, wolf ears"]},
+        {"id": 23, "type": "CLIPTextEncode", "inputs": [slot("clip", "CLIP", 3)], "outputs": [out("CONDITIONING", 11)],
+         "widgets_values": ["blurry"]},
+        {"id": 5, "type": "EmptyLatentImage", "inputs": [], "outputs": [out("LATENT", 12)],
+         "widgets_values": [128, 192, 1]},
+        {"id": 3, "type": "KSampler", "inputs": [
+            slot("model", "MODEL", 9), slot("positive", "CONDITIONING", 10), slot("negative", "CONDITIONING", 11),
+            slot("latent_image", "LATENT", 12)],
+         "outputs": [out("LATENT", 13)], "widgets_values": [42, "fixed", 2, 1.2, "dpmpp_2m", "sgm_uniform", 1]},
+        {"id": 8, "type": "VAEDecode", "inputs": [slot("samples", "LATENT", 13), slot("vae", "VAE", 4)],
+         "outputs": [out("IMAGE", 15)]},
+        {"id": 10, "type": "PreviewImage", "inputs": [slot("images", "IMAGE", 15)], "outputs": []},
+    ]  # fmt: skip
+    links = [
+        [1, 4, 0, 33, 0, "MODEL"], [2, 4, 1, 22, 0, "CLIP"], [3, 4, 1, 23, 0, "CLIP"], [4, 4, 2, 8, 1, "VAE"],
+        [5, 12, 0, 33, 4, "IMAGE"], [6, 16, 0, 33, 1, "PULID"], [7, 17, 0, 33, 3, "FACEANALYSIS"],
+        [8, 19, 0, 33, 2, "EVA_CLIP"], [9, 33, 0, 3, 0, "MODEL"], [10, 22, 0, 3, 1, "CONDITIONING"],
+        [11, 23, 0, 3, 2, "CONDITIONING"], [12, 5, 0, 3, 3, "LATENT"], [13, 3, 0, 8, 0, "LATENT"],
+        [15, 8, 0, 10, 0, "IMAGE"],
+    ]  # fmt: skip
+    if masked:
+        nodes.append({"id": 86, "type": "SolidMask", "inputs": [], "outputs": [out("MASK", 14)],
+                      "widgets_values": [1, 128, 192]})  # fmt: skip
+        links.append([14, 86, 0, 33, 5, "MASK"])
+    return {"last_node_id": 86, "last_link_id": 15, "nodes": nodes, "links": links, "version": 0.4}
+
+
+# The same as older servers were sent it.
+API = {
+    "model": ["4", 0], "pulid": ["16", 0], "eva_clip": ["19", 0], "face_analysis": ["17", 0], "image": ["12", 0],
+    "method": "fidelity", "weight": 0.8, "start_at": 0.0, "end_at": 1.0,
+}  # fmt: skip
+
+
+def picture(server, prompt):
+    outputs = server.run(prompt)
+    [entry] = outputs[find(prompt, "PreviewImage")]["images"]
+    return np.asarray(Image.open(io.BytesIO(server.picture(entry))).convert("RGB")).astype(int), outputs
+
+
+@pytest.fixture(scope="module")
+def unpatched(server, info):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    set_inputs(prompt, "ApplyPulid", weight=0.0)
+    return picture(server, prompt)[0]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("apply", "values"),
+    [
+        ("ApplyPulid", ("fidelity", 0.8, 0, 1)),
+        ("ApplyPulid", ("style", 0.7000000000000001, 0, 1)),
+        ("ApplyPulid", ("neutral", 1, 0.0, 0.9)),
+        ("ApplyPulidAdvanced", (0.8, "ortho_v2", 8, 0, 0, 1)),
+        ("ApplyPulidAdvanced", (0.8, "ortho", 16, 0.3, 0, 1)),
+    ],
+)
+def test_an_old_workflow_fits_and_runs(server, info, unpatched, apply, values, masked):
+    workflow = old_workflow(apply, values, masked)
+    assert [
+        line for line in misfits(workflow, info) if "defined ['model'" not in line
+    ] == []  # a file may lack the mask
+    made, _ = picture(server, to_prompt(workflow, info))
+    assert (made != unpatched).mean() > 0.1
+
+
+def test_the_prompt_that_older_servers_were_sent_runs_and_gives_the_same(server, info):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    sent = {key: {"class_type": node["class_type"], "inputs": dict(node["inputs"])} for key, node in prompt.items()}
+    sent["33"]["inputs"] = API
+    sent["19"]["inputs"] = {}
+    assert np.array_equal(picture(server, prompt)[0], picture(server, sent | {
+        key: {**node, "_meta": {"title": node["class_type"]}} for key, node in sent.items()
+    })[0])  # fmt: skip
+
+
+def test_method_and_projection_name_the_same_numbers(server, info):
+    by_method, _ = picture(server, to_prompt(old_workflow(masked=False), info))
+    advanced = old_workflow("ApplyPulidAdvanced", (0.8, "ortho_v2", 8, 0, 0, 1), masked=False)
+    assert np.array_equal(picture(server, to_prompt(advanced, info))[0], by_method)
+
+
+def test_a_slider_looks_at_no_photograph_again(server, info):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    server.run(prompt)
+    set_inputs(prompt, "ApplyPulid", weight=0.55)
+    ran = []
+    server.run(prompt, ran.append)
+    assert not [line for line in ran if line.startswith("Apply PuLID:")]  # the progress of looking at photographs
+    assert "Apply PuLID" in ran
+
+
+def test_a_provider_that_this_machine_lacks_is_said_and_the_cpu_serves(server, info):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    set_inputs(prompt, "PulidInsightFaceLoader", provider="ROCM")
+    _, outputs = picture(server, prompt)
+    refused, used = outputs["17"]["text"]
+    assert refused.startswith("The installed ONNX Runtime does not offer 'ROCM'; it offers: ")
+    assert refused.endswith("Going on with the CPU.")
+    assert used.endswith("runs on CPU.")
+
+
+def test_a_file_that_is_not_here_is_named_with_its_address(server, info):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    set_inputs(prompt, "PulidModelLoader", pulid_file=catalogue.V1_PICKLE.name)
+    with pytest.raises(ServerError, match=r"pulid_v1\.bin .*was not found.*https://.*This node has no missing_files"):
+        server.run(prompt)
+    set_inputs(prompt, "PulidModelLoader", pulid_file="their own\\name.safetensors")
+    with pytest.raises(ServerError, match=r"name\.safetensors was not found\. Looked in"):
+        server.run(prompt)
+
+
+def test_a_newer_pulid_file_serves_too(server, info, unpatched):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    set_inputs(prompt, "PulidModelLoader", pulid_file="newer.safetensors")
+    assert (picture(server, prompt)[0] != unpatched).mean() > 0.1
+
+
+def test_a_photograph_without_a_face_stops_in_words(server, info):
+    prompt = to_prompt(old_workflow(masked=False), info)
+    set_inputs(prompt, "LoadImage", image="grey.png")
+    with pytest.raises(
+        ServerError, match=r"(?s)Photograph 1 of 1 was left out\. InsightFace saw no face.*PuLID Encode"
+    ):
+        server.run(prompt)
+
+
+# ---- Their numbers ----
+
+
+def relative(out, expected):
+    return ((out - expected).abs().max() / expected.std()).item()
+
+
+@pytest.fixture
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return comfy_host.sdxl(32)
+
+
+@pytest.fixture
+def one_site(model, monkeypatch):
+    """The reference's attention site in place of each site of a model: its vectors, and a PuLID made for it."""
+    if not FOLDER.is_dir():
+        pytest.skip(f"no reference vectors at {FOLDER} (set PULID_REFERENCE)")
+    site = load_file(FOLDER / "attention_shared_workflows.safetensors")
+    width, token_width = site["to_k"].shape
+    heads = int(site["heads"])
+    monkeypatch.setattr(host, "check_layout", lambda model, widths: None)
+    monkeypatch.setattr(patch, "cross_attention", lambda model, _: SimpleNamespace(heads=heads))
+    projections = IdProjections([width] * len(SITES), token_width)
+    weights = {f"to_{half}.{i}.weight": site[f"to_{half}"] for i in range(len(SITES)) for half in "kv"}
+    projections.load_state_dict(weights)
+    pulid = Pulid("v1", "print", (width,) * len(SITES), None, None, host.managed(projections.eval()), None)
+    identity = IdEmbedding(site["cond"], site["uncond"], "v1", "print")
+    monkeypatch.setattr(legacy, "_identify", lambda *_: (identity, []))
+    return site, pulid
+
+
+def run_site(patched, site):
+    """What lies on the first site, run as ComfyUI runs it: the negative row first."""
+    options = {
+        "n_heads": int(site["heads"]),
+        "cond_or_uncond": [1, 0],
+        "sigmas": torch.tensor([5.0]),
+        "activations_shape": [2, 24, 3, 4],
+        "original_shape": [2, 4, 6, 8],
+    }
+    replacements = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+    return replacements[("input", 4, 0)](site["q"], site["k"], site["v"], options)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("method", ["fidelity", "style", "neutral"])
+@pytest.mark.usefixtures("inference")
+def test_methods_give_the_vectors_of_that_pack(model, one_site, method, masked):
+    site, pulid = one_site
+    sight = VisionTower(None, "tower"), SeesSpots()
+    patched = legacy.ApplyPulid.execute(
+        model, pulid, *sight, torch.zeros(1, 8, 8, 3), method, 0.8, 0.0, 1.0, site["mask"] if masked else None
+    )[0]
+    expected = site[f"out.{method}.mask" if masked else f"out.{method}"]
+    assert relative(run_site(patched, site), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("projection", "zero_tokens", "method"),
+    [("ortho_v2", 8, "fidelity"), ("ortho", 16, "style"), ("none", 0, "neutral")],
+)
+@pytest.mark.usefixtures("inference")
+def test_projections_with_the_methods_zero_tokens_give_the_same_vectors(
+    model, one_site, projection, zero_tokens, method
+):
+    site, pulid = one_site
+    sight = VisionTower(None, "tower"), SeesSpots()
+
+    def run(zero_tokens):
+        patched = legacy.ApplyPulidAdvanced.execute(
+            model, pulid, *sight, torch.zeros(1, 8, 8, 3), 0.8, projection, zero_tokens, 0.0, 0.0, 1.0
+        )[0]
+        return relative(run_site(patched, site), site[f"out.{method}"])
+
+    assert run(zero_tokens) <= 1e-5
+    assert run(zero_tokens + 1) > 1e-3
+
+
+def landmarks_at(x, y):
+    return np.array([[-15.0, -10], [15, -10], [0, 8], [-12, 25], [12, 25]]) + np.array((x, y))
+
+
+class SeesSpots(InsightFaceAnalyzer):
+    """Sees a face at each white pixel, RetinaFace at each red one; the recogniser gives the box back."""
+
+    source = ("spots",)
+
+    def __init__(self):
+        self.detections = 0
+
+    def _at(self, photo, colour):
+        self.detections += 1
+        spots = np.argwhere((photo == colour).all(axis=2))[:, ::-1]
+        return [Face((x - 20, y - 20, x + 20.0 + index, y + 20), landmarks_at(x, y), 0.9)
+                for index, (x, y) in enumerate(spots)]  # fmt: skip
+
+    def detect(self, photo, side):
+        return self._at(photo, (255, 255, 255))
+
+    def detect_for_alignment(self, photo):
+        return self._at(photo, (255, 0, 0))
+
+    def recognise(self, photo, face):
+        return torch.tensor([*face.box, *[0.0] * 508]) / 100
+
+    def parse(self, crops):
+        labels = torch.ones(len(crops), 512, 512, dtype=torch.uint8)
+        labels[:, :100] = 17  # hair, which stays; and background
+        labels[:, 400:] = 0
+        return labels
+
+
+class Glance(torch.nn.Module):
+    """In the vision tower's place: linear maps of what lies in a few parts of the face."""
+
+    positions = 5  # the class token and 2 x 2 patches
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.pooled = torch.nn.Parameter(torch.randn(48, 768, generator=generator))
+        self.hidden = torch.nn.Parameter(torch.randn(5, 48, 5 * 1024, generator=generator) / 7)
+
+    def features(self, pixels):
+        corner = pixels[:, :, 150:154, 150:154].flatten(1)  # single pixels, so that how they are made shows
+        hidden = tuple(torch.unflatten(corner @ weights, 1, (5, 1024)) for weights in self.hidden)
+        return VisionFeatures(torch.nn.functional.normalize(corner @ self.pooled), hidden)
+
+
+@pytest.fixture(scope="module")
+def glance():
+    return Glance().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(1)
+    return IdEncoder().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def loaded(glance, encoder, monkeypatch):
+    """What the three loaders give, and what reaches the model: a list of (identity, fusion, zero tokens, weights)."""
+    applied = []
+
+    def apply(model, pulid, identity, fusion, zero_tokens, weights, **_):
+        applied.append((identity, fusion, zero_tokens, weights))
+        return model
+
+    monkeypatch.setattr(legacy, "apply", apply)
+    monkeypatch.setattr(legacy, "KEPT", kept.Kept(2**24))
+    pulid = Pulid("v1", "print", (), None, host.managed(encoder), None, None, "file")
+    return (pulid, VisionTower(host.managed(glance), "tower"), SeesSpots()), applied
+
+
+def photograph(white=(), red=(), height=200, width=300):
+    generator = torch.Generator().manual_seed(height + width)
+    image = torch.rand(1, height, width, 3, generator=generator) * 0.8
+    for x, y in white:
+        image[0, y, x] = 1
+    for x, y in red:
+        image[0, y, x] = torch.tensor([1.0, 0, 0])
+    return image
+
+
+def apply_advanced(loaded, image, noise=0.0, fidelity=8, model="a model"):
+    return legacy.ApplyPulidAdvanced.execute(model, *loaded, image, 1.0, "ortho_v2", fidelity, noise, 0.0, 1.0)
+
+
+def by_hand(image, landmarks, box, glance, encoder):
+    """The tokens of one photograph, in the words of facts: cut off, aligned, grey on white, torchvision's resize."""
+    photo = image[0].mul(255).clamp(0, 255).byte().numpy()
+    crop = torch.from_numpy(pulid_faces.align(photo, landmarks)).permute(2, 0, 1)[None] / 255
+    grey = (0.299 * crop[:, 0:1] + 0.587 * crop[:, 1:2] + 0.114 * crop[:, 2:3]).repeat(1, 3, 1, 1)
+    grey[:, :, 400:] = 1
+    transforms = torchvision.transforms
+    small = transforms.functional.resize(grey, (336, 336), transforms.InterpolationMode.BICUBIC)
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    features = glance.features(transforms.functional.normalize(small, mean, std))
+    arcface = torch.tensor([[*box, *[0.0] * 508]]) / 100
+    return encoder(torch.cat((arcface, features.pooled), dim=1), features.hidden)
+
+
+@pytest.mark.usefixtures("inference")
+def test_photographs_are_looked_at_whole_and_averaged_each_with_two_faces_of_its_own(loaded, glance, encoder):
+    three, applied = loaded
+    # Of the faces InsightFace sees, the later is the larger; RetinaFace's nearest to the middle is another one.
+    first = photograph(white=[(60, 60), (150, 150)], red=[(40, 100), (160, 110), (250, 180)])
+    second = photograph(white=[(80, 70)], red=[(90, 90)])
+    large = photograph(white=[(700, 600)], red=[(660, 640)], height=1200, width=1300)
+
+    legacy.ApplyPulid.execute("a model", *three, torch.cat((first, second)), "fidelity", 1.0, 0.0, 1.0)
+    legacy.ApplyPulid.execute("a model", *three, large, "fidelity", 1.0, 0.0, 1.0)
+
+    expected = [
+        by_hand(first, landmarks_at(160, 110), (130, 130, 171, 170), glance, encoder),
+        by_hand(second, landmarks_at(90, 90), (60, 50, 100, 90), glance, encoder),
+        by_hand(large, landmarks_at(660, 640), (680, 580, 720, 620), glance, encoder),
+    ]
+    assert relative(applied[0][0].cond, (expected[0] + expected[1]) / 2) <= 1e-5
+    assert relative(applied[1][0].cond, expected[2]) <= 1e-5
+    assert relative(expected[0], expected[1]) > 0.1  # they do differ
+    zeros = encoder(torch.zeros(1, 1280), [torch.zeros(1, 5, 1024)] * 5)
+    assert relative(applied[0][0].uncond, zeros) <= 1e-5
+
+
+@pytest.mark.usefixtures("inference")
+def test_the_middle_block_gets_nothing(loaded):
+    three, applied = loaded
+    legacy.ApplyPulid.execute("m", *three, photograph([(80, 70)], [(90, 90)]), "style", 0.7, 0.0, 1.0)
+    [(_, fusion, zero_tokens, weights)] = applied
+    assert (fusion, zero_tokens) == (Fusion.ORTHOGONAL, 16)
+    assert {site.part: weight for site, weight in zip(SITES, weights, strict=True)} == {
+        "input": 0.7, "output": 0.7, "middle": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("inference")
+def test_noise_stands_for_zeros_in_the_negative_branch_and_in_the_zero_tokens(loaded):
+    three, applied = loaded
+    image = torch.cat((photograph([(80, 70)], [(90, 90)]), photograph([(150, 70)], [(90, 90)])))
+    for noise, fidelity in ((0.0, 8), (0.5, 8), (-0.5, 8), (0.5, 0), (0.5, 8)):
+        apply_advanced(three, image, noise, fidelity)
+
+    (without, *_), (noisy, _, zero_tokens, _), (negative, *_), (bare, *_), (again, *_) = applied
+    assert (without.tokens, noisy.tokens, bare.tokens) == (10, 18, 10)
+    assert zero_tokens == 0  # the noise tokens stand for them
+    assert torch.equal(noisy.cond[:, :10], without.cond)
+    assert torch.equal(noisy.cond[:, 10:], noisy.uncond[:, 10:])
+    assert noisy.cond[:, 10:].min() >= 0 and 0.4 < noisy.cond[:, 10:].max() < 0.5
+    assert -0.5 < negative.cond[:, 10:].min() < -0.4 and negative.cond[:, 10:].max() <= 0
+    assert relative(noisy.uncond[:, :10], without.uncond) > 0.01
+    assert torch.equal(bare.uncond, noisy.uncond[:, :10])
+    assert again is noisy  # kept, and so are its keys and values
+
+
+@pytest.mark.usefixtures("inference")
+def test_an_unchanged_photograph_is_not_looked_at_again(loaded):
+    three, _ = loaded
+    image = photograph([(80, 70)], [(90, 90)])
+    apply_advanced(three, image)
+    before = three[2].detections
+    apply_advanced(three, image, fidelity=12)
+    assert three[2].detections == before > 0
+
+
+# ---- What they say ----
+
+
+@pytest.mark.usefixtures("inference")
+def test_a_photograph_without_a_face_is_left_out_and_the_node_says_so(loaded):
+    three, applied = loaded
+    whole, unseen, unaligned = photograph([(80, 70)], [(90, 90)]), photograph(), photograph([(80, 70)])
+
+    output = apply_advanced(three, torch.cat((unseen, whole, unaligned)))
+
+    assert output.ui["text"] == [
+        "Photograph 1 of 3 was left out. InsightFace saw no face at 640 to 320 px.",
+        "Photograph 3 of 3 was left out. RetinaFace saw no face to align.",
+    ]
+    assert apply_advanced(three, whole).ui is None
+    assert torch.allclose(applied[0][0].cond, applied[1][0].cond, atol=1e-6)
+    with pytest.raises(NoFaceError, match=r"(?s)Photograph 1 of 1 was left out.*PuLID Encode Identity also finds"):
+        apply_advanced(three, unseen)
+
+
+def test_an_empty_batch_is_refused(loaded):
+    with pytest.raises(InputError, match="connect at least one photograph"):
+        apply_advanced(loaded[0], torch.zeros(0, 64, 64, 3))
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (
+            0,
+            r"pulid must come from Load PuLID Model \(PulidModelLoader\) of .* found types\.SimpleNamespace of another",
+        ),
+        (1, r"eva_clip must come from Load Eva Clip \(PuLID\) \(PulidEvaClipLoader\)"),
+        (2, r"face_analysis must come from Load InsightFace \(PuLID\) \(PulidInsightFaceLoader\).*run.py doctor"),
+    ],
+)
+def test_what_another_pack_loaded_is_refused_in_words(loaded, place, words):
+    three = list(loaded[0])
+    three[place] = SimpleNamespace()
+    with pytest.raises(MismatchError, match=words):
+        apply_advanced(three, photograph())
+
+
+def test_a_start_after_the_end_is_refused(model, one_site):
+    _, pulid = one_site
+    with pytest.raises(InputError, match="lies after end_at"):
+        legacy.ApplyPulid.execute(
+            model, pulid, VisionTower(None, "tower"), SeesSpots(), torch.zeros(1, 8, 8, 3), "style", 1.0, 0.9, 0.1
+        )
+
+
+def test_the_vision_tower_is_named_with_its_address_where_it_is_not_here(monkeypatch):
+    monkeypatch.setattr(host, "model_folders", lambda: pulid_files.ModelFolders({}))
+    with pytest.raises(MissingWeights, match=r"EVA02_CLIP_L_336_psz14_s6B\.pt.*was not found.*https://.*no missing_fi"):
+        legacy.PulidEvaClipLoader.execute()
+
+
+# ---- Beside another pack with the same ids ----
+
+OTHER = """
+class Other:
+    RETURN_TYPES, FUNCTION, CATEGORY = (), "run", "tests"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+
+NODE_CLASS_MAPPINGS = {node_id: type(node_id, (Other,), {}) for node_id in IDS}
+"""
+
+# Loads packs in the order given, as ComfyUI does at its start, and says whose each node is.
+LOAD = """
+import asyncio, json, logging, sys
+sys.path.insert(0, sys.argv[1])
+import comfy_host
+comfy_host.enter(sys.argv[2])
+import nodes
+logging.basicConfig(level=logging.INFO, force=True)
+for folder in sys.argv[3:]:
+    assert asyncio.run(nodes.load_custom_node(folder, set(), module_parent="custom_nodes"))
+print(json.dumps({name: node.RELATIVE_PYTHON_MODULE for name, node in nodes.NODE_CLASS_MAPPINGS.items()
+                  if hasattr(node, "RELATIVE_PYTHON_MODULE")}))
+"""
+
+
+def owners(comfyui, tmp_path, *order, ids=tuple(OLD)):
+    """Node id -> the pack that it belongs to, once the packs are loaded in this order; and what was logged."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "__init__.py").write_text(f"IDS = {ids!r}\n{OTHER}")
+    link(ROOT, tmp_path / "pulid-sdxl")
+    command = [sys.executable, "-c", LOAD, ROOT / "tools", comfyui, *(tmp_path / name for name in order)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    owned = json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stderr.splitlines() if "leaves the nodes of older workflows" in line]
+    return {name: module.removeprefix("custom_nodes.") for name, module in owned.items()}, lines
+
+
+def test_alone_they_are_registered(comfyui, tmp_path):
+    owned, lines = owners(comfyui, tmp_path, "pulid-sdxl")
+    assert {owned.get(node_id) for node_id in OLD} == {"pulid-sdxl"}
+    assert lines == []
+
+
+def test_where_another_pack_came_first_with_one_id_all_five_are_left_to_it(comfyui, tmp_path):
+    owned, lines = owners(comfyui, tmp_path, "other", "pulid-sdxl", ids=("ApplyPulid",))
+    assert {node_id: owned.get(node_id) for node_id in OLD} == {**dict.fromkeys(OLD), "ApplyPulid": "other"}
+    assert owned["PuLID_Apply"] == "pulid-sdxl"
+    [line] = lines
+    assert line.endswith("leaves the nodes of older workflows to custom_nodes.other, which has ApplyPulid.")
+
+
+def test_another_pack_that_comes_later_takes_its_ids_and_nothing_else(comfyui, tmp_path):
+    owned, lines = owners(comfyui, tmp_path, "pulid-sdxl", "other")
+    assert {owned[node_id] for node_id in OLD} == {"other"}
+    assert owned["PuLID_Apply"] == "pulid-sdxl"
+    assert lines == []
