@@ -1,6 +1,7 @@
 """The two socket types of this pack, and what travels through the first."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import cached_property
@@ -11,6 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pulid.attention import SiteKV
+from ..pulid.cpu import ProductsByOneDnn
 from ..pulid.embed import Photos, face_vectors, identity_of, reads_together, uncond_tokens
 from ..pulid.encoders import STAGES
 from ..pulid.faces import FaceAnalyzer, to_vision_input
@@ -47,6 +49,11 @@ class Keep(Enum):
     TOKENS = auto()  # what the encoder made of it alone
     HIDDEN = auto()  # for the encoder to look at it together with others: 12 MB
     FACE = auto()  # for the same, from the vision tower once more: 0.5 MB
+
+
+def quickly(device: torch.device) -> AbstractContextManager:
+    """What networks that only make products run in, on this device."""
+    return ProductsByOneDnn() if device.type == "cpu" else nullcontext()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +101,14 @@ class Pulid:
     def read(self, faces: Tensor, arcface: Tensor, keep: Keep) -> list[Reading]:
         """Grey faces on white (P, 3, 336, 336) and their embeddings (P, 512) -> a Reading each, on the CPU."""
         device = host.load(self.tower, self.encoder)
-        features = self.tower.model.features(to_vision_input(faces).to(device))
-        x = face_vectors(arcface.to(device), features)
+        with quickly(device):
+            features = self.tower.model.features(to_vision_input(faces).to(device))
+            x = face_vectors(arcface.to(device), features)
+            tokens = self.encoder.model(x, features.hidden).cpu() if keep is Keep.TOKENS else ()
         # Copies of rows, so that one photograph that is kept does not keep those it was read with.
         match keep:
             case Keep.TOKENS:
-                return [Reading(tokens.clone()) for tokens in self.encoder.model(x, features.hidden).cpu()]
+                return [Reading(own.clone()) for own in tokens]
             case Keep.HIDDEN:
                 rows = zip(x.cpu(), *(stream.cpu() for stream in features.hidden), strict=True)
                 return [Reading(x=own.clone(), hidden=tuple(stream.clone() for stream in rest)) for own, *rest in rows]
@@ -114,7 +123,8 @@ class Pulid:
             networks = (self.encoder,) if all(reading.hidden for reading in readings) else (self.tower, self.encoder)
             device = host.load(*networks)
             x = torch.stack([reading.x for reading in readings]).unsqueeze(0).to(device)
-            tokens = self.encoder.model(x, self._stages(readings, device, step)).cpu()
+            with quickly(device):
+                tokens = self.encoder.model(x, self._stages(readings, device, step)).cpu()
         else:
             tokens = torch.stack([reading.tokens for reading in readings])
         return identity_of(tokens, self.zeros, self.version, self.fingerprint, photos, id_mix)
@@ -151,7 +161,8 @@ class Pulid:
 
     def _uncond_tokens(self, noise: float = 0.0, seed: int = 0) -> Tensor:
         device = host.load(self.encoder)
-        return uncond_tokens(self.encoder.model, self.tower.model.positions, device, noise, seed).cpu()
+        with quickly(device):
+            return uncond_tokens(self.encoder.model, self.tower.model.positions, device, noise, seed).cpu()
 
     def project(self, identity: IdEmbedding, device: torch.device, dtype: torch.dtype) -> tuple[SiteKV, ...]:
         """Keys and values of every site: one row per identity, then the negative branch's. Made once per identity."""
