@@ -17,7 +17,7 @@ from .looking import Choice, Look, Photograph, look, photographs
 from .preview import draw_faces
 from .sockets import IdentitySocket, Pulid, PulidSocket
 
-KEPT = Kept(128 * 2**20)  # a look is 0.6 MB, 14 MB where PuLID v1.1 reads photographs together
+KEPT = Kept(128 * 2**20)  # a look is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
 
 
 class PulidEncode(io.ComfyNode):

@@ -13,7 +13,8 @@ comfy_host.enter(os.environ["COMFYUI"])
 
 import torch
 from pulid_sdxl.nodes import host
-from pulid_sdxl.nodes.sockets import Keep, Pulid
+from pulid_sdxl.nodes.sockets import Keep, Pulid, quickly
+from pulid_sdxl.pulid import cpu
 from pulid_sdxl.pulid.embed import embed, face_vectors, uncond_tokens
 from pulid_sdxl.pulid.encoders import ENCODERS
 from pulid_sdxl.pulid.eva import EvaConfig, EvaVisionTower
@@ -106,6 +107,17 @@ def test_a_user_can_interrupt_between_photographs(pulid):
 
     with pytest.raises(InterruptedError):
         pulid.identify(readings, "one person", False, step)
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", 1), ("cuda", 0)])
+@torch.inference_mode()
+def test_the_hosts_layers_make_their_products_quickly_on_the_cpu(monkeypatch, device, asked):
+    products, linear = [], cpu.linear
+    monkeypatch.setattr(cpu, "linear", lambda *args: products.append(args) or linear(*args))
+    layer = host.OPERATIONS.Linear(8, 8, dtype=torch.float16)
+    with quickly(torch.device(device)):
+        made = layer(torch.ones(1, 577, 8))
+    assert made.shape == (1, 577, 8) and len(products) == asked
 
 
 @pytest.mark.parametrize(
