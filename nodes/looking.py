@@ -13,7 +13,7 @@ from .kept import Kept, digest
 from .sockets import Keep, Pulid, Reading
 
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
-WHOLE = 16  # photographs whose hidden states are kept, 12 MB each, where the encoder reads all together
+WHOLE = 12  # photographs whose hidden states are kept, 12 MB each, where the encoder reads all together
 
 
 @dataclass(frozen=True)
