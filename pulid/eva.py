@@ -229,6 +229,10 @@ def read_eva_state(state: Mapping[str, Tensor]) -> tuple[EvaConfig, dict[str, Te
         mlp_width=own["blocks.0.mlp.fc1_g.weight"].shape[0],
         embed_dim=own["head.weight"].shape[0],
     )
+    if config.depth <= HIDDEN_BLOCKS[-1] + 1:  # the pooled vector comes from further down
+        raise ForeignWeights(
+            f"This vision tower has {config.depth} blocks; PuLID needs one of 24, EVA02-CLIP-L/14-336."
+        )
     if "rope_cos" not in own:
         own["rope_cos"], own["rope_sin"] = rotary_table(grid, head_width, config.rope_grid)
     return config, own

@@ -94,3 +94,10 @@ def test_the_tower_is_found_alone_or_within_a_whole_clip(tower, prefix):
 def test_other_weights_are_named_as_foreign():
     with pytest.raises(ForeignWeights, match="not an EVA02-CLIP vision tower"):
         eva.read_eva_state({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)})
+
+
+def test_a_tower_of_too_few_blocks_is_refused(tower):
+    blocks = [f"blocks.{index}." for index in range(20, 24)]
+    state = {name: tensor for name, tensor in tower.state_dict().items() if not name.startswith(tuple(blocks))}
+    with pytest.raises(ForeignWeights, match="has 20 blocks"):
+        eva.read_eva_state(state)
