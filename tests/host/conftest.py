@@ -11,3 +11,12 @@ def comfyui():
     if not os.environ.get("COMFYUI"):
         pytest.skip("COMFYUI names no ComfyUI folder")
     return Path(os.environ["COMFYUI"])
+
+
+@pytest.fixture
+def inference():
+    """As ComfyUI runs nodes."""
+    import torch  # not where the whole folder is skipped
+
+    with torch.inference_mode():
+        yield

@@ -311,12 +311,6 @@ def relative(out, expected):
     return ((out - expected).abs().max() / expected.std()).item()
 
 
-@pytest.fixture
-def inference():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model():
     return comfy_host.sdxl(32)

@@ -42,12 +42,6 @@ POSITIVE, NEGATIVE, EMPTY, SECOND = 1.0, -1.0, -2.0, 2.0  # what the conditionin
 pytestmark = pytest.mark.usefixtures("inference")
 
 
-@pytest.fixture
-def inference():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model():
     return comfy_host.sdxl(MODEL_CHANNELS)
