@@ -183,7 +183,7 @@ def pip_install(requirements: list[str]) -> None:
 def tool(name: str, arguments: list[str]) -> int:
     if not (ROOT / "tools").is_dir():
         raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here has no tools/.")
-    return subprocess.call([str(PYTHON), str(ROOT / "tools" / name), *arguments])
+    return subprocess.call([str(PYTHON), str(ROOT / "tools"), name, *arguments])
 
 
 def on_first(name: str) -> Command:
@@ -192,7 +192,7 @@ def on_first(name: str) -> Command:
 
 
 def conformance(hosts: list[Path], rest: list[str]) -> int:
-    return tool("conformance.py", [*(f"--comfyui={host}" for host in hosts), *rest])
+    return tool("conformance", [*(f"--comfyui={host}" for host in hosts), *rest])
 
 
 def test(hosts: list[Path], rest: list[str]) -> int:
@@ -396,10 +396,10 @@ def ask(package: str) -> list:
 
 SETS_UP_NOTHING = {"models", "doctor"}
 COMMANDS = {
-    "demo": (on_first("demo.py"), "make a picture of the person in a photograph"),
+    "demo": (on_first("demo"), "make a picture of the person in a photograph"),
     "test": (test, "run all tests; further arguments go to pytest"),
     "conformance": (conformance, "compare with the reference vectors in a folder"),
-    "bench": (on_first("bench.py"), "measure what the pack costs"),
+    "bench": (on_first("bench"), "measure what the pack costs"),
     "models": (models, "list the weight files, and fetch what is missing"),
     "doctor": (doctor, "say what is installed and what is wrong"),
 }

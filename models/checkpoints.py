@@ -21,7 +21,7 @@ from ..pulid.eva import EvaVisionTower, read_eva_state
 from ..pulid.identity import Version
 from ..pulid.sites import SITES, file_index
 from .catalogue import EVA_CLIP, EVA_CLIP_TIMM, V1, V1_1, V1_PICKLE, WeightFile
-from .reading import copier, damaged, label, read_tensors
+from .tensors import copier, damaged, label, read_tensors
 
 NAMED = 3  # how many faults, or names of unknown tensors, a message gives
 FINGERPRINTED = 64  # values of each tensor

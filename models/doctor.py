@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 from ..pulid.errors import MissingPackage, PulidError
 from ..pulid.packages import PIP_NAMES, describe, import_package, pip_command
-from .files import ModelFolders, shown
 from .inventory import inventory, lacking
-from .providers import available_providers, provider_in_use
+from .locate import ModelFolders, shown
+from .onnx_providers import available_providers, provider_in_use
 
 PACK = Path(__file__).absolute().parents[1]
 RUN = PACK / "run.py"

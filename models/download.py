@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from ..pulid.errors import DownloadError, WeightsError
 from .catalogue import WeightFile
-from .files import CHUNK, fault_of, not_weights, shown
+from .locate import CHUNK, fault_of, not_weights, shown
 
 HUGGING_FACE = "https://huggingface.co"
 LARGEST = 8 << 30  # bytes, of a file whose size nobody published

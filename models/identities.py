@@ -36,8 +36,8 @@ from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import IdentityFileError, InputError
 from ..pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, Version
 from .checkpoints import recognise
-from .files import not_weights
-from .reading import SAFETENSORS, UNREADABLE, label
+from .locate import not_weights
+from .tensors import SAFETENSORS, UNREADABLE, label
 
 FORMAT, FORMAT_VERSION = "PuLID-SDXL identity", "1"
 SUFFIX = ".safetensors"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .catalogue import ANTELOPEV2_ZIP, CATALOGUE, NEEDS, RESEARCH_ONLY, WeightFile
-from .files import ANTELOPEV2_FILES, ModelFolders, fault_of, shown
+from .locate import ANTELOPEV2_FILES, ModelFolders, fault_of, shown
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..pulid.schedule import CURVES, Schedule
 from ..pulid.sites import SITES
 from . import host
 from .patch import TokenMask, patch_model
-from .sockets import IdentitySocket, Pulid, PulidSocket
+from .types import IdentitySocket, Pulid, PulidSocket
 
 MODEL = io.Model.Input("model", tooltip="An SDXL model.")
 PULID = PulidSocket.Input("pulid", tooltip="From Load PuLID.")

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..pulid.combine import MODES, combine
-from .sockets import IdentitySocket
+from .types import IdentitySocket
 
 
 class PulidCombineIdentities(io.ComfyNode):

@@ -5,10 +5,10 @@ from comfy_api.latest import ComfyExtension, io
 from . import host, legacy
 from .apply import PulidApply, PulidApplyAdvanced
 from .combine import PulidCombineIdentities
+from .encode import PulidEncode
 from .hosted import NODES as HOSTED
-from .identity import PulidEncode
-from .identity_files import PulidLoadIdentity, PulidSaveIdentity
 from .load import PulidLoader
+from .save_load import PulidLoadIdentity, PulidSaveIdentity
 from .similarity import PulidFaceSimilarity
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
-from ..models.files import ModelFolders, other_programs
+from ..models.locate import ModelFolders, other_programs
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import MismatchError
 from ..pulid.sites import SITES, Site

@@ -15,13 +15,13 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ..models.hosted import api, job, storage
-from ..models.hosted.client import Status, SubmitOptions, Ticket
-from ..models.hosted.results import Outcome, as_batches
-from ..models.hosted.service import Service, guard, open_service
+from ..hosted import api, job, storage
+from ..hosted.client import Status, SubmitOptions, Ticket
+from ..hosted.results import Outcome, as_batches
+from ..hosted.service import Service, guard, open_service
 from ..pulid.errors import InputError
 from . import host
-from .aside import aside
+from .background import aside
 
 CATEGORY = "PuLID"
 FACES_LEAVE = "Photographs of faces leave this machine, and a request costs money."

@@ -15,21 +15,21 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..models import catalogue
-from ..models.face_analysis import InsightFaceAnalyzer
-from ..models.files import find
-from ..models.providers import available_providers
+from ..models.face_networks import InsightFaceAnalyzer
+from ..models.locate import find
+from ..models.onnx_providers import available_providers
 from ..pulid.attention import METHODS, Fusion
 from ..pulid.embed import Photos, reads_together
+from ..pulid.encode import Choice, Look, Photograph, look, photographs
 from ..pulid.errors import InputError, MismatchError, NoFaceError
 from ..pulid.faces import VISION_SIZE, FaceAnalyzer, Sight, find_face_apart, read_photo, shrink
 from ..pulid.identity import FaceCrop, IdEmbedding, Version
 from ..pulid.sites import SITES
 from . import host
 from .apply import END, MASK, MODEL, START, apply
-from .identity import KEPT
+from .encode import KEPT
 from .load import advised, analyzer_of, pulid_choices, pulid_of, tower_of
-from .looking import Choice, Look, Photograph, look, photographs
-from .sockets import Pulid, VisionTower
+from .types import Pulid, VisionTower
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from ..models import catalogue
 from ..models.checkpoints import check_file, load_pulid, load_vision_tower
 from ..models.doctor import advice
 from ..models.download import fetch
-from ..models.face_analysis import AbsentAnalyzer, InsightFaceAnalyzer
-from ..models.files import ANTELOPEV2_FILES, ModelFolders, find, find_antelopev2, state_of
-from ..models.providers import PROVIDERS, available_providers, provider_in_use
+from ..models.face_networks import AbsentAnalyzer, InsightFaceAnalyzer
+from ..models.locate import ANTELOPEV2_FILES, ModelFolders, find, find_antelopev2, state_of
+from ..models.onnx_providers import PROVIDERS, available_providers, provider_in_use
 from ..pulid.errors import ForeignWeights, MissingPackage, MissingWeights, WeightsError
 from ..pulid.eva import EvaConfig
 from ..pulid.faces import FaceAnalyzer
 from . import host
-from .sockets import Pulid, PulidSocket, VisionTower
+from .types import Pulid, PulidSocket, VisionTower
 
 MISSING_FILES = ("stop", "download")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
 from ..pulid.faces import Face, FaceAnalyzer, Found, Photo, align, find_faces, in_order, read_photo
-from ..pulid.similarity import mean_direction, similarities
-from .preview import draw_boxes
-from .sockets import PulidSocket
+from ..pulid.people import mean_direction, similarities
+from ..pulid.preview import draw_boxes
+from .types import PulidSocket
 
 FLATTERED = (
     "The recogniser that measures here also made the identity, so it flatters: compare scores with each other only."

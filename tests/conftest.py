@@ -1,11 +1,6 @@
 """Mounts the pack the way ComfyUI does: by path, under an alias, with its root left off sys.path."""
 
-import sys
+import runpy
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-sys.path.insert(1, str(Path(__file__).resolve().parent / "hosted"))
-
-from mount import mount
-
-mount()
+runpy.run_path(str(Path(__file__).resolve().parents[1] / "run.py"))["mount_pack"]()

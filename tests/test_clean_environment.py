@@ -13,9 +13,9 @@ import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import parts
 import pytest
 from packaging.requirements import Requirement
+from pulid_sdxl.tools import parts
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
@@ -97,7 +97,7 @@ def environment(tmp_path_factory):
 ENTER = """
 import asyncio, sys
 sys.path.insert(0, sys.argv[1])
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 comfy_host.enter(sys.argv[2])
 import pulid_sdxl
 nodes = asyncio.run(asyncio.run(pulid_sdxl.comfy_entrypoint()).get_node_list())
@@ -129,14 +129,14 @@ def test_nothing_of_ours_is_there_yet(environment):
 
 
 def test_the_pack_loads_with_comfyuis_requirements_alone(environment):
-    done = environment.run("-c", ENTER, TOOLS, HOST)
+    done = environment.run(TOOLS, "-c", ENTER, HOST)
     assert "PuLID_Loader" in done.stdout, done.stderr[-2000:]
     assert "PuLID_Encode" in done.stdout
 
 
 def test_the_node_names_the_missing_package_and_its_command(environment):
-    code = "from pulid_sdxl.models.providers import available_providers\navailable_providers()"
-    done = environment.run("-c", f"import mount; mount.mount()\n{code}")
+    code = "from pulid_sdxl.models.onnx_providers import available_providers\navailable_providers()"
+    done = environment.run(TOOLS, "-c", code)
     assert "The Python package 'onnxruntime' is not installed" in done.stderr
     assert f'"{environment.python}" -m pip install --upgrade onnxruntime' in done.stderr
 

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mount import mount
-from published import published
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-mount()
-from pulid_sdxl.pulid.attention import METHODS, IdProjections, SiteKV, fuse  # noqa: E402
-from pulid_sdxl.pulid.sites import SITES  # noqa: E402
+from ..pulid.attention import METHODS, IdProjections, SiteKV, fuse
+from ..pulid.sites import SITES
+from . import TOOLS
+from .published import published
 
 VERSION, TOKENS, WEIGHT = "v1", 10, 0.8
 ROWS = [1, 0]  # a batch of two: negative, positive
@@ -113,7 +112,8 @@ def count_flops(call: Callable) -> dict[str, int]:
 def step_flops() -> int:
     """FLOPs of SDXL's UNet on a batch of two at 1024 px, by torch's own counter, on the meta device."""
     from diffusers import UNet2DConditionModel
-    from diffusers_unet import sdxl_config
+
+    from .diffusers_unet import sdxl_config
 
     with torch.device("meta"):
         unet = UNet2DConditionModel(**sdxl_config())
@@ -167,7 +167,7 @@ def cheap_weights(network: torch.nn.Module) -> None:
 
 def steps(model_channels: int, pixels: int, repeats: int) -> Iterator[Row]:
     """Time of a step on the host's UNet, CPU, float32: unpatched, ours and published in turn."""
-    import comfy_host
+    from . import comfy_host
 
     model = model_of(model_channels)
     network = model.model.diffusion_model
@@ -220,7 +220,7 @@ _MODELS: dict[int, object] = {}
 
 
 def model_of(model_channels: int):
-    import comfy_host
+    from . import comfy_host
 
     if model_channels not in _MODELS:
         _MODELS.clear()  # one at a time: the real width takes 10 GB
@@ -244,10 +244,10 @@ def projections_of(model_channels: int, widths: list[int]) -> IdProjections:
 
 def slider(model_channels: int) -> Iterator[Row]:
     """What a change of weight, range, method or mask costs: Apply with an identity it has seen, and with a new one."""
-    from pulid_sdxl.nodes import host
-    from pulid_sdxl.nodes.apply import PulidApply
-    from pulid_sdxl.nodes.sockets import Pulid
-    from pulid_sdxl.pulid.identity import IdEmbedding
+    from ..nodes import host
+    from ..nodes.apply import PulidApply
+    from ..nodes.types import Pulid
+    from ..pulid.identity import IdEmbedding
 
     widths = tuple(site.channels * model_channels // 320 for site in SITES)
     projections = projections_of(model_channels, list(widths))
@@ -270,10 +270,8 @@ LOADING = """
 import gc, json, statistics, sys, time
 from pathlib import Path
 sys.path.insert(0, {tools!r})
-from mount import mount
-mount()
-from pulid_sdxl.models import checkpoints, face_analysis
-from pulid_sdxl.pulid.packages import import_package
+from ..models import checkpoints, face_networks
+from ..pulid.packages import import_package
 
 def memory(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
@@ -291,7 +289,7 @@ def tower(path):
 
 def faces(folder):
     tasks = (("detection", "scrfd_10g_bnkps.onnx"), ("recognition", "glintr100.onnx"))
-    loaded = [face_analysis.load_onnx(folder / name, task, ["CPUExecutionProvider"]) for task, name in tasks]
+    loaded = [face_networks.load_onnx(folder / name, task, ["CPUExecutionProvider"]) for task, name in tasks]
     return loaded, sum((folder / name).stat().st_size for _, name in tasks)
 
 def plain(path):
@@ -307,12 +305,12 @@ def measure(load, path):
 import_package("insightface.model_zoo")
 for name, load in json.loads(sys.argv[3]).items():
     path = Path(sys.argv[1], name)
-    both = {{"plain": [], "ours": []}}
+    both = {"plain": [], "ours": []}
     for _ in range(int(sys.argv[2])):  # in turn, so that what else the machine does falls on both
         both["plain"].append(measure(plain, path))
         both["ours"].append(measure(globals()[load], path))
-    print(json.dumps({{how: [statistics.median(times), max(peaks), max(kept)] for how, runs in both.items()
-                      for times, peaks, kept in [zip(*runs)]}}))
+    print(json.dumps({how: [statistics.median(times), max(peaks), max(kept)] for how, runs in both.items()
+                      for times, peaks, kept in [zip(*runs)]}))
 """
 ROOM = 300e6  # bytes that loading may take beyond what is kept
 
@@ -331,7 +329,8 @@ QUICK_FORMS = ("v1", "eva")
 def make_antelopev2(folder: Path) -> None:
     """The detector's stand-in, and the recogniser's real architecture at its real size."""
     import onnx
-    import standin_faces
+
+    from .fakes import standin_faces
 
     folder.mkdir()
     onnx.save(standin_faces.make_scrfd(), folder / "scrfd_10g_bnkps.onnx")
@@ -340,14 +339,13 @@ def make_antelopev2(folder: Path) -> None:
 
 def loading(repeats: int, forms: Iterable[str] = tuple(FORMS)) -> Iterator[Row]:
     """Time and peak memory of loading real-size stand-ins, over reading the same bytes; files in the page cache."""
-    import standins
+    from .fakes import standins
 
-    script = LOADING.format(tools=str(Path(__file__).parent))
     for form in forms:  # one at a time: they take a gigabyte each
         title, make, load = FORMS[form]
         with tempfile.TemporaryDirectory() as folder:
             make(standins, Path(folder, form))
-            command = [sys.executable, "-c", script, folder, str(repeats), json.dumps({form: load})]
+            command = [sys.executable, str(TOOLS), "-c", LOADING, folder, str(repeats), json.dumps({form: load})]
             measured = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         (seconds, peak, kept), (plain_seconds, _, _) = measured["ours"], measured["plain"]
         yield Row(f"load {title}: over reading its bytes", seconds, plain_seconds, "s", 1.5)
@@ -361,7 +359,7 @@ def encoding(comfyui: str, photographs: int, many: int) -> Iterator[Row]:
     """
 
     def run(*words) -> str:
-        command = [sys.executable, str(Path(__file__).with_name("bench_encoding.py")), *map(str, words)]
+        command = [sys.executable, str(TOOLS), "bench_encoding", *map(str, words)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     with tempfile.TemporaryDirectory() as folder:
@@ -404,7 +402,7 @@ def main() -> int:
     if Path("/proc/self/status").exists():  # where peak memory can be read
         parts.append(lambda: loading(7, QUICK_FORMS if arguments.quick else FORMS))
     if arguments.comfyui:
-        import comfy_host
+        from . import comfy_host
 
         comfy_host.enter(arguments.comfyui)  # after counting: it changes what torch makes of attention
         parts += [

@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import torch
-from mount import mount
 
-mount()
-from pulid_sdxl.models import checkpoints, face_analysis  # noqa: E402
-from pulid_sdxl.pulid.embed import face_vectors  # noqa: E402
-from pulid_sdxl.pulid.faces import VISION_SIZE, grey_on_white, to_vision_input  # noqa: E402
+from ..models import checkpoints, face_networks
+from ..pulid.embed import face_vectors
+from ..pulid.faces import VISION_SIZE, grey_on_white, to_vision_input
 
 PULID, TOWER = "pulid.safetensors", "eva.pt"
 PARSENET = "parsing_parsenet.pth"  # what facexlib builds beside the parsing network that is used
@@ -31,9 +29,9 @@ Encode = Callable[[np.ndarray], None]  # of a photograph (H, W, 3) uint8 RGB
 
 def make(folder: Path, layout: str) -> None:
     import onnx
-    import standin_faces
-    import standins
     from facexlib.parsing.parsenet import ParseNet
+
+    from .fakes import standin_faces, standins
 
     standin_faces.make_face_models(folder)
     recogniser = folder / "insightface/models/antelopev2/glintr100.onnx"
@@ -45,16 +43,16 @@ def make(folder: Path, layout: str) -> None:
 
 def loaded(folder: Path, comfyui: str):
     """What the loader node gives."""
-    import comfy_host
+    from . import comfy_host
 
     comfy_host.enter(comfyui)
-    from pulid_sdxl.nodes import host
-    from pulid_sdxl.nodes.sockets import Pulid
+    from ..nodes import host
+    from ..nodes.types import Pulid
 
     checkpoint = checkpoints.load_pulid(folder / PULID, host.OPERATIONS)
     tower = checkpoints.load_vision_tower(folder / TOWER, host.OPERATIONS)
     managed = (host.managed(module) for module in (tower, checkpoint.encoder, checkpoint.projections))
-    analyzer = face_analysis.InsightFaceAnalyzer(
+    analyzer = face_networks.InsightFaceAnalyzer(
         folder / "insightface/models/antelopev2",
         folder / "facexlib/detection_Resnet50_Final.pth",
         folder / "facexlib/parsing_bisenet.pth",
@@ -64,7 +62,7 @@ def loaded(folder: Path, comfyui: str):
 
 
 def encode(pulid, photos: np.ndarray) -> None:
-    from pulid_sdxl.nodes.identity import PulidEncode
+    from ..nodes.encode import PulidEncode
 
     image = torch.from_numpy(photos).float().div_(255)
     PulidEncode.execute(pulid, image, "largest", 0, "one person", False, "stop")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from mount import mount
 
 
 def enter(path: Path | str, *arguments: str) -> None:
@@ -16,7 +15,6 @@ def enter(path: Path | str, *arguments: str) -> None:
         if not sys.modules["comfy"].__path__[0].startswith(path):
             raise RuntimeError(f"This process already holds the ComfyUI of {sys.modules['comfy'].__path__[0]}.")
         return
-    mount()
     sys.path.insert(0, path)
     rest, sys.argv[1:] = sys.argv[1:], ["--cpu", *arguments]
     import comfy.options

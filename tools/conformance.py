@@ -20,13 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mount import mount
 from safetensors.torch import load_file
 from torch import Tensor
 
-mount()
-from pulid_sdxl.pulid import encoders, eva, faces  # noqa: E402
-from pulid_sdxl.pulid.attention import Fusion, IdProjections, SiteKV, fuse, mask_to_tokens  # noqa: E402
+from ..pulid import encoders, eva, faces
+from ..pulid.attention import Fusion, IdProjections, SiteKV, fuse, mask_to_tokens
+from . import TOOLS
 
 # Where the tests look; beside the repository unless said otherwise.
 FOLDER = Path(os.environ.get("PULID_REFERENCE") or Path(__file__).parents[2] / "shared" / "reference")
@@ -235,8 +234,9 @@ class UnetReference:
 
 
 def unet_official(reference: Reference) -> Iterator[Line]:
-    import diffusers_unet
     from diffusers import UNet2DConditionModel
+
+    from . import diffusers_unet
 
     whole = UnetReference.read(reference)
     with torch.device("meta"):
@@ -293,8 +293,9 @@ def main() -> int:
         print(line, flush=True)
         results.append(line.holds)
     for comfyui in arguments.comfyui:
-        script = Path(__file__).with_name("host_unet.py")
-        results.append(subprocess.run([sys.executable, script, comfyui, folder], check=False).returncode == 0)
+        results.append(
+            subprocess.run([sys.executable, TOOLS, "host_unet", comfyui, folder], check=False).returncode == 0
+        )
     if not arguments.comfyui:
         print("No ComfyUI: the whole UNet was compared in diffusers only.")
     print(f"{results.count(True)} hold, {results.count(False)} fail")

@@ -15,14 +15,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from comfy_server import ComfyServer, ServerError, link
-from mount import ROOT
-from parts import Part, gather
 from PIL import Image
-from pulid_sdxl.pulid.errors import PulidError
-from workflow import BYPASSED, Workflow, WorkflowError, find, set_inputs, to_prompt
 
-HERE = Path(__file__).parent
+from ..pulid.errors import PulidError
+from . import ROOT, TOOLS
+from .comfy_server import ComfyServer, ServerError, link
+from .parts import Part, gather
+from .workflow import BYPASSED, Workflow, WorkflowError, find, set_inputs, to_prompt
+
 BASE = ROOT / ".cache" / "demo"
 OUTPUT = ROOT / "output"
 WORKFLOW = ROOT / "workflows" / "pulid_simple.json"
@@ -87,7 +87,7 @@ def prepare_base(base: Path, parts: list[Part]) -> None:
         shutil.rmtree(base / folder, ignore_errors=True)
     link(ROOT, base / "custom_nodes" / "pulid-sdxl")
     if not checkpoint_of(parts).real:
-        link(HERE / "standin_host", base / "custom_nodes" / "standin_host")
+        link(TOOLS / "fakes" / "standin_host", base / "custom_nodes" / "standin_host")
     for part in parts:
         link(part.source, base / "models" / part.place)
 
@@ -168,7 +168,7 @@ def saved_file(outputs: dict, prompt: dict) -> Path:
 
 def through_diffusers(arguments: argparse.Namespace, photo: str, parts: list[Part]) -> tuple[Path, Path]:
     """Make a picture with the pack's own parts on diffusers' UNet; returns the files of the picture and of the face."""
-    import demo_diffusers
+    from . import demo_diffusers
 
     made = demo_diffusers.make(
         BASE / "input" / photo, parts, arguments.seed, arguments.steps or QUICK_STEPS, arguments.size or QUICK_SIZE, say

@@ -8,20 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers_unet
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
-from parts import Part
 from PIL import Image
-from pulid_sdxl.models.checkpoints import load_pulid, load_vision_tower
-from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
-from pulid_sdxl.pulid.attention import METHODS, SiteKV
-from pulid_sdxl.pulid.embed import embed, face_vectors, uncond_tokens
-from pulid_sdxl.pulid.faces import VISION_SIZE, find_face, grey_on_white, read_photo, shrink, to_vision_input
-from pulid_sdxl.pulid.identity import Version
-from standins import random_state
 from torch import Tensor, nn
+
+from ..models.checkpoints import load_pulid, load_vision_tower
+from ..models.face_networks import InsightFaceAnalyzer
+from ..pulid.attention import METHODS, SiteKV
+from ..pulid.embed import embed, face_vectors, uncond_tokens
+from ..pulid.faces import VISION_SIZE, find_face, grey_on_white, read_photo, shrink, to_vision_input
+from ..pulid.identity import Version
+from . import diffusers_unet
+from .fakes.standins import random_state
+from .parts import Part
 
 # SDXL's autoencoder at a quarter of its width.
 VAE = {

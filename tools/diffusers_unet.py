@@ -4,10 +4,8 @@ from collections.abc import Sequence
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
-from mount import mount
 
-mount()
-from pulid_sdxl.pulid.attention import Fusion, HeadKV, SiteKV, fuse  # noqa: E402
+from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse
 
 
 def sdxl_config(model_channels: int = 320) -> dict:

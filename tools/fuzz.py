@@ -23,12 +23,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from mount import mount
 from safetensors.torch import save
 
-mount()
-from pulid_sdxl.models import archive, catalogue, checkpoints, face_analysis, files, paths  # noqa: E402
-from pulid_sdxl.pulid.errors import PulidError  # noqa: E402
+from ..models import archive, catalogue, checkpoints, extra_model_paths, face_networks, locate
+from ..pulid.errors import PulidError
 
 ROOM = 200e6  # bytes beyond the file's size
 SECONDS = 20  # for one file
@@ -79,7 +77,7 @@ class Runs:
 
 
 def sound_checkpoints() -> list[bytes]:
-    import standins
+    from .fakes import standins
 
     tower = {name: t for name, t in standins.eva_state("published", small=True).items() if ".rope." not in name}
     tiny = {"id_adapter.mapping_patch_0.0.weight": torch.zeros(2)}
@@ -207,7 +205,7 @@ def sound_zips() -> list[bytes]:
     for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w", compression) as opened:
-            for record in files.ANTELOPEV2_FILES:
+            for record in locate.ANTELOPEV2_FILES:
                 opened.writestr(f"antelopev2/{record.name}", b"not what was published" * 300)
             opened.writestr("../../../../tmp/pulid_fuzz_left", b"an entry that would leave")
         made.append(file.getvalue())
@@ -217,7 +215,7 @@ def sound_zips() -> list[bytes]:
 def hostile_zips(trace: Path) -> dict[str, bytes]:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as opened:
-        for record in files.ANTELOPEV2_FILES:
+        for record in locate.ANTELOPEV2_FILES:
             opened.writestr(record.name, bytes(1 << 28))
     many = io.BytesIO()
     with zipfile.ZipFile(many, "w") as opened:
@@ -229,7 +227,7 @@ def hostile_zips(trace: Path) -> dict[str, bytes]:
 def unpack(path: Path) -> None:
     folder = path.parent / "unpacked"
     try:
-        archive.unpack(path, files.ANTELOPEV2_FILES, folder)
+        archive.unpack(path, locate.ANTELOPEV2_FILES, folder)
     finally:
         left = [found for found in path.parent.parent.rglob("*") if found.is_file() and found != path]
         if left or Path("/tmp/pulid_fuzz_left").exists():
@@ -269,7 +267,7 @@ def hostile_yamls(trace: Path) -> dict[str, bytes]:
 
 
 def read_yaml(path: Path) -> None:
-    paths.model_paths(path.parent, [path])
+    extra_model_paths.model_paths(path.parent, [path])
 
 
 NAMES = [
@@ -284,7 +282,7 @@ def find_name(path: Path) -> None:
     name = path.read_bytes().decode("utf-8", "replace")
     folder = path.parent
     (folder.parent / "fuzz_secret").touch()
-    found = files.find(name, [folder], ())
+    found = locate.find(name, [folder], ())
     if not found.resolve().is_relative_to(folder.resolve()):
         raise AssertionError(f"{name!r} led to {found}")
     if name in catalogue.BY_NAME and not catalogue.BY_NAME[name].url.startswith("https://"):
@@ -295,14 +293,15 @@ def find_name(path: Path) -> None:
 
 
 def sound_recognisers() -> list[bytes]:
-    import standin_faces
+    from .fakes import standin_faces
 
     return [standin_faces.make_glintr100().SerializeToString()]
 
 
 def hostile_recognisers(trace: Path) -> dict[str, bytes]:
     import onnx
-    import standin_faces
+
+    from .fakes import standin_faces
 
     trace.with_name("secret").write_bytes(bytes(8 << 20))
 
@@ -338,7 +337,7 @@ def load_recogniser(path: Path) -> None:
     named = path.with_suffix(".onnx")
     named.unlink(missing_ok=True)
     named.hardlink_to(path)
-    face_analysis.load_onnx(named, "recognition", ["CPUExecutionProvider"])
+    face_networks.load_onnx(named, "recognition", ["CPUExecutionProvider"])
 
 
 Reader = tuple[Callable[[Path], None], Callable[[], list[bytes]], Callable[[Path], dict[str, bytes]]]

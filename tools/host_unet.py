@@ -4,10 +4,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import comfy_host
 import torch
-from conformance import UNET_TOLERANCE, Line, Reference, UnetReference, relative
 from torch import Tensor
+
+from . import comfy_host
+from .conformance import UNET_TOLERANCE, Line, Reference, UnetReference, relative
 
 
 def model_of(whole: UnetReference):
@@ -30,10 +31,10 @@ METHODS = {"fidelity": "fidelity", "extreme_style": "extreme style", "none": "ne
 
 def lines(reference: Reference) -> Iterator[Line]:
     """Through the real Apply node, whose identity holds the reference's tokens."""
-    from pulid_sdxl.nodes import host
-    from pulid_sdxl.nodes.apply import PulidApply
-    from pulid_sdxl.nodes.sockets import Pulid
-    from pulid_sdxl.pulid.identity import IdEmbedding
+    from ..nodes import host
+    from ..nodes.apply import PulidApply
+    from ..nodes.types import Pulid
+    from ..pulid.identity import IdEmbedding
 
     whole = UnetReference.read(reference)
     model = model_of(whole)

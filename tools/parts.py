@@ -8,23 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mount import ROOT, mount
+from ..models import catalogue, locate
+from ..pulid.errors import MissingWeights
+from . import ROOT, TOOLS
 
-mount()
-from pulid_sdxl.models import catalogue, files  # noqa: E402
-from pulid_sdxl.pulid.errors import MissingWeights  # noqa: E402
-
-HERE = Path(__file__).parent
+FAKES = TOOLS / "fakes"
 CACHE = ROOT / ".cache" / "standins"
 STANDIN_CHECKPOINT = "standin_sdxl_fifth_width.safetensors"
 FIFTH = 0.2  # width of the stand-in UNet, relative to SDXL
 
 # What the stand-ins are made by: when one of these changes, they are made anew.
 MAKERS = (
-    HERE / "standins.py",
-    HERE / "standin_faces.py",
-    HERE / "standin_checkpoint.py",
-    HERE / "standin_host" / "__init__.py",
+    FAKES / "standins.py",
+    FAKES / "standin_faces.py",
+    FAKES / "standin_checkpoint.py",
+    FAKES / "standin_host" / "__init__.py",
     ROOT / "pulid" / "eva.py",
     ROOT / "pulid" / "encoders.py",
 )
@@ -103,8 +101,8 @@ def installed(models: Path | None, record: catalogue.WeightFile) -> Path | None:
         return None
     try:
         if record.folders == catalogue.ANTELOPEV2:
-            return files.find_antelopev2([models / "insightface"]) / record.name
-        return files.find(record, [models / folder for folder in record.folders])
+            return locate.find_antelopev2([models / "insightface"]) / record.name
+        return locate.find(record, [models / folder for folder in record.folders])
     except MissingWeights:
         return None
 
@@ -128,7 +126,7 @@ def standins(group: str, make: Callable[[Path], None]) -> Path:
 
 def make_checkpoint(comfyui: Path, path: Path) -> None:
     # In a process of its own, since it takes a ComfyUI into its process.
-    command = [sys.executable, str(HERE / "standin_checkpoint.py"), str(comfyui), str(path)]
+    command = [sys.executable, str(TOOLS), "fakes.standin_checkpoint", str(comfyui), str(path)]
     made = subprocess.run(command, capture_output=True, text=True)
     if made.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{made.stderr[-2000:]}")
@@ -138,18 +136,18 @@ def make_checkpoint(comfyui: Path, path: Path) -> None:
 
 
 def make_pulid(folder: Path, width: float) -> None:
-    import standins
+    from .fakes import standins
 
     standins.make_pulid(folder / "pulid" / catalogue.V1_1.name, layout="v1.1", width_scale=width)
 
 
 def make_eva(folder: Path) -> None:
-    import standins
+    from .fakes import standins
 
     standins.make_eva(folder / "clip_vision" / catalogue.EVA_CLIP.name)
 
 
 def make_faces(folder: Path) -> None:
-    import standin_faces
+    from .fakes import standin_faces
 
     standin_faces.make_face_models(folder)

@@ -5,11 +5,9 @@ Only for comparison in the bench and as an oracle: what other packs compute, wri
 
 import torch
 import torch.nn.functional as F
-from mount import mount
 from torch import Tensor
 
-mount()
-from pulid_sdxl.pulid.attention import Fusion  # noqa: E402
+from ..pulid.attention import Fusion
 
 
 def published(

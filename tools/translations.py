@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 
-from mount import ROOT
+from . import ROOT
 
 LOCALES = ROOT / "locales"
 ENGLISH = LOCALES / "en" / "nodeDefs.json"
@@ -55,7 +55,7 @@ def flat(texts: Texts, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 def described_nodes(comfyui: str) -> dict[str, dict]:
     """This pack's part of /object_info, without a server."""
-    import comfy_host  # and with it torch, which nothing else here needs
+    from . import comfy_host  # and with it torch, which nothing else here needs
 
     comfy_host.enter(comfyui)
     import pulid_sdxl

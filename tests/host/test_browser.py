@@ -21,12 +21,12 @@ if CHROMIUM is None or LACKING:
     why = f"the Python package {LACKING[0]} is missing" if LACKING else "no Chromium found"
     pytest.skip(f"THE EDITOR IS NOT TESTED: {why}", allow_module_level=True)
 
-from comfy_server import ADDRESS, ComfyServer, link
-from mount import ROOT
 from PIL import Image
 from playwright.sync_api import sync_playwright
-from translations import read
-from workflow import FRONTEND_ONLY, declared_inputs, to_prompt, widget_values
+from pulid_sdxl.tools import ROOT
+from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, link
+from pulid_sdxl.tools.translations import read
+from pulid_sdxl.tools.workflow import FRONTEND_ONLY, declared_inputs, to_prompt, widget_values
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 PACK = "pulid-sdxl"

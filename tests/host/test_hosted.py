@@ -27,13 +27,13 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import fake_faults as faults
-from comfy_server import ComfyServer, link
-from fake_fal import EVERY, FakeFal
-from fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
 from PIL import Image
-from webhook_receiver import listening
-from workflow import set_inputs, to_prompt
+from pulid_sdxl.tools.comfy_server import ComfyServer, link
+from pulid_sdxl.tools.fakes import fake_faults as faults
+from pulid_sdxl.tools.fakes.fake_fal import EVERY, FakeFal
+from pulid_sdxl.tools.fakes.fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
+from pulid_sdxl.tools.fakes.webhook_receiver import listening
+from pulid_sdxl.tools.workflow import set_inputs, to_prompt
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"image_size": "custom", "width": 32, "height": 48}

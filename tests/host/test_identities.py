@@ -11,24 +11,23 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import ROOT, comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
 import folder_paths
-import mount
 import numpy as np
 import torch
-from comfy_server import ADDRESS, ComfyServer, ServerError
 from PIL import Image
 from pulid_sdxl.models import identities
 from pulid_sdxl.nodes import host
 from pulid_sdxl.nodes.apply import check_pair
 from pulid_sdxl.nodes.combine import PulidCombineIdentities
-from pulid_sdxl.nodes.identity_files import PulidLoadIdentity, PulidSaveIdentity
-from pulid_sdxl.nodes.sockets import Pulid
+from pulid_sdxl.nodes.save_load import PulidLoadIdentity, PulidSaveIdentity
+from pulid_sdxl.nodes.types import Pulid
 from pulid_sdxl.pulid.errors import IdentityFileError, InputError, MismatchError
 from pulid_sdxl.pulid.identity import IdEmbedding, thumbnails
+from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, ServerError
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +209,7 @@ def server(comfyui, tmp_path_factory):
     """ComfyUI with this pack and no models at all."""
     base = tmp_path_factory.mktemp("base")
     (base / "custom_nodes").mkdir()
-    (base / "custom_nodes" / "pulid-sdxl").symlink_to(mount.ROOT)
+    (base / "custom_nodes" / "pulid-sdxl").symlink_to(ROOT)
     with ComfyServer(comfyui, base, ("--cpu",)) as server:
         yield server
 

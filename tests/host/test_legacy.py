@@ -13,24 +13,20 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import TOOLS, comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
-import demo
 import numpy as np
-import parts
-import standins
 import torch
 import torchvision
-from comfy_server import ComfyServer, ServerError, link
-from conformance import FOLDER
 from PIL import Image
 from pulid_sdxl.models import catalogue
-from pulid_sdxl.models import files as pulid_files
-from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
-from pulid_sdxl.nodes import host, kept, legacy, patch
-from pulid_sdxl.nodes.sockets import Pulid, VisionTower
+from pulid_sdxl.models import locate as pulid_files
+from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
+from pulid_sdxl.nodes import host, legacy, patch
+from pulid_sdxl.nodes.types import Pulid, VisionTower
+from pulid_sdxl.pulid import cache
 from pulid_sdxl.pulid import faces as pulid_faces
 from pulid_sdxl.pulid.attention import Fusion, IdProjections
 from pulid_sdxl.pulid.encoders import IdEncoder
@@ -38,8 +34,12 @@ from pulid_sdxl.pulid.errors import InputError, MismatchError, MissingWeights, N
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding, VisionFeatures
 from pulid_sdxl.pulid.sites import SITES
+from pulid_sdxl.tools import demo, parts
+from pulid_sdxl.tools.comfy_server import ComfyServer, ServerError, link
+from pulid_sdxl.tools.conformance import FOLDER
+from pulid_sdxl.tools.fakes import standins
+from pulid_sdxl.tools.workflow import declared_inputs, find, misfits, set_inputs, to_prompt
 from safetensors.torch import load_file
-from workflow import declared_inputs, find, misfits, set_inputs, to_prompt
 
 ROOT = Path(legacy.__file__).parents[1]
 V1 = catalogue.V1.name
@@ -454,7 +454,7 @@ def loaded(glance, encoder, monkeypatch):
         return model
 
     monkeypatch.setattr(legacy, "apply", apply)
-    monkeypatch.setattr(legacy, "KEPT", kept.Kept(2**24))
+    monkeypatch.setattr(legacy, "KEPT", cache.Kept(2**24))
     pulid = Pulid("v1", "print", (), None, host.managed(encoder), None, None, "file")
     return (pulid, VisionTower(host.managed(glance), "tower"), SeesSpots()), applied
 
@@ -625,7 +625,7 @@ NODE_CLASS_MAPPINGS = {node_id: type(node_id, (Other,), {}) for node_id in IDS}
 LOAD = """
 import asyncio, json, logging, sys
 sys.path.insert(0, sys.argv[1])
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 comfy_host.enter(sys.argv[2])
 import nodes
 logging.basicConfig(level=logging.INFO, force=True)
@@ -642,7 +642,7 @@ def owners(comfyui, tmp_path, *order, ids=tuple(OLD)):
     other.mkdir()
     (other / "__init__.py").write_text(f"IDS = {ids!r}\n{OTHER}")
     link(ROOT, tmp_path / "pulid-sdxl")
-    command = [sys.executable, "-c", LOAD, ROOT / "tools", comfyui, *(tmp_path / name for name in order)]
+    command = [sys.executable, TOOLS, "-c", LOAD, comfyui, *(tmp_path / name for name in order)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     owned = json.loads(done.stdout.splitlines()[-1])

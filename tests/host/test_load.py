@@ -12,7 +12,7 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
@@ -20,13 +20,13 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
-from file_server import serving, slowly
-from parts import gather
-from pulid_sdxl.models import catalogue, download, files
+from pulid_sdxl.models import catalogue, download, locate
 from pulid_sdxl.nodes import host, load
-from pulid_sdxl.nodes.identity import PulidEncode
+from pulid_sdxl.nodes.encode import PulidEncode
 from pulid_sdxl.nodes.load import PulidLoader
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, MissingWeights
+from pulid_sdxl.tools.fakes.file_server import serving, slowly
+from pulid_sdxl.tools.parts import gather
 
 MODEL_FOLDERS = ("pulid", "facexlib", "insightface", "eva_clip", "clip_vision", "text_encoders")
 TOOLS = Path(load.__file__).parents[1] / "tools"
@@ -120,8 +120,8 @@ def published(monkeypatch):
             replace(need, files=tuple(made.get(file, file) for file in need.files)) for need in catalogue.NEEDS
         )
         monkeypatch.setattr(catalogue, "NEEDS", needs)
-        antelope = tuple(made[file] for file in files.ANTELOPEV2_FILES)
-        monkeypatch.setattr(files, "ANTELOPEV2_FILES", antelope)
+        antelope = tuple(made[file] for file in locate.ANTELOPEV2_FILES)
+        monkeypatch.setattr(locate, "ANTELOPEV2_FILES", antelope)
         monkeypatch.setattr(load, "ANTELOPEV2_FILES", antelope)
         local = download.Connection(loopback=True)
         monkeypatch.setattr(load, "fetch", lambda *arguments: download.fetch(*arguments, connection=local))
@@ -291,14 +291,14 @@ BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"  # m
 
 LIST_AND_LOAD = """
 import asyncio, sys
-sys.path[:0] = [sys.argv[1], sys.argv[2]]  # broken packages, tools
-import comfy_host
-comfy_host.enter(sys.argv[3])
+sys.path.insert(0, sys.argv[1])  # the broken packages
+from pulid_sdxl.tools import comfy_host
+comfy_host.enter(sys.argv[2])
 import pulid_sdxl
 extension = asyncio.run(pulid_sdxl.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
 print([node.define_schema().node_id for node in nodes])
-from pulid_sdxl.models.providers import available_providers
+from pulid_sdxl.models.onnx_providers import available_providers
 try:
     available_providers()
 except Exception as error:
@@ -311,7 +311,7 @@ def test_broken_packages_never_keep_the_pack_from_loading_and_are_named_when_nee
         (tmp_path / "broken" / package).mkdir(parents=True)
         (tmp_path / "broken" / package / "__init__.py").write_text(BROKEN)
 
-    command = [sys.executable, "-c", LIST_AND_LOAD, tmp_path / "broken", TOOLS, comfyui]
+    command = [sys.executable, TOOLS, "-c", LIST_AND_LOAD, tmp_path / "broken", comfyui]
     done = subprocess.run(command, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
@@ -27,7 +27,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from pulid_sdxl.nodes import apply as apply_node
 from pulid_sdxl.nodes import host, patch
 from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
-from pulid_sdxl.nodes.sockets import Pulid
+from pulid_sdxl.nodes.types import Pulid
 from pulid_sdxl.pulid.attention import IdProjections
 from pulid_sdxl.pulid.embed import identity_of, join_tokens
 from pulid_sdxl.pulid.encoders import IdEncoder

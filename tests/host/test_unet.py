@@ -7,13 +7,13 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
-import comfy_host
+from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
-import host_unet
 import torch
-from conformance import FOLDER, Reference
+from pulid_sdxl.tools import host_unet
+from pulid_sdxl.tools.conformance import FOLDER, Reference
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no reference vectors at {FOLDER} (set PULID_REFERENCE)")

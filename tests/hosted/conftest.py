@@ -4,7 +4,7 @@ import ipaddress
 import socket
 
 import pytest
-from fake_fal import FakeFal
+from pulid_sdxl.tools.fakes.fake_fal import FakeFal
 
 
 def is_loopback(host: str) -> bool:

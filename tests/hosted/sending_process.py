@@ -5,15 +5,10 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+from pulid_sdxl.hosted.job import generate
+from pulid_sdxl.hosted.service import open_service
 
-from mount import mount
-
-mount()
-
-from pulid_sdxl.models.hosted.job import generate  # noqa: E402
-from pulid_sdxl.models.hosted.service import open_service  # noqa: E402
-from test_job import a_job  # noqa: E402
+from .test_job import a_job
 
 
 async def main(folder: Path) -> None:
@@ -21,4 +16,5 @@ async def main(folder: Path) -> None:
         print((await generate(a_job(), service)).request_id)
 
 
-asyncio.run(main(Path(sys.argv[1])))
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))

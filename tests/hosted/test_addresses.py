@@ -1,7 +1,7 @@
 """Where requests go, and what may be sent there."""
 
 import pytest
-from pulid_sdxl.models.hosted.addresses import BACKUP_QUEUE, Addresses
+from pulid_sdxl.hosted.addresses import BACKUP_QUEUE, Addresses
 from pulid_sdxl.pulid.errors import UnsafeAddress
 from yarl import URL
 

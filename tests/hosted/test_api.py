@@ -4,7 +4,7 @@ import json
 from dataclasses import fields
 
 import pytest
-from pulid_sdxl.models.hosted import api
+from pulid_sdxl.hosted import api
 from pulid_sdxl.pulid.errors import BadAnswer, InputError
 
 # The page's example, as it prints it; the negative prompt with the two spaces that the service's own text has.

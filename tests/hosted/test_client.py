@@ -4,10 +4,10 @@ import asyncio
 import json
 
 import pytest
-from pulid_sdxl.models.hosted.addresses import Addresses
-from pulid_sdxl.models.hosted.client import QueueClient, Status, SubmitOptions, Ticket, read_status
-from pulid_sdxl.models.hosted.keys import Key
-from pulid_sdxl.models.hosted.transport import Reply
+from pulid_sdxl.hosted.addresses import Addresses
+from pulid_sdxl.hosted.client import QueueClient, Status, SubmitOptions, Ticket, read_status
+from pulid_sdxl.hosted.keys import Key
+from pulid_sdxl.hosted.transport import Reply
 from pulid_sdxl.pulid.errors import (
     AmbiguousSubmit,
     AnswerLost,

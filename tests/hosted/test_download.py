@@ -6,11 +6,11 @@ import io
 
 import pytest
 from PIL import Image
-from pulid_sdxl.models.hosted import download
-from pulid_sdxl.models.hosted.addresses import Addresses
-from pulid_sdxl.models.hosted.api import HostedImage
-from pulid_sdxl.models.hosted.download import Downloader, check_address, decode, decode_data_uri, is_public, public_only
-from pulid_sdxl.models.hosted.transport import Reply
+from pulid_sdxl.hosted import download
+from pulid_sdxl.hosted.addresses import Addresses
+from pulid_sdxl.hosted.api import HostedImage
+from pulid_sdxl.hosted.download import Downloader, check_address, decode, decode_data_uri, is_public, public_only
+from pulid_sdxl.hosted.transport import Reply
 from pulid_sdxl.pulid.errors import BadAnswer, Refused, UnsafeAddress
 from yarl import URL
 

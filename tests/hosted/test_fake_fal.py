@@ -16,16 +16,16 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-import fake_faults as faults
 import fal_client
 import numpy as np
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from fake_fal import EVERY, MODEL, FakeFal, KeyLeak
-from fake_model import NEGATIVE_PROMPT, RANDOM_SEED, png
 from PIL import Image
-from webhook_receiver import listening
+from pulid_sdxl.tools.fakes import fake_faults as faults
+from pulid_sdxl.tools.fakes.fake_fal import EVERY, MODEL, FakeFal, KeyLeak
+from pulid_sdxl.tools.fakes.fake_model import NEGATIVE_PROMPT, RANDOM_SEED, png
+from pulid_sdxl.tools.fakes.webhook_receiver import listening
 
 FACE = png(Image.new("RGB", (8, 8), (200, 150, 120)))
 ARGUMENTS = {

@@ -10,20 +10,18 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import fake_faults as faults
 import pytest
 import torch
-from fake_fal import EVERY, FakeFal
-from pulid_sdxl.models.hosted import client
-from pulid_sdxl.models.hosted import job as jobs
-from pulid_sdxl.models.hosted.api import HostedRequest, Size
-from pulid_sdxl.models.hosted.client import SubmitOptions
-from pulid_sdxl.models.hosted.job import Job, Limits
-from pulid_sdxl.models.hosted.journal import Guard
-from pulid_sdxl.models.hosted.patience import Watch
-from pulid_sdxl.models.hosted.service import open_service
-from pulid_sdxl.models.hosted.storage import encode
-from pulid_sdxl.models.hosted.transport import Terms
+from pulid_sdxl.hosted import client
+from pulid_sdxl.hosted import job as jobs
+from pulid_sdxl.hosted.api import HostedRequest, Size
+from pulid_sdxl.hosted.client import SubmitOptions
+from pulid_sdxl.hosted.job import Job, Limits
+from pulid_sdxl.hosted.journal import Guard
+from pulid_sdxl.hosted.patience import Watch
+from pulid_sdxl.hosted.service import open_service
+from pulid_sdxl.hosted.storage import encode
+from pulid_sdxl.hosted.transport import Terms
 from pulid_sdxl.pulid.errors import (
     AmbiguousSubmit,
     BadAnswer,
@@ -33,6 +31,8 @@ from pulid_sdxl.pulid.errors import (
     Refused,
     UnsafeAddress,
 )
+from pulid_sdxl.tools.fakes import fake_faults as faults
+from pulid_sdxl.tools.fakes.fake_fal import EVERY, FakeFal
 
 ANSWER_SECONDS = 0.3
 FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))

@@ -7,22 +7,19 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
-import fake_faults as faults
 import pytest
 import torch
-from fake_fal import EVERY
-from pulid_sdxl.models.hosted import job as jobs
-from pulid_sdxl.models.hosted import journal as journals
-from pulid_sdxl.models.hosted import service as services
-from pulid_sdxl.models.hosted import waiting
-from pulid_sdxl.models.hosted.api import HostedRequest, Size
-from pulid_sdxl.models.hosted.client import SubmitOptions
-from pulid_sdxl.models.hosted.job import Job, Limits
-from pulid_sdxl.models.hosted.journal import Guard
-from pulid_sdxl.models.hosted.service import open_service
-from pulid_sdxl.models.hosted.storage import encode, read_lines
+from pulid_sdxl.hosted import job as jobs
+from pulid_sdxl.hosted import journal as journals
+from pulid_sdxl.hosted import service as services
+from pulid_sdxl.hosted import waiting
+from pulid_sdxl.hosted.api import HostedRequest, Size
+from pulid_sdxl.hosted.client import SubmitOptions
+from pulid_sdxl.hosted.job import Job, Limits
+from pulid_sdxl.hosted.journal import Guard
+from pulid_sdxl.hosted.service import open_service
+from pulid_sdxl.hosted.storage import encode, read_lines
 from pulid_sdxl.pulid.errors import (
     AmbiguousSubmit,
     HostedLimit,
@@ -32,9 +29,11 @@ from pulid_sdxl.pulid.errors import (
     JobFailed,
     MissingKey,
 )
+from pulid_sdxl.tools import TOOLS
+from pulid_sdxl.tools.fakes import fake_faults as faults
+from pulid_sdxl.tools.fakes.fake_fal import EVERY
 
 FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
-HELPER = Path(__file__).with_name("sending_process.py")
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +167,8 @@ def test_a_request_under_way_is_joined_after_a_restart(fal, tmp_path):
 
 def sending_process(fal, folder, *arguments):
     """Another ComfyUI, as far as the journal can tell: a process that makes the same request."""
-    command = [sys.executable, str(HELPER), str(folder), *arguments]
+    code = "import runpy; runpy.run_module('pulid_sdxl.tests.hosted.sending_process', run_name='__main__')"
+    command = [sys.executable, TOOLS, "-c", code, str(folder), *arguments]
     return subprocess.Popen(command, env={**os.environ, **fal.environment}, stdout=subprocess.PIPE, text=True)
 
 

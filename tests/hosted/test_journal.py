@@ -7,9 +7,9 @@ import threading
 from dataclasses import replace
 
 import pytest
-from pulid_sdxl.models.hosted import journal as journals
-from pulid_sdxl.models.hosted.client import Ticket
-from pulid_sdxl.models.hosted.journal import (
+from pulid_sdxl.hosted import journal as journals
+from pulid_sdxl.hosted.client import Ticket
+from pulid_sdxl.hosted.journal import (
     AMBIGUOUS,
     CANCEL_REQUESTED,
     COMPLETED,

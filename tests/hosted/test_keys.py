@@ -6,8 +6,8 @@ import os
 import pickle
 
 import pytest
-from pulid_sdxl.models.hosted import job, keys, results
-from pulid_sdxl.models.hosted.keys import HIDDEN, Key, QuietFilter, find_key, quieten
+from pulid_sdxl.hosted import job, keys, results
+from pulid_sdxl.hosted.keys import HIDDEN, Key, QuietFilter, find_key, quieten
 from pulid_sdxl.pulid.errors import MissingKey
 
 VALUE = "0d6ef3f2-aaaa-4bbb:0123456789abcdef"

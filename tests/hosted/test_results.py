@@ -5,7 +5,7 @@ import stat
 
 import pytest
 from PIL import Image
-from pulid_sdxl.models.hosted.results import Outcome, Results, as_batches
+from pulid_sdxl.hosted.results import Outcome, Results, as_batches
 
 
 def outcome(color="red", count=1, size=(8, 6), request_id="r"):

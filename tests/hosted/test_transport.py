@@ -5,7 +5,7 @@ import socket
 from contextlib import asynccontextmanager
 
 import pytest
-from pulid_sdxl.models.hosted.transport import AiohttpTransport, Terms
+from pulid_sdxl.hosted.transport import AiohttpTransport, Terms
 from pulid_sdxl.pulid.errors import AnswerLost, BadAnswer, Unreachable, UnsafeAddress
 from yarl import URL
 

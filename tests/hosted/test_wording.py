@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from pulid_sdxl.models.hosted.transport import Reply
-from pulid_sdxl.models.hosted.wording import Problem, read_failure, reported_failure
+from pulid_sdxl.hosted.transport import Reply
+from pulid_sdxl.hosted.wording import Problem, read_failure, reported_failure
 
 
 def failure(status, body=b"", **headers):

@@ -1,0 +1,71 @@
+"""Reads where a ComfyUI keeps its models, extra_model_paths.yaml included, without running ComfyUI.
+
+Source of the format: ComfyUI's utils/extra_config.py and extra_model_paths.yaml.example.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ..pulid.errors import InputError
+from ..pulid.packages import describe, import_package
+from .catalogue import CATALOGUE
+from .locate import shown
+
+LARGEST = 64 << 10  # bytes of a yaml file
+NAMES = tuple(dict.fromkeys(folder.partition("/")[0] for file in CATALOGUE for folder in file.folders))
+LEGACY = {"clip": "text_encoders"}  # as ComfyUI maps them; it looks for the latter in both folders
+
+
+def model_paths(models: Path, yamls: Iterable[Path] = ()) -> dict[str, list[Path]]:
+    """ComfyUI's name of a folder -> its paths in order, for the folders that our files lie in.
+
+    models  the `models` folder
+    yamls   files like extra_model_paths.yaml, in the order that ComfyUI reads them
+
+    Raises InputError for a yaml that cannot be read, MissingPackage where this Python has no PyYAML.
+    """
+    paths = {name: [models / name] for name in NAMES if name not in LEGACY}
+    for old, name in LEGACY.items():
+        paths[name].append(models / old)
+    for yaml in yamls:
+        for name, path, first in _entries(yaml):
+            known = paths.setdefault(LEGACY.get(name, name), [])
+            if path in known and first:
+                known.remove(path)
+            if path not in known:
+                known.insert(0 if first else len(known), path)
+    return {name: known for name, known in paths.items() if name in NAMES}
+
+
+def _entries(file: Path) -> Iterable[tuple[str, Path, bool]]:
+    """Name, path, and whether it comes before those already there, of each line of each section."""
+    config = _read(file)
+    for section in config.values():
+        if not isinstance(section, Mapping):
+            continue
+        base = _absolute(str(section.get("base_path", "")), file.parent)
+        first = str(section.get("is_default", "")).lower() in ("true", "yes", "on")
+        for name, lines in section.items():
+            if name not in ("base_path", "is_default") and isinstance(lines, str):
+                yield from ((name, Path(os.path.normpath(base / line)), first) for line in lines.split("\n") if line)
+
+
+def _read(file: Path) -> Mapping:
+    yaml = import_package("yaml")
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
+        # The base loader makes texts, lists and mappings alone: no objects, no numbers, no merged copies.
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError) as error:
+        raise InputError(
+            f"{shown(file)} cannot be read ({describe(error)}). Expected yaml as in extra_model_paths.yaml.example."
+        ) from error
+    if config is not None and not isinstance(config, Mapping):
+        raise InputError(f"{shown(file)} holds no sections. Expected yaml as in extra_model_paths.yaml.example.")
+    return config or {}
+
+
+def _absolute(path: str, folder: Path) -> Path:
+    return folder.absolute() / os.path.expandvars(os.path.expanduser(path))

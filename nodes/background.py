@@ -1,0 +1,91 @@
+"""Waiting for something slow beside ComfyUI's own work, so that other nodes keep running meanwhile.
+
+A node that samples blocks the host's event loop, and each run of a workflow has a new one: so the waiting has a thread
+and a loop of its own. Facts of the host: `execution.py`, `comfy/model_management.py`.
+"""
+
+import asyncio
+import concurrent.futures
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from comfy.model_management import InterruptProcessingException, processing_interrupted
+from comfy_execution.progress import get_progress_state
+
+from ..hosted.service import STEPS, Progress
+from ..pulid.errors import Interrupted
+from . import host
+
+LOOK_SECONDS = 0.2  # between two looks at the thread's progress
+GRACE_SECONDS = 0.2  # that an interrupted node waits for its thread, which then goes on alone to call things off
+TEAR_DOWN_SECONDS = 10  # that it waits when the host tears everything down
+
+T = TypeVar("T")
+Report = Callable[[Progress], None]
+Work = Callable[[Callable[[], bool], Report], Coroutine[Any, Any, T]]
+
+
+async def aside(work: Work[T], node_id: str) -> T:
+    """Run `work(stop, report)` in a thread; show what it reports on the node; stop it when the user interrupts.
+
+    The interrupt is looked at and never cleared, since other nodes look at it too. Raises InterruptProcessingException
+    for an interrupt, and whatever `work` raises.
+    """
+    left, shown = threading.Event(), _Shown(node_id)
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+    future.set_running_or_notify_cancel()  # from here on, nobody can cancel it but `left`
+
+    def run() -> None:
+        try:
+            future.set_result(asyncio.run(work(lambda: left.is_set() or processing_interrupted(), shown.report)))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon: ComfyUI may end at any time, and the journal knows what to do then.
+    threading.Thread(target=contextvars.copy_context().run, args=[run], daemon=True, name="pulid-hosted").start()
+    waited = asyncio.wrap_future(future)
+    try:
+        while not waited.done() and not processing_interrupted():
+            await asyncio.wait({waited}, timeout=LOOK_SECONDS)
+            shown.refresh()
+        if not waited.done():
+            await asyncio.wait({waited}, timeout=GRACE_SECONDS)
+            shown.refresh()
+        return _outcome(waited)
+    except asyncio.CancelledError:  # another node failed, and the host tears everything down
+        left.set()
+        await asyncio.wait({waited}, timeout=TEAR_DOWN_SECONDS)
+        raise
+    finally:
+        left.set()  # the host forgets an interrupt when its next run starts; the thread must not
+        if not waited.cancel():
+            waited.exception()  # asyncio complains of an error that nobody has looked at
+
+
+def _outcome(waited: asyncio.Future):
+    try:
+        if waited.done():
+            return waited.result()
+    except Interrupted:
+        pass
+    raise InterruptProcessingException()
+
+
+class _Shown:
+    """The newest progress, written by the thread and shown by the host's loop."""
+
+    def __init__(self, node_id: str):
+        self.node_id, self._newest, self._seen = node_id, None, None
+
+    def report(self, progress: Progress) -> None:
+        self._newest = progress
+
+    def refresh(self) -> None:
+        progress = self._newest
+        if progress is not None and progress != self._seen:
+            self._seen = progress
+            host.say(progress.words, self.node_id)
+            # Not comfy.utils.ProgressBar, which clears the interrupt while it looks at it.
+            get_progress_state().update_progress(self.node_id, progress.step, STEPS)

@@ -1,0 +1,418 @@
+"""Finding weight files in given folders, and what is said about the ones that are not there."""
+
+import hashlib
+import json
+import re
+import struct
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import pytest
+from pulid_sdxl.models import archive, catalogue, locate
+from pulid_sdxl.models.locate import ModelFolders
+from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, InputError, MissingWeights
+
+ROOT = Path(__file__).parents[2]
+
+
+def touch(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+# ---- The catalogue ----
+
+
+def test_every_file_has_one_name_one_place_and_one_https_address():
+    assert len(catalogue.BY_NAME) == len(catalogue.CATALOGUE)
+    for file in catalogue.CATALOGUE:
+        assert file.folders and not any(PurePosixPath(folder).is_absolute() for folder in file.folders)
+        assert file.url.startswith("https://") and f"/{file.revision}/" in file.url and "{" not in file.url
+        assert file.licence and file.needed_for
+
+
+def test_hashes_look_like_sha256():
+    hashes = [file.sha256 for file in catalogue.CATALOGUE if file.sha256]
+
+    assert len(hashes) == len(set(hashes)) == 7
+    assert all(re.fullmatch(r"[0-9a-f]{64}", text) for text in hashes)
+
+
+def test_every_file_of_the_loader_may_be_freely_told_from_the_others():
+    for need in catalogue.NEEDS:
+        assert all(file.name == PurePosixPath(file.name).name for file in need.files)
+        assert len({file.folders for file in need.files}) == 1
+
+
+def test_readme_lists_the_catalogue():
+    assert catalogue.markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_workflows_point_to_the_files_of_the_catalogue(path):
+    nodes = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    hints = [
+        hint for node in nodes if node["type"].startswith("PuLID_") for hint in node["properties"].get("models", [])
+    ]
+    assert [hint for hint in hints if hint != catalogue.workflow_hint(catalogue.BY_NAME[hint["name"]])] == []
+    asked = {value for node in nodes if node["type"] == "PuLID_Loader" for value in node["widgets_values"]}
+    fetchable = {file.name for file in catalogue.choices("pulid_file") if file.name.endswith(".safetensors")}
+    assert {hint["name"] for hint in hints} == asked & fetchable
+
+
+@pytest.mark.parametrize("page", ["README.md", "web/docs/PuLID_Loader.md"])
+def test_what_antelopev2_may_be_used_for_is_said_where_the_user_meets_it(page):
+    assert catalogue.RESEARCH_ONLY in (ROOT / page).read_text(encoding="utf-8")
+
+
+# ---- find ----
+
+
+def test_the_first_folder_that_holds_the_file_decides(tmp_path):
+    touch(tmp_path / "b" / "pulid_v1.1.safetensors")
+    touch(tmp_path / "c" / "pulid_v1.1.safetensors")
+
+    found = locate.find(catalogue.V1_1, [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+
+    assert found == tmp_path / "b" / "pulid_v1.1.safetensors"
+
+
+@pytest.mark.parametrize("name", ["old/mine.bin", "old\\mine.bin"])
+def test_a_name_may_lie_below_the_folder_with_either_slash(tmp_path, name):
+    path = touch(tmp_path / "old" / "mine.bin")
+
+    assert locate.find(name, [str(tmp_path)]) == path
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.bin", "a\\..\\..\\secret.bin", "/etc/passwd", "C:\\secret.bin", "C:secret"]
+)
+def test_a_name_cannot_lead_out_of_the_folders(tmp_path, name):
+    touch(tmp_path / "secret.bin")
+
+    with pytest.raises(InputError, match="inside the model folders"):
+        locate.find(name, [tmp_path / "pulid"])
+
+
+def test_a_folder_of_that_name_is_not_the_file(tmp_path):
+    (tmp_path / catalogue.V1_1.name).mkdir()
+
+    with pytest.raises(MissingWeights):
+        locate.find(catalogue.V1_1, [tmp_path])
+
+
+@pytest.mark.parametrize("asked", [catalogue.EVA_CLIP, catalogue.EVA_CLIP.name])
+def test_a_missing_file_is_told_with_everything_needed_to_get_it(tmp_path, asked):
+    with pytest.raises(MissingWeights) as caught:
+        locate.find(asked, [tmp_path / "clip_vision", tmp_path / "clip"])
+
+    message = str(caught.value)
+    assert "EVA02_CLIP_L_336_psz14_s6B.pt (the vision tower that looks at the face) was not found" in message
+    assert f"Looked in: {tmp_path / 'clip_vision'}, {tmp_path / 'clip'}." in message
+    assert (
+        f"from {catalogue.EVA_CLIP.url} and put it at {tmp_path / 'clip_vision' / catalogue.EVA_CLIP.name}" in message
+    )
+    assert "Licence: MIT" in message
+
+
+def test_without_folders_the_message_names_the_usual_place():
+    with pytest.raises(MissingWeights, match=r"no folder.*models.pulid.pulid_v1.1.safetensors"):
+        locate.find(catalogue.V1_1, [])
+
+
+def test_a_file_nobody_published_has_no_address(tmp_path):
+    with pytest.raises(MissingWeights) as caught:
+        locate.find("mine.safetensors", [tmp_path])
+
+    assert str(caught.value) == (
+        f"mine.safetensors was not found. Looked in: {tmp_path}. Put it in {tmp_path}, or choose another file."
+    )
+
+
+# ---- antelopev2 ----
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["models/antelopev2", "antelopev2", "models/antelopev2/antelopev2", "antelopev2/antelopev2"],
+)
+def test_antelopev2_is_found_flat_and_nested(tmp_path, place):
+    for file in (catalogue.SCRFD, catalogue.GLINTR100):
+        touch(tmp_path / "insightface" / place / file.name)
+
+    found = locate.find_antelopev2([tmp_path / "none", tmp_path / "insightface"])
+
+    assert found == tmp_path / "insightface" / place
+
+
+def test_half_of_antelopev2_does_not_hide_a_whole_one(tmp_path):
+    touch(tmp_path / "models" / "antelopev2" / catalogue.SCRFD.name)
+    for file in (catalogue.SCRFD, catalogue.GLINTR100):
+        touch(tmp_path / "models" / "antelopev2" / "antelopev2" / file.name)
+
+    assert locate.find_antelopev2([tmp_path]) == tmp_path / "models" / "antelopev2" / "antelopev2"
+
+
+def test_missing_antelopev2_is_told_with_places_address_and_licence(tmp_path):
+    touch(tmp_path / "models" / "antelopev2" / catalogue.SCRFD.name)
+
+    with pytest.raises(MissingWeights) as caught:
+        locate.find_antelopev2([tmp_path])
+
+    message = str(caught.value)
+    assert "scrfd_10g_bnkps.onnx and glintr100.onnx" in message
+    assert all(str(tmp_path / place) in message for place in locate.ANTELOPEV2_PLACES)
+    assert catalogue.ANTELOPEV2_ZIP.url in message
+    assert f"put it, or the two files in it, in {tmp_path / 'models' / 'antelopev2'}" in message
+    assert "non-commercial research only" in message
+
+
+# ---- The zip of antelopev2 ----
+
+DETECTOR, RECOGNISER = b"detector" * 1000, b"recogniser" * 5000
+
+
+@pytest.fixture
+def antelope(monkeypatch):
+    """The two files of antelopev2, small, and with hashes of their own."""
+    made = [
+        replace(file, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        for file, content in ((catalogue.SCRFD, DETECTOR), (catalogue.GLINTR100, RECOGNISER))
+    ]
+    monkeypatch.setattr(locate, "ANTELOPEV2_FILES", tuple(made))
+    return made
+
+
+def make_zip(path, prefix="antelopev2/", detector=DETECTOR, recogniser=RECOGNISER, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr(f"{prefix}scrfd_10g_bnkps.onnx", detector)
+        packed.writestr(f"{prefix}glintr100.onnx", recogniser)
+        packed.writestr(f"{prefix}genderage.onnx", b"not needed")
+        for name, content in more.items():
+            packed.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("place", ["models", ".", "models/antelopev2", "antelopev2"])
+@pytest.mark.parametrize("prefix", ["antelopev2/", "", "antelopev2\\", "a/b/c/"])
+def test_the_zip_is_unpacked_where_its_files_belong(tmp_path, antelope, place, prefix):
+    make_zip(tmp_path / place / "antelopev2.zip", prefix)
+
+    found = locate.find_antelopev2([tmp_path])
+
+    assert found == tmp_path / "models" / "antelopev2"
+    assert (found / "scrfd_10g_bnkps.onnx").read_bytes() == DETECTOR
+    assert (found / "glintr100.onnx").read_bytes() == RECOGNISER
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+        "antelopev2.zip",
+        "scrfd_10g_bnkps.onnx",
+        "glintr100.onnx",
+    }
+
+
+@pytest.mark.parametrize("prefix", ["../../", "/tmp/", "C:\\", "..\\..\\"])
+def test_no_entry_of_a_zip_leaves_its_folder(tmp_path, antelope, prefix):
+    root = tmp_path / "deep" / "down"
+    make_zip(root / "models" / "antelopev2.zip", prefix)
+
+    locate.find_antelopev2([root])
+
+    assert {path.parent for path in tmp_path.rglob("*.onnx")} == {root / "models" / "antelopev2"}
+    assert not Path("/tmp/glintr100.onnx").exists()
+
+
+def last(path, signature, change):
+    content = bytearray(path.read_bytes())
+    change(content, content.rindex(signature))
+    path.write_bytes(content)
+
+
+def claim(offset, form, value):
+    return lambda content, at: struct.pack_into(form, content, at + offset, value)
+
+
+ALTERED = {
+    "another glintr100.onnx": lambda path: make_zip(path, recogniser=RECOGNISER[:-1] + b"x"),
+    "claims 60000 bytes": lambda path: make_zip(path, recogniser=RECOGNISER + b"x" * 10000),
+    "another scrfd": lambda path: make_zip(path, detector=b""),
+    "holds no scrfd": lambda path: make_zip(path).unlink() or make_empty(path),
+    "asks for a password": lambda path: encrypt(make_zip(path)),
+    "list of entries of 16777216 bytes": lambda path: last(make_zip(path), b"PK\5\6", claim(12, "<L", 1 << 24)),
+    "has no list of entries": lambda path: path.write_bytes(make_zip(path).read_bytes()[:-100]),
+    "cannot be read": lambda path: last(make_zip(path), b"PK\5\6", claim(16, "<L", 1 << 30)),
+    "in an unusual way": lambda path: everywhere(make_zip(path), b"PK\1\2", claim(10, "<H", 12)),
+}  # fmt: skip
+
+
+def make_empty(path):
+    with zipfile.ZipFile(path, "w"):
+        pass
+
+
+def everywhere(path, signature, change):
+    content = bytearray(path.read_bytes())
+    for found in re.finditer(re.escape(signature), bytes(content)):
+        change(content, found.start())
+    path.write_bytes(content)
+
+
+def encrypt(path):
+    everywhere(path, b"PK\1\2", claim(8, "<H", 1))
+    everywhere(path, b"PK\3\4", claim(6, "<H", 1))
+
+
+@pytest.mark.parametrize("verdict", ALTERED)
+def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, antelope, verdict):
+    path = tmp_path / "models" / "antelopev2.zip"
+    path.parent.mkdir()
+    ALTERED[verdict](path)
+
+    with pytest.raises(DamagedWeights, match=verdict) as caught:
+        locate.find_antelopev2([tmp_path])
+
+    assert "models/antelopev2.zip" in str(caught.value) and "Delete it" in str(caught.value)
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {"antelopev2.zip"}
+    assert left <= {"scrfd_10g_bnkps.onnx"}  # the one before the fault may be there, whole
+    assert all(path.read_bytes() == DETECTOR for path in tmp_path.rglob("*.onnx"))
+
+
+def test_the_larger_of_a_zips_two_claims_counts(tmp_path):
+    """A 64-bit record in front of the usual end is what readers believe."""
+    path = make_zip(tmp_path / "a.zip")
+    content = path.read_bytes()
+    end = content.rindex(b"PK\5\6")
+    record = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 3, 3, 1 << 40, 0)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    path.write_bytes(content[:end] + record + locator + content[end:])
+
+    assert archive.directory_bytes(path) == 1 << 40
+
+
+def test_a_folder_that_takes_nothing_is_told(tmp_path, antelope):
+    make_zip(tmp_path / "antelopev2.zip")
+    (tmp_path / "models").write_text("a file in place of the folder")
+
+    with pytest.raises(DownloadError, match="could not be unpacked"):
+        locate.find_antelopev2([tmp_path])
+
+
+# ---- Folders of other programs ----
+
+
+def hub_file(home, repository, name, snapshot="0a1b"):
+    return touch(home / ".cache/huggingface/hub" / f"models--{repository}" / "snapshots" / snapshot / name)
+
+
+def test_other_programs_folders_come_last(tmp_path):
+    theirs = hub_file(tmp_path, "guozinan--PuLID", "pulid_v1.1.safetensors")
+    elsewhere = locate.other_programs({}, tmp_path)
+    ours = tmp_path / "models" / "pulid"
+
+    assert locate.find(catalogue.V1_1, [ours], elsewhere) == theirs
+    touch(ours / "pulid_v1.1.safetensors")
+    assert locate.find(catalogue.V1_1, [ours], elsewhere) == ours / "pulid_v1.1.safetensors"
+
+
+def test_only_files_of_the_catalogue_are_looked_for_there(tmp_path):
+    hub_file(tmp_path, "guozinan--PuLID", "README.md")
+
+    with pytest.raises(MissingWeights):
+        locate.find("README.md", [tmp_path / "models"], locate.other_programs({}, tmp_path))
+
+
+def test_a_file_is_known_there_by_its_published_name(tmp_path):
+    repository = "timm--eva02_large_patch14_clip_336.merged2b_s6b_b61k"
+    theirs = hub_file(tmp_path, repository, "open_clip_model.safetensors")
+
+    assert locate.find(catalogue.EVA_CLIP_TIMM, [], locate.other_programs({}, tmp_path)) == theirs
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"),
+    [("HF_HUB_CACHE", "models--a/.."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")],
+)
+def test_hugging_faces_variables_lead_to_its_cache(tmp_path, variable, folder):
+    place = tmp_path / "moved" if variable == "HF_HUB_CACHE" else tmp_path / "moved" / folder
+    theirs = touch(place / "models--guozinan--PuLID" / "snapshots" / "f00" / "pulid_v1.bin")
+
+    elsewhere = locate.other_programs({variable: str(tmp_path / "moved")}, tmp_path / "home")
+
+    assert locate.find(catalogue.V1_PICKLE, [], elsewhere) == theirs
+
+
+def test_the_version_that_main_names_comes_first(tmp_path):
+    for snapshot in ("aaa", "bbb", "ccc"):
+        hub_file(tmp_path, "guozinan--PuLID", "pulid_v1.bin", snapshot)
+    main = touch(tmp_path / ".cache/huggingface/hub/models--guozinan--PuLID/refs/main")
+    main.write_text("bbb")
+
+    found = locate.find(catalogue.V1_PICKLE, [], locate.other_programs({}, tmp_path))
+
+    assert found.parent.name == "bbb"
+
+
+@pytest.mark.parametrize("place", ["antelopev2", "antelopev2/antelopev2"])
+def test_insightfaces_own_folder_serves(tmp_path, place):
+    for file in (catalogue.SCRFD, catalogue.GLINTR100):
+        touch(tmp_path / ".insightface" / "models" / place / file.name)
+
+    found = locate.find_antelopev2([tmp_path / "models"], locate.other_programs({}, tmp_path))
+
+    assert found == tmp_path / ".insightface" / "models" / place
+
+
+def test_facexlibs_own_folder_serves_without_importing_it(tmp_path, monkeypatch):
+    touch(tmp_path / "facexlib" / "__init__.py").write_text("raise OSError('broken')")
+    theirs = touch(tmp_path / "facexlib" / "weights" / "parsing_bisenet.pth")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "facexlib", raising=False)
+
+    assert locate.find(catalogue.BISENET, [], locate.other_programs({}, tmp_path)) == theirs
+
+
+# ---- What lies where, and where a download goes ----
+
+
+def test_a_models_folder_is_searched_by_the_names_of_comfyui(tmp_path):
+    folders = ModelFolders.below(tmp_path)
+    tower = touch(tmp_path / "clip" / catalogue.EVA_CLIP.name)
+
+    assert folders.locate(catalogue.EVA_CLIP) == tower
+    assert folders.locate(catalogue.V1_1) is None
+    assert {file.name: str(folders.destination(file).relative_to(tmp_path)) for file in catalogue.CATALOGUE} == {
+        file.name: str(Path(file.folders[0])) for file in catalogue.CATALOGUE
+    }
+
+
+def test_a_download_goes_to_the_first_configured_folder(tmp_path):
+    folders = ModelFolders({"pulid": [tmp_path / "big disk", tmp_path / "small disk"]})
+
+    assert folders.destination(catalogue.V1_1) == tmp_path / "big disk"
+
+
+def test_the_missing_half_of_antelopev2_goes_beside_the_other(tmp_path):
+    nested = tmp_path / "insightface" / "models" / "antelopev2" / "antelopev2"
+    touch(nested / catalogue.SCRFD.name)
+    folders = ModelFolders.below(tmp_path)
+
+    assert folders.locate(catalogue.GLINTR100) is None
+    assert folders.locate(catalogue.SCRFD) == nested / catalogue.SCRFD.name
+    assert folders.destination(catalogue.GLINTR100) == nested
+
+
+def test_no_download_goes_to_another_programs_folder(tmp_path):
+    for file in (catalogue.SCRFD, catalogue.GLINTR100):
+        touch(tmp_path / ".insightface" / "models" / "antelopev2" / file.name)
+    folders = ModelFolders.below(tmp_path / "models", locate.other_programs({}, tmp_path))
+
+    assert folders.locate(catalogue.SCRFD).parent == tmp_path / ".insightface" / "models" / "antelopev2"
+    assert folders.destination(catalogue.SCRFD) == tmp_path / "models" / "insightface" / "models" / "antelopev2"
+
+
+def test_a_folder_nobody_configured_takes_no_download():
+    with pytest.raises(MissingWeights, match="No folder 'pulid' is configured"):
+        ModelFolders({}).destination(catalogue.V1_1)

@@ -1,0 +1,478 @@
+"""pulid/faces.py, against the authors' numbers and arithmetic by hand, with analyzers that are not networks."""
+
+import os
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pulid_sdxl.pulid import faces
+from pulid_sdxl.pulid.errors import InputError, MissingPackage, NoFaceError
+from safetensors.torch import load_file
+
+REFERENCE = Path(os.environ.get("PULID_REFERENCE", Path(__file__).resolve().parents[3] / "shared" / "reference"))
+needs_reference = pytest.mark.skipif(
+    not REFERENCE.is_dir(), reason=f"THE AUTHORS' NUMBERS ARE NOT CHECKED: no {REFERENCE}; set PULID_REFERENCE"
+)
+
+
+def face_at(x, y, width=40, height=50, score=0.9):
+    """A face of this size whose box is centered on (x, y); its landmarks lie as in an upright face."""
+    box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    landmarks = (faces.CROP_LANDMARKS / faces.CROP_SIZE - 0.5) * width + (x, y)
+    return faces.Face(box, landmarks, score)
+
+
+class FakeAnalyzer:
+    """Reports what it is told, and embeds a face as its box, so that a test can see whose embedding it holds."""
+
+    def __init__(self, detected=(), for_alignment=()):
+        self.detected, self.for_alignment = list(detected), list(for_alignment)
+        self.recognised_crops = []
+
+    def detect(self, photo, side):
+        return self.detected
+
+    def detect_for_alignment(self, photo):
+        return self.for_alignment
+
+    def recognise(self, photo, face):
+        return torch.tensor(face.box)
+
+    def recognise_crop(self, crop):
+        self.recognised_crops.append(crop)
+        return torch.full((512,), 7.0)
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+
+
+# ---- The authors' numbers ----
+
+
+@needs_reference
+def test_alignment_is_the_authors_to_the_last_bit():
+    reference = load_file(REFERENCE / "alignment.safetensors")
+    landmarks = reference["landmarks"].numpy()
+    photo = np.ascontiguousarray(reference["image_bgr_u8"].numpy()[..., ::-1])
+
+    assert np.array_equal(faces.alignment(landmarks), reference["affine"].numpy())
+    assert np.array_equal(faces.align(photo, landmarks)[..., ::-1], reference["crop_bgr_u8"].numpy())
+
+
+@needs_reference
+def test_vision_input_is_the_authors_to_the_precision_they_are_stored_in():
+    reference = load_file(REFERENCE / "face_features.safetensors")
+
+    grey = faces.grey_on_white(reference["crop_rgb_u8"] / 255, reference["label_map"][:, 0])
+    pixels = faces.to_vision_input(grey)
+
+    assert pixels.dtype == torch.float32
+    assert torch.equal(pixels.half(), reference["pixels_336"])
+
+
+# ---- Grey on white ----
+
+
+@pytest.mark.parametrize("label", range(19))
+def test_what_is_not_the_face_becomes_white_and_the_rest_grey(label):
+    crop = torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)  # 0.299 + 0.2935 + 0.0285 = 0.621
+
+    shown = faces.grey_on_white(crop, torch.full((1, 1, 1), label, dtype=torch.uint8))
+
+    expected = 1.0 if label in {0, 7, 8, 9, 14, 15, 16, 18} else 0.621
+    assert shown.flatten().tolist() == pytest.approx([expected] * 3)
+
+
+def test_crops_and_labels_are_left_as_they_were():
+    crops, labels = torch.rand(2, 3, 512, 512), torch.zeros(2, 512, 512, dtype=torch.uint8)
+    before = crops.clone()
+
+    faces.to_vision_input(faces.grey_on_white(crops, labels))
+
+    assert torch.equal(crops, before)
+
+
+# ---- Choosing ----
+
+SIZE = (400, 300)
+LEFT, MIDDLE, RIGHT = face_at(60, 200, 30, 40), face_at(190, 60, 60, 70), face_at(330, 120, 50, 60)
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("largest", [MIDDLE, RIGHT, LEFT]),
+        ("center", [MIDDLE, RIGHT, LEFT]),
+        ("left to right", [LEFT, MIDDLE, RIGHT]),
+        ("right to left", [RIGHT, MIDDLE, LEFT]),
+        ("top to bottom", [MIDDLE, RIGHT, LEFT]),
+        ("bottom to top", [LEFT, RIGHT, MIDDLE]),
+        ("small to large", [LEFT, RIGHT, MIDDLE]),
+    ],
+)
+@pytest.mark.parametrize("seen", [[LEFT, MIDDLE, RIGHT], [RIGHT, LEFT, MIDDLE]])
+def test_every_order_and_index_picks_the_face_it_names(photo, order, expected, seen):
+    assert faces.in_order(seen, order, SIZE) == expected
+    assert [faces.find_face(photo, FakeAnalyzer(seen), order, index)[1].box for index in range(3)] == [
+        face.box for face in expected
+    ]
+
+
+def test_the_cases_above_cover_every_order():
+    assert len(faces.ORDERS) == 7
+
+
+def test_faces_that_tie_keep_the_detectors_order():
+    first, second = face_at(100, 50), face_at(200, 50)
+    assert faces.in_order([first, second], "largest", SIZE) == [first, second]
+
+
+@pytest.mark.parametrize("index", [3, 200, -1])
+def test_an_index_beyond_the_faces_says_how_many_there_are(index):
+    with pytest.raises(InputError, match=f"index {index}.*3 faces.*0 to 2"):
+        faces.pick([LEFT, MIDDLE, RIGHT], index)
+
+
+def test_an_order_that_does_not_exist_names_those_that_do():
+    with pytest.raises(InputError, match=r"'biggest'.*largest, center"):
+        faces.in_order([LEFT], "biggest", SIZE)
+
+
+def test_two_hundred_faces_are_sorted_like_three():
+    crowd = [face_at(x, y, 6, 8) for x in range(10, 210, 10) for y in range(10, 110, 10)]
+    assert faces.pick(faces.in_order(crowd, "right to left", SIZE), 199).center[0] == 10
+
+
+# ---- A mask ----
+
+
+def mask_over(*places, shape=(30, 40)):
+    """A mask a tenth of the photograph's size, white in these (y0, y1, x0, x1)."""
+    mask = torch.zeros(shape)
+    for y0, y1, x0, x1 in places:
+        mask[y0:y1, x0:x1] = 1
+    return mask
+
+
+@pytest.mark.parametrize("face", [LEFT, MIDDLE, RIGHT])
+@pytest.mark.parametrize("order", faces.ORDERS)
+def test_a_mask_over_one_face_takes_it_whatever_the_order(photo, face, order):
+    x0, y0, x1, y1 = (int(edge / 10) for edge in face.box)
+    mask = mask_over((y0, y1 + 1, x0, x1 + 1))
+    assert faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT]), order, 0, mask)[1].box == face.box
+
+
+def test_of_several_faces_under_a_mask_the_best_covered_comes_first():
+    half_right, whole_left = (9, 15, 33, 36), (18, 23, 4, 8)
+    assert faces.under_mask([RIGHT, MIDDLE, LEFT], mask_over(half_right, whole_left), SIZE) == [LEFT, RIGHT]
+
+
+def test_a_mask_beside_all_faces_says_so(photo):
+    with pytest.raises(InputError, match=r"touches no face.*3 faces"):
+        faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT]), mask=mask_over((0, 3, 0, 3)))
+
+
+def test_with_a_mask_a_photograph_without_a_face_is_still_without_a_face(photo):
+    with pytest.raises(NoFaceError):
+        faces.find_face(photo, FakeAnalyzer(), mask=torch.ones(30, 40))
+
+
+def test_a_face_that_reaches_beyond_the_frame_is_measured_by_what_the_mask_can_cover():
+    cut = face_at(5, 5, 60, 60)
+    assert faces.under_mask([cut], mask_over((0, 5, 0, 5)), SIZE) == [cut]
+
+
+# ---- One face for everything ----
+
+
+def test_embedding_box_and_crop_are_of_the_chosen_face(photo):
+    twins = [face_at(331, 121, 52, 62, 0.99), face_at(191, 61, 58, 72, 0.99), face_at(61, 199, 31, 41, 0.99)]
+    analyzer = FakeAnalyzer([LEFT, MIDDLE, RIGHT], twins)
+
+    sight, found = faces.find_face(photo, analyzer, "right to left", 0)
+
+    assert [face.box for face in sight.faces] == [RIGHT.box, MIDDLE.box, LEFT.box] and sight.index == 0
+    assert found.box == RIGHT.box
+    assert found.score == RIGHT.score
+    assert torch.equal(found.arcface, torch.tensor(RIGHT.box))
+    assert np.array_equal(found.landmarks.numpy(), twins[0].landmarks)
+    expected = torch.from_numpy(faces.align(photo, twins[0].landmarks)).permute(2, 0, 1) / 255
+    assert torch.equal(found.pixels, expected)
+    assert found.pixels.shape == (3, 512, 512) and found.pixels.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "others", [[], [LEFT, MIDDLE], [face_at(365, 120, 50, 60)]], ids=["none", "others", "a shoulder"]
+)
+def test_without_a_twin_the_detectors_own_landmarks_serve(photo, others):
+    found = faces.find_face(photo, FakeAnalyzer([LEFT, MIDDLE, RIGHT], others), "right to left")[1]
+    assert np.array_equal(found.landmarks.numpy(), RIGHT.landmarks)
+
+
+def test_of_two_twins_the_one_that_overlaps_best_serves():
+    near, nearer = face_at(336, 126, 50, 60), face_at(332, 121, 50, 60)
+    assert faces.same_face(RIGHT, [near, nearer]) is nearer
+
+
+def test_a_face_that_only_the_second_detector_sees_is_recognised_from_its_crop(photo):
+    analyzer = FakeAnalyzer([], [LEFT, MIDDLE])
+
+    found = faces.find_face(photo, analyzer, "left to right", 1)[1]
+
+    assert found.box == MIDDLE.box
+    assert found.arcface.tolist() == [7.0] * 512
+    assert np.array_equal(analyzer.recognised_crops[0], faces.align(photo, MIDDLE.landmarks))
+
+
+def test_no_face_at_all_is_an_error_of_its_own(photo):
+    with pytest.raises(NoFaceError, match="No face"):
+        faces.find_face(photo, FakeAnalyzer())
+
+
+def test_landmarks_that_coincide_are_no_face(photo):
+    point = faces.Face((10, 10, 50, 60), np.full((5, 2), 30.0), 0.9)
+    with pytest.raises(NoFaceError, match="do not span a face"):
+        faces.find_face(photo, FakeAnalyzer([point]))
+
+
+def test_overlap_is_intersection_over_union():
+    one, half = face_at(100, 100, 40, 40), face_at(120, 100, 40, 40)
+    assert faces.overlap(one, one) == 1
+    assert faces.overlap(one, half) == pytest.approx(800 / 2400)
+    assert faces.overlap(one, face_at(300, 100, 40, 40)) == 0
+
+
+def test_detections_that_are_not_finite_or_have_no_area_are_dropped():
+    boxes = np.array([[0, 0, 9, 9], [np.nan, 0, 9, 9], [0, 0, np.inf, 9], [9, 0, 0, 9], [0, 0, 9, 9]])
+    landmarks = np.tile(faces.CROP_LANDMARKS, (5, 1, 1))
+    landmarks[4, 2] = np.nan
+
+    kept = faces.faces_of(boxes, landmarks, np.full(5, 0.9))
+
+    assert [face.box for face in kept] == [(0, 0, 9, 9)]
+
+
+# ---- Sizes, margins and turns ----
+
+
+class Particular(FakeAnalyzer):
+    """Sees a face only in a photograph held one way, at one size: a white patch that lies as `patch` says."""
+
+    def __init__(self, side=None, shape=None, patch=None, upright=()):
+        super().__init__(for_alignment=upright)
+        self.side, self.shape, self.patch, self.asked = side, shape, patch, []
+
+    def detect(self, photo, side):
+        self.asked.append((photo.shape[:2], side))
+        if side != self.side or photo.shape[:2] != self.shape:
+            return []
+        y, x = (int(values.mean()) for values in np.nonzero((photo == 255).all(axis=2)))
+        return [face_at(x, y)] if self.patch in (None, (x, y)) else []
+
+
+DOWN = (640, 576, 512, 448, 384, 320, 256)
+UP = (768, 896, 1024, 1152, 1280)
+SPOT = (100, 60)  # x, y in a photograph 400 px wide and 300 high
+
+
+@pytest.fixture
+def spotted():
+    photo = np.full((300, 400, 3), 40, np.uint8)
+    photo[SPOT[1], SPOT[0]] = 255
+    return photo
+
+
+@pytest.mark.parametrize(
+    ("side", "sides"),
+    [(640, DOWN[:1]), (320, DOWN[:6]), (256, DOWN), (768, (*DOWN, 768)), (1280, DOWN + UP)],
+)
+def test_sizes_are_tried_in_turn_up_to_the_first_that_shows_a_face(spotted, side, sides):
+    analyzer = Particular(side, (300, 400))
+
+    sight, _ = faces.find_face(spotted, analyzer)
+
+    assert analyzer.asked == [((300, 400), asked) for asked in sides]
+    assert sight.how == f"InsightFace at {side} px"
+
+
+@pytest.mark.parametrize(
+    ("side", "shape", "patch", "how"),
+    [
+        (640, (600, 800), (300, 210), "InsightFace at 640 px, photograph with a margin of half its size"),
+        (256, (600, 800), (300, 210), "InsightFace at 256 px, photograph with a margin of half its size"),
+        (640, (400, 300), (239, 100), "InsightFace at 640 px, photograph turned 90 degrees"),
+        (320, (300, 400), None, "InsightFace at 320 px"),
+        (1280, (400, 300), (60, 299), "InsightFace at 1280 px, photograph turned 270 degrees"),
+    ],
+)
+def test_margins_and_turns_find_the_face_in_the_photographs_own_pixels(spotted, side, shape, patch, how):
+    analyzer = Particular(side, shape, patch)
+
+    sight, crop = faces.find_face(spotted, analyzer)
+
+    assert sight.how == how
+    assert sight.faces[0].center == pytest.approx(SPOT)
+    assert crop.box == sight.faces[0].box
+
+
+@pytest.mark.parametrize("view", faces.VIEWS, ids=lambda view: view.words)
+def test_every_pixel_goes_back_to_where_it_came_from(view):
+    rng = np.random.default_rng(2)
+    photo = rng.integers(0, 255, (30, 44, 3), dtype=np.uint8)
+    for x, y in ((0, 0), (43, 0), (7, 29), (20, 11)):
+        marked = photo.copy()
+        marked[y, x] = 255
+        held = view.of(marked)
+        v, u = (int(values[0]) for values in np.nonzero((held == 255).all(axis=2)))
+        found = faces.Face((u - 2, v - 1, u + 2, v + 1), np.tile([float(u), v], (5, 1)), 0.5)
+
+        back = view.back(found, photo)
+
+        assert back.landmarks.tolist() == [[x, y]] * 5
+        assert back.center == (x, y)
+        assert back.box[2] > back.box[0] and back.box[3] > back.box[1]
+
+
+def test_what_surrounds_a_photograph_is_what_surrounds_a_crop(spotted):
+    held = faces.VIEWS[1].of(spotted)
+    assert held.shape == (600, 800, 3)
+    assert held[0, 0].tolist() == held[-1, -1].tolist() == list(faces.CROP_BORDER)
+    assert np.array_equal(held[150:450, 200:600], spotted)
+
+
+def test_nothing_is_turned_where_the_second_detector_sees_a_face_upright(spotted):
+    analyzer = Particular(640, (400, 300), upright=[face_at(*SPOT)])
+
+    sight, crop = faces.find_face(spotted, analyzer)
+
+    assert sight.how == "RetinaFace alone"
+    assert crop.arcface.tolist() == [7.0] * 512
+    assert {shape for shape, _ in analyzer.asked} == {(300, 400), (600, 800)}
+
+
+def test_a_photograph_without_a_face_is_looked_at_every_way_once(spotted):
+    analyzer = Particular()
+    with pytest.raises(NoFaceError):
+        faces.find_face(spotted, analyzer)
+    assert len(analyzer.asked) == sum(len(view.sides) for view in faces.VIEWS) == len(DOWN + UP) + 4 + 9
+
+
+# ---- As the pack of older shared workflows ----
+
+
+class AtSides(FakeAnalyzer):
+    """Sees its faces at certain detector sizes alone, and notes which were tried."""
+
+    def __init__(self, sides, detected, for_alignment):
+        super().__init__(detected, for_alignment)
+        self.sides, self.tried = sides, []
+
+    def detect(self, photo, side):
+        self.tried.append(side)
+        return self.detected if side in self.sides else []
+
+
+def test_apart_the_largest_is_recognised_and_the_most_central_aligned(photo):
+    small, large = face_at(190, 150, 40, 50), face_at(60, 60, 60, 70)
+    off, central = face_at(62, 60, 90, 90), face_at(195, 150, 30, 30)
+    analyzer = AtSides({448, 384}, [small, large], [off, central])
+
+    sight, crop = faces.find_face_apart(photo, analyzer)
+
+    assert torch.equal(crop.arcface, torch.tensor(large.box))
+    assert crop.box == large.box
+    aligned = torch.from_numpy(faces.align(photo, central.landmarks)).permute(2, 0, 1) / 255
+    assert torch.equal(crop.pixels, aligned)
+    assert (sight.faces, sight.index, sight.how) == ([large, small], 0, "InsightFace at 448 px")
+    assert analyzer.tried == [640, 576, 512, 448]
+
+
+def test_apart_neither_detector_stands_in_for_the_other(photo):
+    face = face_at(200, 150)
+    nowhere = AtSides((), [face], [face])
+    with pytest.raises(NoFaceError, match="InsightFace saw no face at 640 to 320 px"):
+        faces.find_face_apart(photo, nowhere)
+    assert nowhere.tried == [640, 576, 512, 448, 384, 320]
+    with pytest.raises(NoFaceError, match="RetinaFace saw no face to align"):
+        faces.find_face_apart(photo, FakeAnalyzer([face]))
+    assert not nowhere.recognised_crops
+
+
+# ---- Reading a photograph ----
+
+
+def test_a_photograph_of_whole_levels_comes_back_as_it_was(photo):
+    assert np.array_equal(faces.read_photo(torch.from_numpy(photo) / 255), photo)
+
+
+def test_a_large_photograph_is_shrunk_as_the_authors_do():
+    levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
+
+    photo = faces.read_photo(torch.from_numpy(levels) / 255)
+
+    expected = cv2.resize(levels, (int(1111 * 1024 / 1500), 1024), interpolation=cv2.INTER_LANCZOS4)
+    assert np.array_equal(photo, expected)
+
+
+def test_a_photograph_can_keep_its_size():
+    levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
+    assert np.array_equal(faces.read_photo(torch.from_numpy(levels) / 255, long_edge=1500), levels)
+
+
+def test_transparency_is_laid_on_white():
+    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).expand(20, 20, 4)
+    assert faces.read_photo(image)[0, 0].tolist() == [153, 178, 204]  # 255 (0.5 c + 0.5), to the nearest level
+
+
+def test_a_grey_photograph_gets_three_equal_channels():
+    photo = faces.read_photo(torch.full((20, 30, 1), 0.2))
+    assert photo.shape == (20, 30, 3) and (photo == 51).all() and photo.flags.c_contiguous
+
+
+def test_values_outside_the_range_are_clipped_and_half_precision_is_read():
+    image = torch.tensor([-0.5, 1.5, 1.0], dtype=torch.float16).expand(20, 20, 3)
+    assert faces.read_photo(image)[0, 0].tolist() == [0, 255, 255]
+
+
+def test_reading_leaves_the_image_as_it_was():
+    image = torch.rand(20, 20, 4)
+    before = image.clone()
+    faces.read_photo(image)[:] = 0
+    assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((64, 16, 3), (64, 16)), ((200, 8000, 3), (25, 1024)), ((8000, 4000, 1), (1024, 512))]
+)
+def test_unusual_sizes_are_read(shape, expected):
+    assert faces.read_photo(torch.rand(shape)).shape == (*expected, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (torch.rand(1, 1, 3), "1 x 1 px is too small"),
+        (torch.rand(64, 15, 3), "15 x 64 px is too small"),
+        (torch.rand(16, 8000, 3), "8000 x 16 px is too small or too narrow"),
+        (torch.rand(0, 0, 3), "0 x 0 px is too small"),
+        (torch.rand(20, 20, 2), "1, 3 or 4 channels.*20, 20, 2"),
+        (torch.rand(1, 20, 20, 3), "height, width, channels.*1, 20, 20, 3"),
+        (torch.zeros(20, 20, 3, dtype=torch.uint8), "float image.*uint8"),
+        (torch.full((20, 20, 3), torch.nan), "NaN or infinite"),
+        (torch.full((20, 20, 3), torch.inf), "NaN or infinite"),
+    ],
+)
+def test_what_is_not_a_photograph_is_refused_in_words(image, words):
+    with pytest.raises(InputError, match=words):
+        faces.read_photo(image)
+
+
+def test_without_opencv_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingPackage, match="-m pip install --upgrade opencv-python"):
+        faces.align(np.zeros((64, 64, 3), np.uint8), faces.CROP_LANDMARKS)

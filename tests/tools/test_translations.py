@@ -1,0 +1,110 @@
+"""Translations of the nodes: as many as the English texts, in their own language, with what must not change unchanged.
+
+That the English is what the schemas say, and that ComfyUI serves all of it, is tested on a host (host/test_server.py).
+"""
+
+import re
+from collections import defaultdict
+
+import pytest
+from pulid_sdxl.tools import ROOT
+from pulid_sdxl.tools.translations import LOCALES, flat, read
+
+# Codes of ComfyUI's editor. Its menu has no German (1.58), though it ships German texts; 1.27 takes the browser's.
+LANGUAGES = ("de", "es", "fr", "ja", "ko", "pt-BR", "ru", "zh", "zh-TW")
+ENGLISH = read("en")
+SENTENCES = [path for path, _ in flat(ENGLISH) if path[-1] in ("tooltip", "description")]
+SCRIPTS = {  # of letters that are not Latin
+    "ja": r"[\u3040-\u30ff]",
+    "ko": r"[\uac00-\ud7a3]",
+    "ru": r"[\u0430-\u044f]",
+    "zh": r"[\u4e00-\u9fff]",
+    "zh-TW": r"[\u4e00-\u9fff]",
+}
+# What a tooltip may say that is the same everywhere: paths, codes, sizes, numbers, versions.
+TECHNICAL = re.compile(r"[\w%-]+(?:[./_-]+[\w%-]+)+|%\w+%|-?\d+|\bv1\b", re.ASCII)
+NOT_TECHNICAL = {"non-commercial"}
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request):
+    return request.param
+
+
+@pytest.fixture
+def texts(language):
+    return dict(flat(read(language)))
+
+
+def test_the_languages_are_these():
+    assert {path.relative_to(LOCALES).as_posix() for path in LOCALES.rglob("*") if path.is_file()} == {
+        f"{language}/nodeDefs.json" for language in ("en", *LANGUAGES)
+    }
+
+
+def test_every_text_is_translated_and_nothing_else(texts):
+    assert list(texts) == [path for path, _ in flat(ENGLISH)]
+    assert all(text.strip() == text != "" for text in texts.values())
+
+
+def test_no_sentence_stayed_english(language, texts):
+    english = dict(flat(ENGLISH))
+    for path in SENTENCES:
+        if english[path] == "IN_QUEUE, IN_PROGRESS or COMPLETED.":  # a list of names
+            continue
+        assert texts[path] != english[path], path
+        words = set(re.findall(r"[a-z]+", texts[path].lower(), re.ASCII))
+        assert not words & {"the", "and", "with", "which", "from", "when"}, path
+        assert re.search(SCRIPTS.get(language, ""), texts[path].lower()), path
+
+
+@pytest.mark.parametrize(("language", "characters"), [("zh", "gb2312"), ("zh-TW", "big5")])
+def test_chinese_is_simplified_or_traditional_and_not_both(language, characters):
+    for path, text in flat(read(language)):
+        try:
+            text.encode(characters)
+        except UnicodeEncodeError as problem:
+            pytest.fail(f"{path}: {text[problem.start : problem.end]!r} in {text}")
+
+
+def test_an_english_text_has_one_translation(texts):
+    found = defaultdict(set)
+    for path, text in flat(ENGLISH):
+        found[text].add(texts[path])
+    assert {text: translations for text, translations in found.items() if len(translations) > 1} == {}
+
+
+def test_tooltips_keep_paths_codes_and_numbers_and_call_inputs_by_their_translated_names(texts):
+    names = {path[2]: texts[path] for path, _ in flat(ENGLISH) if path[1] == "inputs" and path[-1] == "name"}
+    english = dict(flat(ENGLISH))
+    for path in SENTENCES:
+        for word in set(TECHNICAL.findall(english[path])) - NOT_TECHNICAL:
+            assert names.get(word, word) in texts[path], f"{path} has no {names.get(word, word)!r}"
+
+
+def test_tooltips_call_nodes_by_their_translated_names(texts):
+    english = dict(flat(ENGLISH))
+    for node_id in ENGLISH:
+        path = (node_id, "display_name")
+        named = re.compile(rf"\b{re.escape(title(english[path]).removeprefix('PuLID '))}\b")
+        for sentence in SENTENCES:
+            if named.search(english[sentence]):
+                assert title(texts[path]) in texts[sentence], f"{sentence} does not name {texts[path]!r}"
+
+
+def title(display_name: str) -> str:
+    """A node's name without what it is for: "Load PuLID (SDXL)" is called "Load PuLID"."""
+    return display_name.partition(" (")[0]
+
+
+@pytest.mark.parametrize("language", ["en", *LANGUAGES])
+def test_the_editor_reads_no_text_as_a_template(language):
+    # vue-i18n: {name}, @:link, one | two. https://vue-i18n.intlify.dev/guide/essentials/syntax.html
+    for path, text in flat(read(language)):
+        assert not set(text) & set("{}@|"), path
+        assert not any("." in key for key in path), "the editor splits keys at dots"
+
+
+def test_they_are_published():
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    assert not [line for line in ignored if line.strip("/") in ("locales", "*.json", "*")]

@@ -1,0 +1,1 @@
+"""Stand-ins for weights, servers and services, for the tests and the demo."""
