@@ -3,7 +3,25 @@
 This is the only place that names files, addresses, sizes and hashes. `None` means that nobody has published the value.
 """
 
+import re
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Where a file lies on Hugging Face. A revision of 40 hex digits is a commit, whose files never change."""
+
+    repo_id: str
+    path: str
+    revision: str = "main"
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{self.repo_id}/resolve/{self.revision}/{self.path}"
+
+    @property
+    def pinned(self) -> bool:
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision) is not None
 
 
 @dataclass(frozen=True)
@@ -12,31 +30,42 @@ class WeightFile:
 
     name        what it is called on disk
     folders     where it may lie under `models/`, each beginning with ComfyUI's name of a folder; put it in the first
-    address     where to fetch it, with a place for `revision`
-    revision    branch, commit or release tag of the address
+    copies      where to fetch it, in order; the hash decides which bytes are right
     licence     what its maker allows
     needed_for  what it does here, in the user's words
     size        bytes
     sha256      of the whole file, lower-case hex
+    by_hand     the maker's own address, where that is not the first of the copies
     """
 
     name: str
     folders: tuple[str, ...]
-    address: str
-    revision: str
+    copies: tuple[Copy, ...]
     licence: str
     needed_for: str
     size: int | None = None
     sha256: str | None = None
+    by_hand: str | None = None
 
     @property
     def url(self) -> str:
-        return self.address.format(revision=self.revision)
+        """The address to fetch it from by hand."""
+        return self.by_hand or self.copies[0].url
 
     @property
     def place(self) -> str:
         """Where to put it, relative to `models/`."""
         return f"{self.folders[0]}/{self.name}"
+
+    @property
+    def checked_by(self) -> str:
+        """What a download of it is checked by, in the user's words."""
+        if self.sha256:
+            return "sha256"
+        by = "size" if self.size else "content"
+        if all(copy.pinned for copy in self.copies):
+            return f"{by}, at a fixed commit (no hash is published)"
+        return f"not pinned: no hash is published, checked by {by} only"
 
 
 @dataclass(frozen=True)
@@ -58,11 +87,20 @@ FACEXLIB = ("facexlib",)
 
 RESEARCH_ONLY = "non-commercial research only"
 
+# The commits are those that public code pins and has fetched these bytes from.
+PULID_COMMIT = "d58b3ba191be1280c37ace0656a2e65cd9b8c8d8"
+ANTELOPEV2_COMMIT = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
+
 V1 = WeightFile(
     name="ip-adapter_pulid_sdxl_fp16.safetensors",
     folders=PULID,
-    address="https://huggingface.co/huchenlei/ipadapter_pulid/resolve/{revision}/ip-adapter_pulid_sdxl_fp16.safetensors",
-    revision="main",
+    copies=(
+        Copy(
+            "huchenlei/ipadapter_pulid",
+            "ip-adapter_pulid_sdxl_fp16.safetensors",
+            "810eab2a6746efb73ed7f2502bf46b1c453d5cf1",
+        ),
+    ),
     licence="Apache-2.0",
     needed_for="PuLID v1, converted to safetensors: the better choice on SDXL-Lightning with 4 steps",
     size=791372856,
@@ -70,26 +108,23 @@ V1 = WeightFile(
 V1_1 = WeightFile(
     name="pulid_v1.1.safetensors",
     folders=PULID,
-    address="https://huggingface.co/guozinan/PuLID/resolve/{revision}/pulid_v1.1.safetensors",
-    revision="main",
+    copies=(Copy("guozinan/PuLID", "pulid_v1.1.safetensors", PULID_COMMIT),),
     licence="Apache-2.0",
-    needed_for="PuLID v1.1: the better choice on every other SDXL checkpoint",
+    needed_for="PuLID v1.1: the better choice on most SDXL checkpoints",
     size=984405232,
     sha256="4cb8ceec1078e0165399b88332ab3c5971619111b8e1730e6bae64144aabae41",
 )
 V1_PICKLE = WeightFile(
     name="pulid_v1.bin",
     folders=PULID,
-    address="https://huggingface.co/guozinan/PuLID/resolve/{revision}/pulid_v1.bin",
-    revision="main",
+    copies=(Copy("guozinan/PuLID", "pulid_v1.bin", PULID_COMMIT),),
     licence="Apache-2.0",
     needed_for="PuLID v1 as the authors published it",
 )
 EVA_CLIP = WeightFile(
     name="EVA02_CLIP_L_336_psz14_s6B.pt",
     folders=VISION,
-    address="https://huggingface.co/QuanSun/EVA-CLIP/resolve/{revision}/EVA02_CLIP_L_336_psz14_s6B.pt",
-    revision="11afd202f2ae80869d6cef18b1ec775e79bd8d12",
+    copies=(Copy("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", "11afd202f2ae80869d6cef18b1ec775e79bd8d12"),),
     licence="MIT",
     needed_for="the vision tower that looks at the face",
     size=856461210,
@@ -98,16 +133,25 @@ EVA_CLIP = WeightFile(
 EVA_CLIP_TIMM = WeightFile(
     name="eva02_large_patch14_clip_336.merged2b_s6b_b61k.safetensors",
     folders=VISION,
-    address="https://huggingface.co/timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k/resolve/{revision}/open_clip_model.safetensors",
-    revision="main",
+    copies=(
+        Copy(
+            "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",
+            "open_clip_model.safetensors",
+            "4f62907359c8506be7021582f360564693b22c15",
+        ),
+    ),
     licence="MIT",
     needed_for="the same vision tower without a pickle",
+    size=856239456,
+    sha256="f753bca0e8327f77e8845b0af2510d599c3e4614237007b48078c791f2cf391c",
 )
 SCRFD = WeightFile(
     name="scrfd_10g_bnkps.onnx",
     folders=ANTELOPEV2,
-    address="https://huggingface.co/DIAMONIK7777/antelopev2/resolve/{revision}/scrfd_10g_bnkps.onnx",
-    revision="main",
+    copies=(
+        Copy("DIAMONIK7777/antelopev2", "scrfd_10g_bnkps.onnx", ANTELOPEV2_COMMIT),
+        Copy("camenduru/PuLID", "antelopev2/scrfd_10g_bnkps.onnx"),
+    ),
     licence=RESEARCH_ONLY,
     needed_for="finding faces",
     size=16923827,
@@ -116,41 +160,50 @@ SCRFD = WeightFile(
 GLINTR100 = WeightFile(
     name="glintr100.onnx",
     folders=ANTELOPEV2,
-    address="https://huggingface.co/DIAMONIK7777/antelopev2/resolve/{revision}/glintr100.onnx",
-    revision="main",
+    copies=(
+        Copy("DIAMONIK7777/antelopev2", "glintr100.onnx", ANTELOPEV2_COMMIT),
+        Copy("camenduru/PuLID", "antelopev2/glintr100.onnx"),
+    ),
     licence=RESEARCH_ONLY,
     needed_for="recognising a face",
+    size=260665334,
     sha256="4ab1d6435d639628a6f3e5008dd4f929edf4c4124b1a7169e1048f9fef534cdf",
 )
 ANTELOPEV2_ZIP = WeightFile(
     name="antelopev2.zip",
     folders=("insightface/models",),
-    address="https://github.com/deepinsight/insightface/releases/download/{revision}/antelopev2.zip",
-    revision="v0.7",
+    copies=(),
     licence=RESEARCH_ONLY,
-    needed_for="both antelopev2 files at once; it is unpacked where it lies",
+    needed_for="both antelopev2 files at once, put there by hand; the loader unpacks it",
     size=360662982,
     sha256="8e182f14fc6e80b3bfa375b33eb6cff7ee05d8ef7633e738d1c89021dcf0c5c5",
+    by_hand="https://github.com/deepinsight/insightface/releases/download/v0.7/antelopev2.zip",
 )
 RETINAFACE = WeightFile(
     name="detection_Resnet50_Final.pth",
     folders=FACEXLIB,
-    address="https://github.com/xinntao/facexlib/releases/download/{revision}/detection_Resnet50_Final.pth",
-    revision="v0.1.0",
+    copies=(
+        Copy("camenduru/PuLID", "facexlib/detection_Resnet50_Final.pth"),
+        Copy("leonelhs/facexlib", "detection_Resnet50_Final.pth"),
+    ),
     licence="MIT",
     needed_for="the five landmarks that a face is aligned by",
     size=109497761,
     sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d",
+    by_hand="https://github.com/xinntao/facexlib/releases/download/v0.1.0/detection_Resnet50_Final.pth",
 )
 BISENET = WeightFile(
     name="parsing_bisenet.pth",
     folders=FACEXLIB,
-    address="https://github.com/xinntao/facexlib/releases/download/{revision}/parsing_bisenet.pth",
-    revision="v0.2.0",
+    copies=(
+        Copy("camenduru/PuLID", "facexlib/parsing_bisenet.pth"),
+        Copy("leonelhs/facexlib", "parsing_bisenet.pth"),
+    ),
     licence="MIT",
     needed_for="telling the face from its background",
     size=53289463,
     sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
+    by_hand="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
 )
 
 NEEDS = (
@@ -177,10 +230,10 @@ def workflow_hint(file: WeightFile) -> dict[str, str]:
 
 
 def markdown_table() -> str:
-    """The table of the README: every file, what it is for, its size and licence."""
-    rows = ["| file under `models/` | for | size | licence |", "|---|---|---|---|"]
+    """The table of the README: every file, what it is for, its size, its licence and what a download is checked by."""
+    rows = ["| file under `models/` | for | size | licence | checked by |", "|---|---|---|---|---|"]
     for file in CATALOGUE:
         size = f"{file.size / 1e6:.0f} MB" if file.size else ""
         licence = f"**{file.licence}**" if file.licence == RESEARCH_ONLY else file.licence
-        rows.append(f"| [`{file.place}`]({file.url}) | {file.needed_for} | {size} | {licence} |")
+        rows.append(f"| [`{file.place}`]({file.url}) | {file.needed_for} | {size} | {licence} | {file.checked_by} |")
     return "\n".join(rows)

@@ -1,7 +1,7 @@
 """Loads the two kinds of weights the pack needs: PuLID for SDXL (v1 or v1.1) and the EVA02-CLIP vision tower.
 
-A file is told by the names of its tensors, never by its own name. It is checked whole, and only then copied, tensor by
-tensor, out of the mapped file into networks that were built without memory.
+A file is told by the names of its tensors, never by its own name. Names and shapes are checked before any weight is
+read; the networks are built without memory, and take the tensors as they were read.
 """
 
 import hashlib
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..pulid.attention import IdProjections
-from ..pulid.encoders import ENCODERS
+from ..pulid.encoders import ENCODERS, IdEncoder, IdFormer
 from ..pulid.errors import DamagedWeights, ForeignWeights
 from ..pulid.eva import EvaVisionTower, read_eva_state
 from ..pulid.identity import Version
 from ..pulid.sites import SITES, file_index
 from .catalogue import EVA_CLIP, EVA_CLIP_TIMM, V1, V1_1, V1_PICKLE, WeightFile
-from .tensors import copier, damaged, label, read_tensors
+from .tensors import damaged, label, map_tensors, read_tensors, reading
 
 NAMED = 3  # how many faults, or names of unknown tensors, a message gives
 FINGERPRINTED = 64  # values of each tensor
-SHARED = 64 << 20  # bytes that tensors may have beyond their file's: EVA's 24 blocks name one rotary table
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -40,7 +39,7 @@ class PulidCheckpoint:
     """
 
     version: Version
-    encoder: nn.Module
+    encoder: IdEncoder | IdFormer
     projections: IdProjections
     fingerprint: str
 
@@ -103,25 +102,26 @@ def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None
     Raises MissingWeights, ForeignWeights (with the name of what the file is instead) or DamagedWeights.
     """
     path = Path(path)
-    state = read_tensors(path)
+    state = map_tensors(path)
     kind = recognise(state)
     if kind not in PULID_VERSIONS:
         raise _foreign(path, "PuLID for SDXL", kind, state)
     version = PULID_VERSIONS[kind]
-    _check_amount(state, path, kind)
 
-    encoder_state, projection_state = _split(path, kind, state)
-    # A scalar has the product of no sizes, 1, for a width: it is refused as misshapen when the projections are filled.
-    widths = [projection_state[f"to_k.{site}.weight"].shape[:1].numel() for site in range(len(SITES))]
+    encoder_names, projection_names = _split(path, kind, state)
+    # A scalar has the product of no sizes, 1, for a width: `_check` refuses it as misshapen.
+    widths = [state[projection_names[f"to_k.{site}.weight"]].shape[:1].numel() for site in range(len(SITES))]
     encoder = ENCODERS[version](operations=operations, device="meta")
     projections = IdProjections(widths, operations=operations, device="meta")
-    _check(encoder, encoder_state, path, kind)
-    _check(projections, projection_state, path, kind)
+    _check(encoder, _renamed(state, encoder_names), path, kind)
+    _check(projections, _renamed(state, projection_names), path, kind)
+
+    weights = read_tensors(path, [*encoder_names.values(), *projection_names.values()])
     return PulidCheckpoint(
         version=version,
-        fingerprint=fingerprint(encoder_state),
-        encoder=_fill(encoder, encoder_state, dtype, path),
-        projections=_fill(projections, projection_state, dtype, path),
+        fingerprint=fingerprint(_renamed(weights, encoder_names)),
+        encoder=_fill(encoder, _renamed(weights, encoder_names), dtype, path),
+        projections=_fill(projections, _renamed(weights, projection_names), dtype, path),
     )
 
 
@@ -131,24 +131,26 @@ def load_vision_tower(path: Path | str, operations=nn, dtype: torch.dtype | None
     Arguments and errors as for `load_pulid`. The tower is as large as the file has it: see its `config`.
     """
     path = Path(path)
-    state = read_tensors(path)
+    state = map_tensors(path)
     kind = recognise(state)
     if kind is not EVA:
         raise _foreign(path, EVA.title, kind, state)
-    _check_amount(state, path, kind)
     try:
         config, tower_state = read_eva_state(state)
         tower = EvaVisionTower(config, operations=operations, device="meta")
     except (ForeignWeights, ValueError, IndexError, ZeroDivisionError) as error:  # tensors of EVA, sizes of no tower
         raise _altered(path, EVA, [str(error)]) from error
     _check(tower, tower_state, path, EVA)
-    return _fill(tower, tower_state, dtype, path)
+
+    used = {id(tensor) for tensor in tower_state.values()}
+    weights = read_tensors(path, [name for name, tensor in state.items() if id(tensor) in used])
+    return _fill(tower, read_eva_state(weights)[1], dtype, path)
 
 
 def check_file(file: WeightFile, path: Path) -> None:
     """Raises WeightsError unless `path` holds what this file of the catalogue should; for files without a hash."""
     expected = EXPECTED[file]
-    state = read_tensors(path)
+    state = map_tensors(path)
     kind = recognise(state)
     if kind is not expected:
         raise _foreign(path, expected.title, kind, state)
@@ -172,8 +174,8 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The encoder's and the projections' tensors, under our networks' names.
+def _split(path: Path, kind: Kind | None, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+    """The encoder's and the projections' tensors: their names in our networks -> in the file.
 
     Raises DamagedWeights unless all 70 sites are there, and nothing beside them and the encoder.
     """
@@ -181,15 +183,15 @@ def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[st
         (file_index(site), half): f"{half}.{site}.weight" for site in range(len(SITES)) for half in ("to_k", "to_v")
     }
     encoder, projections, faults = {}, {}, []
-    for name, tensor in state.items():
+    for name in state:
         if match := PROJECTION_NAME.fullmatch(name):
             key = int(match["index"]), match["half"]
             if key in sites:
-                projections[sites[key]] = tensor
+                projections[sites[key]] = name
             else:
                 faults.append(f"{name} belongs to no site (sites have odd indices)")
         elif match := ENCODER_NAME.fullmatch(name):
-            encoder[match["parameter"]] = tensor
+            encoder[match["parameter"]] = name
         else:
             faults.append(f"{name} does not belong to it")
     faults += [f"{half} of site index {i} is missing" for (i, half), name in sites.items() if name not in projections]
@@ -198,8 +200,12 @@ def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[st
     return encoder, projections
 
 
-def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
-    """Raises DamagedWeights, before anything is copied, unless names, shapes and kinds of number all fit."""
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    return {own: state[name] for own, name in names.items()}
+
+
+def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Kind | None) -> None:
+    """Raises DamagedWeights, before anything is read, unless names, shapes and kinds of number all fit."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     faults = [f"{name} is missing" for name in shapes if name not in state]
     faults += [f"{name} does not belong to it" for name in state if name not in shapes]
@@ -212,18 +218,12 @@ def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Ki
         raise _altered(path, kind, faults)
 
 
-def _check_amount(state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
-    """Raises DamagedWeights for tensors that are parts of each other, or one number over and over."""
-    described = sum(tensor.nbytes for tensor in state.values())
-    if described > path.stat().st_size + SHARED:
-        raise _altered(path, kind, [f"its tensors would have {described} bytes"])
-
-
-def _fill(network: Network, state: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path) -> Network:
-    """Give a network on the meta device its weights, copied out of the mapped file one by one, for inference."""
-    copy = copier(path)
-    weights = {name: copy(tensor).to(dtype or tensor.dtype) for name, tensor in state.items()}
-    network.load_state_dict(weights, strict=True, assign=True)
+def _fill(network: Network, weights: Mapping[str, Tensor], dtype: torch.dtype | None, path: Path) -> Network:
+    """Give a network on the meta device its weights, for inference."""
+    with reading(path):  # they have other shapes if the file was replaced since `_check`
+        network.load_state_dict(
+            {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in weights.items()}, assign=True
+        )
     return network.requires_grad_(False).eval()
 
 

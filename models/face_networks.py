@@ -7,50 +7,61 @@ Sources: https://github.com/deepinsight/insightface, https://github.com/xinntao/
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pulid.encoders import ARCFACE_WIDTH
 from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError
-from ..pulid.faces import Face, Photo, faces_of
+from ..pulid.faces import Face, faces_of
+from ..pulid.networks import Bring, Managed, on_cpu
 from ..pulid.packages import describe, import_package
+from ..pulid.photo import Photo
 from .catalogue import GLINTR100, SCRFD
-from .locate import state_of
-from .onnx_graph import graph_alone
-from .onnx_providers import PROVIDERS
-from .tensors import read_tensors
+from .locate import file_state
+from .onnx_providers import LOG_ERRORS, PROVIDERS
+from .tensors import label, read_tensors, system_trouble, unread
 
 log = logging.getLogger(__name__)
 
 RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
 FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # BGR, what RetinaFace was trained with
-ARCFACE_SIZE = 112  # px a side
-FIRST_THAT_MAPS = (1, 21)  # ONNX Runtime
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-CPU = torch.device("cpu")
-Bring = Callable[[], torch.device]  # brings a network to the device it is to run on, and returns that
+
+class OnnxModel(Protocol):
+    """What is used of InsightFace's detector and recogniser; images are BGR."""
+
+    taskname: str
+    session: Any
+
+    def detect(self, image: np.ndarray, input_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """(n, 5): box and score; (n, 5, 2): landmarks."""
+
+    def get(self, image: np.ndarray, face: SimpleNamespace) -> np.ndarray:
+        """The embedding (512,) of the face whose landmarks are `face.kps`."""
+
+    def get_feat(self, image: np.ndarray) -> np.ndarray:
+        """The embedding (1, 512) of an image that is only shrunk."""
 
 
 class InsightFaceAnalyzer:
     """The FaceAnalyzer of pulid/faces.py, on real networks.
 
-    antelope    folder that holds antelopev2's detector and recogniser (models/files.py finds it)
+    antelope    folder that holds antelopev2's detector and recogniser (models/locate.py finds it)
     retinaface  facexlib's detection_Resnet50_Final.pth
     bisenet     facexlib's parsing_bisenet.pth
     providers   for the two ONNX networks, from available_providers()
     manage      takes charge of a torch network and returns what brings it to its device; here it stays on the CPU
 
-    Raises MissingWeights at once if a file is not there; DamagedWeights, ForeignWeights or MissingPackage at first use.
+    Raises MissingWeights at once if a file is not there; WeightsError or MissingPackage at first use.
     """
 
     def __init__(
@@ -59,7 +70,7 @@ class InsightFaceAnalyzer:
         retinaface: Path,
         bisenet: Path,
         providers: Sequence[str] = (PROVIDERS["CPU"],),
-        manage: Callable[[nn.Module], Bring] = lambda network: lambda: CPU,
+        manage: Callable[[nn.Module], Bring] = lambda network: on_cpu(network).load,
     ):
         self._detector_file = antelope / SCRFD.name
         self._recogniser_file = antelope / GLINTR100.name
@@ -72,21 +83,21 @@ class InsightFaceAnalyzer:
         self._manage = manage
 
     @property
-    def source(self) -> tuple:
-        """Tells these weights from others, and what runs them."""
+    def source(self) -> Hashable:
+        """The files and their state, and what runs them."""
         files = self._detector_file, self._recogniser_file, self._retinaface_file, self._bisenet_file
-        return (*map(state_of, files), *self._providers)
+        return (*map(file_state, files), *self._providers)
 
     def detect(self, photo: Photo, side: int) -> list[Face]:
         """InsightFace's faces in the photograph, fitted into a square of `side` px, a multiple of 32."""
         # The size goes to detect(): since InsightFace 1.0 the detector's own `input_size` is ignored.
-        rows, landmarks = self._detector.detect(bgr(photo), input_size=(side, side))  # (n, 5): box, score; (n, 5, 2)
+        rows, landmarks = self._detector.detect(bgr(photo), input_size=(side, side))
         return faces_of(rows[:, :4], landmarks, rows[:, 4])
 
     def detect_for_alignment(self, photo: Photo) -> list[Face]:
         """RetinaFace's faces, at the photograph's own size."""
-        network, bring = self._retinaface
-        network.device = bring()
+        network: Any = self._retinaface.module  # facexlib's
+        network.device = self._retinaface.load()
         network.mean_tensor = network.mean_tensor.to(network.device)
         with torch.inference_mode():
             rows = network.detect_faces(bgr(photo), RETINAFACE_SCORE)  # (n, 15): box, score, landmarks
@@ -105,103 +116,87 @@ class InsightFaceAnalyzer:
 
     def parse(self, crops: Tensor) -> Tensor:
         """BiSeNet's label map: (B, 3, 512, 512) RGB 0..1 -> (B, 512, 512) uint8."""
-        network, bring = self._bisenet
-        device = bring()
+        device = self._bisenet.load()
         mean, std = torch.tensor((IMAGENET_MEAN, IMAGENET_STD))[..., None, None]
         with torch.inference_mode():
             # One crop at a time keeps the peak low. Of BiSeNet's three outputs, two only helped its training.
-            crops = ((crops.cpu().float() - mean) / std).to(device).split(1)
-            return torch.cat([network(crop)[0].argmax(1).byte() for crop in crops]).cpu()
+            normalised = ((crops.cpu().float() - mean) / std).to(device).split(1)
+            return torch.cat([self._bisenet.module(crop)[0].argmax(1).byte() for crop in normalised]).cpu()
 
     @cached_property
-    def _detector(self):
+    def _detector(self) -> OnnxModel:
         return load_onnx(self._detector_file, "detection", self._providers)
 
     @cached_property
-    def _recogniser(self):
+    def _recogniser(self) -> OnnxModel:
         return load_onnx(self._recogniser_file, "recognition", self._providers)
 
     @cached_property
-    def _retinaface(self) -> tuple[nn.Module, Bring]:
+    def _retinaface(self) -> Managed[nn.Module]:
         retinaface = import_package("facexlib.detection.retinaface")
         network = load_torch(self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device="meta"))
         network.mean_tensor = torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1)  # no part of its weights
-        return network, self._manage(network)
+        return Managed(network, self._manage(network))
 
     @cached_property
-    def _bisenet(self) -> tuple[nn.Module, Bring]:
+    def _bisenet(self) -> Managed[nn.Module]:
         bisenet = import_package("facexlib.parsing.bisenet")
         network = load_torch(self._bisenet_file, lambda: bisenet.BiSeNet(FACE_PARTS))
-        return network, self._manage(network)
+        return Managed(network, self._manage(network))
 
 
-class AbsentAnalyzer:
-    """Stands where the face networks would be, and says what they lack as soon as one is asked for."""
+class MissingFaceNetworks:
+    """Stands where the face networks would be, and says what they lack as soon as one is asked for something.
 
-    source = ("no face networks",)
+    Each time a new exception is raised: one that is kept would keep alive whatever was under way when it was raised.
+    """
+
+    source = "no face networks"
 
     def __init__(self, error: PulidError):
-        self._error = error
+        self._kind, self._words = type(error), str(error)
 
-    def __getattr__(self, name: str):
-        raise self._error
+    def detect(self, photo: Photo, side: int) -> NoReturn:
+        raise self._kind(self._words)
+
+    def detect_for_alignment(self, photo: Photo) -> NoReturn:
+        raise self._kind(self._words)
+
+    def recognise(self, photo: Photo, face: Face) -> NoReturn:
+        raise self._kind(self._words)
+
+    def recognise_crop(self, crop: np.ndarray) -> NoReturn:
+        raise self._kind(self._words)
+
+    def parse(self, crops: Tensor) -> NoReturn:
+        raise self._kind(self._words)
 
 
-def load_onnx(file: Path, task: str, providers: list[str]):
-    """InsightFace's model of an ONNX file that must serve this task, "detection" or "recognition"."""
+def load_onnx(file: Path, task: str, providers: list[str]) -> OnnxModel:
+    """InsightFace's model of an ONNX file that must serve this task, "detection" or "recognition".
+
+    Raises DamagedWeights for bytes that are no ONNX graph, ForeignWeights for another network, WeightsError where
+    memory, a disk or a device failed.
+    """
     onnxruntime = import_package("onnxruntime")
     bindings = import_package("onnxruntime.capi.onnxruntime_pybind11_state")
     zoo = import_package("insightface.model_zoo")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: SCRFD's file declares shapes for 640 px and warns at every other size
-    open_model = open_mapped if task == "recognition" and can_map(onnxruntime, providers) else open_whole
+    # SCRFD's file declares shapes for 640 px, and there is a warning at every other size.
+    options.log_severity_level = LOG_ERRORS
     try:
-        model = open_model(zoo, file, options, providers)
+        # One session serves all sizes; InsightFace 2 would otherwise build and keep one for each. Version 1 ignores
+        # this and the options.
+        model = zoo.get_model(str(file), providers=providers, sess_options=options, static_shape_sessions=False)
     except (bindings.InvalidProtobuf, bindings.InvalidGraph, bindings.InvalidArgument, ValueError) as error:
-        raise DamagedWeights(f"{file.name} in {file.parent} is not a whole ONNX file. Get it again.") from error
-    except (bindings.Fail, bindings.RuntimeException, bindings.NotImplemented, bindings.EPFail) as error:
-        words = describe(error)
-        raise DamagedWeights(
-            f"ONNX Runtime could not open {file.name} in {file.parent} ({words}). If that names no trouble of the "
-            "device, get the file again."
-        ) from error
+        raise DamagedWeights(f"{label(file)} is not a whole ONNX file. Delete it and get it again.") from error
+    except Exception as error:  # ONNX Runtime's own classes, which say little of whose fault it is
+        raise unread(file, system_trouble(error) or describe(error)) from error
     if model is None or model.taskname != task:
         found = "another network" if model is None else f"a network for {model.taskname}"
-        raise ForeignWeights(
-            f"Expected a network for {task}, found {found}: {file.name} in {file.parent}. Get it again."
-        )
+        raise ForeignWeights(f"Expected a network for {task}, found {found}: {label(file)}. Get it again.")
     log.info("%s runs on %s", file.name, model.session.get_providers()[0])
     return model
-
-
-def open_whole(zoo: ModuleType, file: Path, options, providers: list[str]):
-    """InsightFace's own way: ONNX Runtime reads the file and lays the weights out for this machine."""
-    # One session serves all sizes; InsightFace 2 would otherwise build and keep one for each. Version 1 ignores this
-    # and the options.
-    return zoo.get_model(str(file), providers=providers, sess_options=options, static_shape_sessions=False)
-
-
-def open_mapped(zoo: ModuleType, file: Path, options, providers: list[str]):
-    """The same for a recogniser, whose weights stay mapped from the file: a tenth of the time, a third of the memory.
-
-    None if it is no recogniser. A face takes 20 ms longer on the CPU, where ALL would lay the weights out anew.
-    """
-    file = file.resolve()  # ONNX Runtime follows no link out of the folder
-    if (graph := graph_alone(file)) is None:
-        return open_whole(zoo, file, options, providers)
-    options.graph_optimization_level = import_package("onnxruntime").GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
-    session = zoo.model_zoo.PickableInferenceSession(graph, sess_options=options, providers=providers)
-    shapes = [end.shape[1:] for end in (*session.get_inputs(), *session.get_outputs())]
-    if shapes != [[3, ARCFACE_SIZE, ARCFACE_SIZE], [ARCFACE_WIDTH]]:
-        return None
-    return zoo.ArcFaceONNX(BytesIO(graph), session)  # it looks at the graph's first nodes for the range of its input
-
-
-def can_map(onnxruntime: ModuleType, providers: list[str]) -> bool:
-    """Whether this ONNX Runtime finds weights that lie outside a graph in memory, for providers known to take them."""
-    version = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
-    return version >= FIRST_THAT_MAPS and set(providers) <= {PROVIDERS["CPU"], PROVIDERS["CUDA"]}
 
 
 def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
@@ -215,7 +210,7 @@ def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ForeignWeights(f"{file.name} in {file.parent} holds another network's weights. Get it again.") from error
+        raise ForeignWeights(f"{label(file)} holds another network's weights. Get it again.") from error
     return network.eval().requires_grad_(False)
 
 

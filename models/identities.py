@@ -1,13 +1,11 @@
-"""Identities on disk: a safetensors file that says what it holds, and comes back to the bit or not at all.
+"""Identities on disk: safetensors files that say what they hold, and come back to the bit or not at all.
 
-A file gets its name only when it is whole, and never one that is taken. Reading trusts nothing in a file, and takes
-memory for one of MAX_BYTES at most. Format: https://github.com/huggingface/safetensors; the small
-pictures go under `ssmd_cover_images`, where ComfyUI's model browser looks for them.
+A file gets its name when it is whole, and never one that is taken. The small pictures in its metadata go under
+`ssmd_cover_images`, where ComfyUI's model browser looks. Format: https://github.com/huggingface/safetensors
 """
 
 import base64
 import contextlib
-import errno
 import hashlib
 import io
 import itertools
@@ -17,19 +15,17 @@ import re
 import reprlib
 import secrets
 import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PureWindowsPath
-from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
 import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import Tensor
 
 from ..pulid.encoders import TOKEN_WIDTH
@@ -37,13 +33,11 @@ from ..pulid.errors import IdentityFileError, InputError
 from ..pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, Version
 from .checkpoints import recognise
 from .locate import not_weights
-from .tensors import SAFETENSORS, UNREADABLE, label
+from .tensors import SAFETENSORS, label, system_trouble
 
 FORMAT, FORMAT_VERSION = "PuLID-SDXL identity", "1"
 SUFFIX = ".safetensors"
 MAX_BYTES = 256 << 20  # about a thousand identities of 32 tokens
-MAX_HEADER = 8 << 20  # ours has at most half a megabyte, pictures included; other files are named by theirs
-
 DIGEST, COVERS = "sha256", "ssmd_cover_images"
 # What the metadata must say, as regular expressions, and what to know if it does not.
 FIELDS = {
@@ -57,13 +51,8 @@ FIELDS = {
     "created": (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "expected a time"),
     DIGEST: (r"[0-9a-f]{64}", "expected 64 hexadecimal digits"),
 }
-
-# What safetensors, json and Pillow raise when the bytes of an identity are not what they were.
-CORRUPT = (SafetensorError, SyntaxError, zlib.error, Image.DecompressionBombError, *UNREADABLE)
-
 PART = ".pulid-part"  # the ending of a file that is not whole yet
 LEFT_BEHIND = 24 * 60 * 60  # s; a part as old as this belongs to no process that still writes it
-
 # What no part of a name may be, since some system cannot hold it or shows it as something else.
 NAME_FAULTS = (
     (r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", "holds control characters"),
@@ -115,30 +104,27 @@ def _name_faults(path: PureWindowsPath, longest: int) -> Iterator[str]:
             yield f"{part!r} is longer than {longest} bytes"
 
 
-def find_identity(name: str, folders: Iterable[Path | str]) -> Path:
+def find_identity(name: str, folders: Iterable[Path]) -> Path:
     """The file of this name in the first of `folders` that has it.
 
     Raises InputError for a name that leads elsewhere, be it through a link, IdentityFileError if no folder has it.
     """
-    relative = relative_name(name)
-    folders = [Path(folder) for folder in folders]
+    relative, folders = relative_name(name), list(folders)
     for folder in folders:
         if os.path.lexists(folder / relative):
             _refuse_links(folder, relative)
             if (folder / relative).is_file():
                 return folder / relative
-    looked = " and ".join(label(folder) for folder in folders)
     raise IdentityFileError(
-        f"There is no identity {relative.as_posix()!r} in {looked}. Save it with PuLID Save Identity, or copy "
-        "the file there, then refresh ComfyUI's lists and choose it."
+        f"There is no identity {relative.as_posix()!r} in {' and '.join(map(label, folders))}. Save it with PuLID Save "
+        "Identity, or copy the file there, then refresh ComfyUI's lists and choose it."
     )
 
 
 def _refuse_links(folder: Path, relative: Path) -> None:
     """Raises InputError if what lies at `relative` below the folder lies elsewhere; the folder itself may be a link."""
-    if os.path.normcase(os.path.realpath(folder / relative)) != os.path.normcase(
-        Path(os.path.realpath(folder), relative)
-    ):
+    found, meant = os.path.realpath(folder / relative), os.path.join(os.path.realpath(folder), relative)
+    if os.path.normcase(found) != os.path.normcase(os.path.normpath(meant)):
         raise InputError(
             f"{relative.as_posix()!r} in {label(folder)} is a link, or lies behind one, so it could be any file. Put "
             f"the file itself there, or name its folder in extra_model_paths.yaml, under {folder.name}."
@@ -174,27 +160,21 @@ def save(identity: IdEmbedding, folder: Path, name: str, created: datetime, pack
 
 def _write(content: bytes, folder: Path, stem: str) -> Path:
     part = folder / f".{secrets.token_hex(8)}{PART}"
+    numbered = re.compile(re.escape(stem) + r"_(\d+)_" + re.escape(SUFFIX), re.IGNORECASE)
+    highest = max((int(match[1]) for name in os.listdir(folder) if (match := numbered.fullmatch(name))), default=0)
     try:
         with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        for number in itertools.count(_next_number(folder, stem)):
+        for number in itertools.count(highest + 1):
             path = folder / f"{stem}_{number:05}_{SUFFIX}"
-            try:
+            with contextlib.suppress(FileExistsError):
                 _give_name(part, path)
-            except FileExistsError:
-                continue
-            _sync_folder(folder)
-            return path
+                return path
+        raise AssertionError("numbers do not end")
     finally:
         part.unlink(missing_ok=True)
-
-
-def _next_number(folder: Path, stem: str) -> int:
-    """One more than the highest number of this stem: a number that was deleted does not come back while others last."""
-    numbered = re.compile(re.escape(stem) + r"_(\d+)_" + re.escape(SUFFIX), re.IGNORECASE)
-    return 1 + max((int(match[1]) for name in os.listdir(folder) if (match := numbered.fullmatch(name))), default=0)
 
 
 def _give_name(part: Path, path: Path) -> None:
@@ -208,24 +188,15 @@ def _give_name(part: Path, path: Path) -> None:
 
 
 def _rename(part: Path, path: Path) -> None:
-    """As a renaming may overwrite, whoever of our processes made the claim first may look and rename."""
+    """As a renaming may overwrite, whichever of our processes made the claim first may look and rename."""
     claim = path.with_name(f".{path.name}{PART}")
     claim.open("xb").close()
     try:
         if os.path.lexists(path):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            raise FileExistsError
         part.rename(path)
     finally:
         claim.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    if hasattr(os, "O_DIRECTORY"):  # Windows writes its folders through, and cannot open them
-        descriptor = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _remove_left_behind(folder: Path) -> None:
@@ -239,18 +210,16 @@ def _remove_left_behind(folder: Path) -> None:
 def pack_version() -> str:
     """Version of this pack, from the only place that states it: pyproject.toml, which comes with every copy."""
     text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8")
-    return re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    return found[1] if found else "unknown"
 
 
 # ---- Content ----
 
 
-def pack_identity(identity: IdEmbedding, created: datetime, pack: str) -> bytes:
-    """The content of an identity file. Raises InputError for an identity that `unpack_identity` would refuse."""
+def pack_identity(identity: IdEmbedding, created: datetime, pack: str, limit: int = MAX_BYTES) -> bytes:
+    """The content of an identity file. Raises InputError for an identity that `load` would refuse."""
     tensors = {"cond": identity.cond.contiguous(), "uncond": identity.uncond.contiguous()}
-    fault = _tensor_fault(tensors)
-    if fault or sum(tensor.nbytes for tensor in tensors.values()) > MAX_BYTES - MAX_HEADER:
-        raise InputError(f"The identity cannot be saved: {fault or f'it has more than {MAX_BYTES >> 20} MB'}.")
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -261,45 +230,51 @@ def pack_identity(identity: IdEmbedding, created: datetime, pack: str) -> bytes:
     }
     if identity.preview is not None:
         metadata[COVERS] = json.dumps([_to_png(picture) for picture in identity.preview])
+    if fault := _tensor_fault(tensors):
+        raise InputError(f"The identity cannot be saved: {fault}.")
     metadata[DIGEST] = _digest(tensors, metadata)
-    return safetensors.torch.save(tensors, metadata)
+    content = safetensors.torch.save(tensors, metadata)
+    if len(content) > limit:
+        raise InputError(f"The identity cannot be saved: it has more than {limit >> 20} MB.")
+    return content
 
 
-def load(path: Path) -> StoredIdentity:
-    """Read an identity file. Raises IdentityFileError with what the file is instead, or what is wrong with it."""
+def load(path: Path, limit: int = MAX_BYTES) -> StoredIdentity:
+    """Read an identity file of at most `limit` bytes.
+
+    Raises IdentityFileError with what the file is instead, what is wrong with it, or what kept it from being read.
+    """
     try:
-        metadata, content = _read(path)
-        return _unpack(path, metadata, safetensors.torch.load(content))
-    except CORRUPT as error:
-        reason = getattr(error, "strerror", None)  # what the disk says; the content gives none
-        raise _refusal(path, f"cannot be read ({reason})" if reason else "is cut short or altered") from error
+        metadata, tensors = _read(path, limit)
+        return _unpack(path, metadata, tensors)
+    except IdentityFileError:
+        raise
+    except Exception as error:  # whatever safetensors, json and Pillow make of bytes that are not what they were
+        reason = system_trouble(error)
+        verdict = f"cannot be read ({reason})" if reason else "is cut short or altered"
+        raise _refusal(path, verdict) from error
 
 
-def content_digest(path: Path) -> str:
-    """Tells a changed file from the same one, whatever its times say; reads no more than `load` would."""
+def content_digest(path: Path, limit: int = MAX_BYTES) -> str:
+    """A hash of the file's content, whatever its times say; of as many bytes as `load` would read."""
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(MAX_BYTES)).hexdigest()
+        return hashlib.sha256(file.read(limit)).hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, str], bytes]:
-    """The metadata and all bytes of a file that says it is an identity; of any other, only the header is read."""
+def _read(path: Path, limit: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors; of a file that is no identity, only the header is read."""
     with path.open("rb") as file:
         head = file.read(64)
-        if not re.match(SAFETENSORS, head):
-            raise _refusal(path, not_weights(head) or f"begins with {head[:12]!r}, which is not safetensors")
-        length = int.from_bytes(head[:8], "little")
-        if length > MAX_HEADER:
-            raise _refusal(path, f"has a header of {length} bytes, which no identity has")
-        file.seek(8)
-        header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", None) or {}
+    if not re.match(SAFETENSORS, head):
+        raise _refusal(path, not_weights(head) or f"begins with {head[:12]!r}, which is not safetensors")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict); mapped, not read
         if metadata.get("format") != FORMAT:
-            raise _foreign(path, header)
-        file.seek(0)
-        content = file.read(MAX_BYTES + 1)
-    if len(content) > MAX_BYTES:
-        raise _refusal(path, f"has more than {MAX_BYTES >> 20} MB, which no identity has")
-    return metadata, content
+            raise _foreign(path, tensors)
+        if path.stat().st_size > limit:
+            raise _refusal(path, f"has more than {limit >> 20} MB, which no identity has")
+        return metadata, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> StoredIdentity:
@@ -314,18 +289,14 @@ def _unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
     preview = None
     if COVERS in metadata:
         preview = torch.stack([_from_png(picture) for picture in json.loads(metadata[COVERS])[:PREVIEWS]])
-    identity = IdEmbedding(tensors["cond"], tensors["uncond"], metadata["pulid_version"], metadata["encoder"], preview)
+    version = next(known for known in get_args(Version) if known == metadata["pulid_version"])
+    identity = IdEmbedding(tensors["cond"], tensors["uncond"], version, metadata["encoder"], preview)
     return StoredIdentity(identity, metadata["pack_version"], datetime.fromisoformat(metadata["created"]))
 
 
-def _foreign(path: Path, header: Mapping) -> IdentityFileError:
+def _foreign(path: Path, tensors: Mapping[str, Tensor]) -> IdentityFileError:
     """The error for another kind of safetensors, told by the names and shapes of its tensors."""
-    shapes = {
-        name: SimpleNamespace(shape=entry["shape"])
-        for name, entry in header.items()
-        if isinstance(entry, dict) and isinstance(entry.get("shape"), list)
-    }
-    kind = recognise(shapes)
+    kind = recognise(tensors)
     found = f"{kind.title}. {kind.remedy}" if kind else "tensors of something else. Choose another file."
     return IdentityFileError(f"Expected an identity that PuLID Save Identity saved, but {label(path)} holds {found}")
 
@@ -360,7 +331,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     held = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()}
     digest = hashlib.sha256(json.dumps([said, held], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

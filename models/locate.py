@@ -1,14 +1,16 @@
 """Finds weight files in folders that somebody else names, and says where to get the ones that are not there."""
 
 import hashlib
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 
-from ..pulid.errors import InputError, MissingWeights
-from .archive import unpack
+from ..pulid.errors import DamagedWeights, DownloadError, InputError, MissingWeights
 from .catalogue import ANTELOPEV2, ANTELOPEV2_ZIP, BY_NAME, CATALOGUE, GLINTR100, SCRFD, WeightFile
 
 # Where people and programs put antelopev2, below an InsightFace folder. The published zip holds a folder of its own
@@ -22,8 +24,7 @@ ANTELOPEV2_PLACES = (
 ANTELOPEV2_FILES = (SCRFD, GLINTR100)
 ZIP_PLACES = ("models", "", *ANTELOPEV2_PLACES[:2])
 
-CHUNK = 1 << 20  # bytes read at once
-HUB_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+)/([^/]+)/resolve/")
+CHUNK = 4 << 20  # bytes read at once
 
 # What a failed download leaves under the name of a weight file.
 NOT_WEIGHTS = (
@@ -36,7 +37,7 @@ NOT_WEIGHTS = (
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Where weight files may lie.
+    """Where weight files may lie. Looking for one never writes anything.
 
     named      ComfyUI's name of a folder ("pulid", "clip_vision", ...) -> its paths in order; downloads go to the first
     elsewhere  folders of other programs that hold such files directly; searched last, never written to
@@ -58,9 +59,9 @@ class ModelFolders:
 
     def locate(self, file: WeightFile) -> Path | None:
         """Where the file lies, if it does."""
-        if file is ANTELOPEV2_ZIP:
-            return find_zip(self.of(file))
-        if file in ANTELOPEV2_FILES:
+        if file.name == ANTELOPEV2_ZIP.name:
+            candidates = (folder / place / file.name for folder in self.of(file) for place in ZIP_PLACES)
+        elif file.folders == ANTELOPEV2:
             candidates = (place / file.name for place in self._antelopev2(self.elsewhere))
         else:
             candidates = _candidates(file.name, file, self.of(file), self.elsewhere)
@@ -68,7 +69,7 @@ class ModelFolders:
 
     def destination(self, file: WeightFile) -> Path:
         """The folder that a download of the file goes to. Raises MissingWeights where none is configured."""
-        if file in ANTELOPEV2_FILES:
+        if file.folders == ANTELOPEV2:
             places = self._antelopev2()
         else:
             places = [folder / file.folders[0].partition("/")[2] for folder in self.of(file)]
@@ -115,21 +116,16 @@ def find(file: WeightFile | str, folders: Iterable[Path | str], elsewhere: Itera
 def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = ()) -> Path:
     """The folder that directly holds antelopev2's detector and recogniser, nested or not.
 
-    folders    InsightFace folders (`models/insightface` and its like), in order; where they hold only the published
-               zip, its two files are unpacked beside it
+    folders    InsightFace folders (`models/insightface` and its like), in order
     elsewhere  folders that may hold the files directly, searched last
 
-    Raises MissingWeights when no place holds both files, DamagedWeights for a zip that is not what was published.
+    Raises MissingWeights when no place holds both files.
     """
-    folders = [Path(folder) for folder in folders]
-    places = _antelopev2_places(folders)
+    places = _antelopev2_places(map(Path, folders))
     for place in (*places, *elsewhere):
         if all(_is_file(place / file.name) for file in ANTELOPEV2_FILES):
             return place
     target = places[0] if places else Path("models", *ANTELOPEV2)
-    if archive := find_zip(folders):
-        unpack(archive, ANTELOPEV2_FILES, target)
-        return target
     raise MissingWeights(
         f"Expected {SCRFD.name} and {GLINTR100.name} together in a folder antelopev2, found no such folder. "
         f"Looked in: {_listed(places)}. "
@@ -138,10 +134,42 @@ def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = (
     )
 
 
-def find_zip(folders: Iterable[Path]) -> Path | None:
-    """The published zip of antelopev2 in InsightFace folders, if it lies there as it came."""
-    places = (folder / place / ANTELOPEV2_ZIP.name for folder in folders for place in ZIP_PLACES)
-    return next(filter(_is_file, places), None)
+def unpack_antelopev2(
+    folders: ModelFolders,
+    files: Sequence[WeightFile] = ANTELOPEV2_FILES,
+    published: WeightFile = ANTELOPEV2_ZIP,
+) -> None:
+    """Unpack the published zip, where somebody put it and its files are not there yet; else do nothing.
+
+    Its hash is compared first, and each file gets its name once it is whole. Raises DamagedWeights for another zip than
+    was published, DownloadError where the folder does not take the files.
+    """
+    missing = [file for file in files if not folders.locate(file)]
+    archive = folders.locate(published) if missing else None
+    if archive is None:
+        return
+    if fault := fault_of(published, archive):
+        raise DamagedWeights(
+            f"{shown(archive)} is not the zip that was published: {fault}. Delete it and get it again."
+        )
+    target = folders.destination(missing[0])
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=".unpacking-", dir=target) as folder,
+            zipfile.ZipFile(archive) as opened,
+        ):
+            entries = {Path(entry).name: entry for entry in opened.namelist()}
+            for file in missing:
+                part = Path(opened.extract(entries[file.name], folder))
+                if fault := fault_of(file, part):
+                    raise DamagedWeights(f"{shown(archive)} holds another {file.name} than was published: {fault}.")
+                os.replace(part, target / file.name)
+    except OSError as error:
+        raise DownloadError(
+            f"{shown(archive)} could not be unpacked into {shown(target)} ({error.strerror}). Check the rights and the "
+            "room there, or put the files themselves there."
+        ) from error
 
 
 def other_programs(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
@@ -149,8 +177,8 @@ def other_programs(environment: Mapping[str, str], home: Path) -> tuple[Path, ..
     cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
     hub = Path(environment.get("HF_HOME") or cache / "huggingface") / "hub"
     hub = Path(environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or hub).expanduser()
-    repositories = dict.fromkeys(found.groups() for file in CATALOGUE if (found := HUB_ADDRESS.match(file.url)))
-    folders = [snapshot for owner, name in repositories for snapshot in _snapshots(hub / f"models--{owner}--{name}")]
+    repositories = dict.fromkeys(copy.repo_id.replace("/", "--") for file in CATALOGUE for copy in file.copies)
+    folders = [snapshot for name in repositories for snapshot in _snapshots(hub / f"models--{name}")]
     folders += _antelopev2_places([home / ".insightface"])
     facexlib = find_spec("facexlib")  # finds, does not import
     folders += [Path(place, "weights") for place in (facexlib and facexlib.submodule_search_locations) or ()]
@@ -183,6 +211,12 @@ def not_weights(head: bytes) -> str | None:
     return next((verdict for beginning, verdict in NOT_WEIGHTS if re.match(beginning, head)), None)
 
 
+def file_state(path: Path) -> tuple[str, int, int]:
+    """Path, size in bytes and time of change: another state, another content."""
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns
+
+
 def shown(path: Path) -> str:
     """The path without the name of the person's home folder."""
     try:
@@ -193,10 +227,10 @@ def shown(path: Path) -> str:
 
 def _candidates(
     name: Path | str, record: WeightFile | None, folders: Iterable[Path], elsewhere: Iterable[Path]
-) -> Iterable[Path]:
+) -> Iterator[Path]:
     yield from (folder / name for folder in folders)
     if record:  # other programs keep it under the name it was published by
-        names = dict.fromkeys((record.name, record.url.rpartition("/")[2]))
+        names = dict.fromkeys((record.name, *(copy.path for copy in record.copies)))
         yield from (folder / published for folder in elsewhere for published in names)
 
 
@@ -211,10 +245,10 @@ def _snapshots(repository: Path) -> list[Path]:
     except (OSError, ValueError):
         main = ""
     try:
-        found = sorted(path.name for path in (repository / "snapshots").iterdir())
+        found = sorted((repository / "snapshots").iterdir())
     except OSError:
         found = []
-    return [repository / "snapshots" / name for name in sorted(found, key=lambda name: name != main)]
+    return sorted(found, key=lambda path: path.name != main)
 
 
 def _is_file(path: Path) -> bool:
@@ -226,24 +260,15 @@ def _is_file(path: Path) -> bool:
 
 def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:
     """What to tell somebody whose file is in none of the folders."""
+    looked = f"was not found. Looked in: {_listed(folders)}."
     if record is None:
-        target = folders[0] if folders else Path("models")
-        return (
-            f"{name} was not found. Looked in: {_listed(folders)}. Put it in {shown(target)}, or choose another file."
-        )
+        return f"{name} {looked} Put it in {shown(folders[0] if folders else Path('models'))}, or choose another file."
     target = folders[0] if folders else Path("models", record.folders[0])
     return (
-        f"{name} ({record.needed_for}) was not found. Looked in: {_listed(folders)}. "
-        f"Download it from {record.url} and put it at {shown(target / record.name)}, or choose "
-        f"missing_files: download. Licence: {record.licence}."
+        f"{name} ({record.needed_for}) {looked} Download it from {record.url} and put it at "
+        f"{shown(target / record.name)}, or choose missing_files: download. Licence: {record.licence}."
     )
 
 
 def _listed(folders: list[Path]) -> str:
     return ", ".join(map(shown, folders)) or "no folder (none is configured)"
-
-
-def state_of(file: Path) -> tuple[str, int, int]:
-    """Tells a file from the same one changed: its path, size in bytes and time of change."""
-    about = file.stat()
-    return str(file), about.st_size, about.st_mtime_ns

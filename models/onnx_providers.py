@@ -40,7 +40,7 @@ IDENTITY = bytes.fromhex(
     "080812003a370a100a01781201792208" "4964656e746974791201675a0f0a0178"
     "120a0a08080112040a020801620f0a01" "79120a0a08080112040a02080142040a" "00100d"
 )  # fmt: skip
-ERRORS_ALONE = 4  # onnxruntime's log severity: fatal; what does not load is told by `why_not`
+LOG_ERRORS = 3  # ONNX Runtime's log severity: errors and what is fatal, but no warnings
 
 # The library of a provider, without what a system puts around its name; the others are part of ONNX Runtime itself.
 LIBRARIES = {
@@ -58,7 +58,7 @@ def provider_in_use(providers: Sequence[str]) -> tuple[str, str | None]:
     """
     onnxruntime = import_package("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = ERRORS_ALONE
+    options.log_severity_level = LOG_ERRORS
     used = onnxruntime.InferenceSession(IDENTITY, options, providers=list(providers)).get_providers()[0]
     name = next((name for name, provider in PROVIDERS.items() if provider == used), used)
     return name, None if used == providers[0] else why_not(providers[0])

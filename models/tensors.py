@@ -1,70 +1,118 @@
-"""Reads the tensors of a weight file, whatever its container, without running what it may ask to run.
+"""Reads the tensors of a weight file, safetensors or a PyTorch pickle, without running what it may ask to run.
 
-Tensors come mapped, not read: whoever wants one copies it. What is no weight file gets a message saying what it is.
-No file makes this take more memory than its own size and some 200 MB.
+Formats: https://github.com/huggingface/safetensors and https://pytorch.org/docs/stable/notes/serialization.html
 """
 
+import errno
 import pickle
 import re
-import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights
-from .archive import check_directory
+from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError, WeightsError
+from ..pulid.packages import describe
 from .catalogue import BY_NAME
 from .locate import not_weights
-from .pickles import CodeInPickle, look_through
-
-# What torch and zipfile raise when the bytes of a pickle are not what they were.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 SAFETENSORS = rb"(?s).{5}\0\0\0{"  # length of the header, below 2 ** 40, and a JSON object
-LARGEST_HEADER = 8 << 20  # bytes of a safetensors header; a file of 2,500 tensors has 0.3 MB
-LONGEST_NAME = 1024  # characters
-OLD_PICKLES = 5  # before 1.6: magic number, protocol, system, the object, its storages
+ZIP = rb"PK\x03\x04"  # PyTorch's pickles since 1.6
+OLD_PICKLE = rb"\x80[\x02-\x05]"  # PyTorch's pickles before; they cannot be mapped
+
+CHUNK = 64 << 20  # bytes that are mapped while they are copied
+SHARED = 64 << 20  # bytes that tensors may have beyond their file's: EVA's 24 blocks share one rotary table
+DEEPEST = 3  # dictionaries in each other; the converted files have two
+
+# How torch and ONNX Runtime report memory, a disk or a device that failed them, rather than a file.
+SYSTEM = re.compile(
+    r"(?i)memory|alloc|(os|system) error|unable to (open|mmap)|no space|input/output|"
+    r"\b(cuda|cudnn|cublas|hip|rocm|migraphx|dml|driver|device)"
+)
+REFUSED = re.compile(r"(?:GLOBAL|class|function) (?:<[\w -]*? )?([\w.]+)")  # what weights_only did not call
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file or a PyTorch pickle, by its dotted name; mapped where the format allows it.
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor by its dotted name; the values stay in the file until they are used, where the format allows it.
 
-    Raises MissingWeights, ForeignWeights (a pickle of something else, or one that wants to run code) or DamagedWeights.
+    Raises MissingWeights, ForeignWeights (a pickle of something else, or one that asks to run code), DamagedWeights,
+    or WeightsError where the system could not read the file.
     """
-    if not path.exists():
-        raise MissingWeights(f"{label(path)} is not there (any more). Refresh the list of files and choose again.")
-    if path.is_dir():
-        raise DamagedWeights(f"Expected a weight file, found the folder {label(path)}. Choose a file inside it.")
-    with path.open("rb") as file:
-        head = file.read(64)
-    for magic, read in FORMATS:
-        if re.match(magic, head):
-            return read(path)
-    if verdict := not_weights(head):
-        raise damaged(path, verdict)
-    raise damaged(path, f"begins with {head[:12]!r}, which is neither safetensors nor a PyTorch pickle")
+    with reading(path):
+        if _format(path) == SAFETENSORS:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+        else:
+            tensors = _unpickle(path, mapped=True)
+        described = sum(tensor.nbytes for tensor in tensors.values())
+        if described > path.stat().st_size + SHARED:
+            raise damaged(path, f"describes tensors of {described} bytes, more than it can hold")
+    return tensors
+
+
+def read_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of these names, or all, in memory of their own. Takes CHUNK more than they have, or the file's size.
+
+    Raises what `map_tensors` raises.
+    """
+    with reading(path):
+        if _format(path) == SAFETENSORS:
+            return _copy_safetensors(path, names)
+        tensors = _unpickle(path)
+        return tensors if names is None else {name: tensors[name] for name in names}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a library raises while it reads this file becomes a WeightsError.
+
+    Only what the bytes show is called damage: memory, a disk or a device that fails is told as that.
+    """
+    try:
+        yield
+    except PulidError:
+        raise
+    except Exception as error:  # bytes that are not what they were make an unpickler raise nearly anything
+        if isinstance(error, pickle.UnpicklingError) and (refused := REFUSED.search(str(error))):
+            raise ForeignWeights(
+                f"Expected weights alone, but {label(path)} asks to run {refused[1]} when it is opened. Nothing was "
+                "run. Do not use this file; look for the same weights as safetensors."
+            ) from error
+        if words := system_trouble(error):
+            raise unread(path, words) from error
+        said = str(error) if isinstance(error, SafetensorError) else type(error).__name__
+        raise damaged(path, f"is cut short or altered ({said})") from error
+
+
+def system_trouble(error: Exception) -> str | None:
+    """What the system said, if memory, a disk or a device failed; None for an error that tells of a file's content."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    # Pillow's have no number; EINVAL is zipfile's, for a place before the beginning.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror or describe(error)
+    if isinstance(error, RuntimeError | pickle.UnpicklingError) and SYSTEM.search(str(error)):
+        return describe(error)
+    return None
 
 
 def label(path: Path) -> str:
     """The file and its folder: enough to find it, without the private part of the path."""
     return f"{path.parent.name}/{path.name}"
+
+
+def unread(path: Path, words: str) -> WeightsError:
+    """The error for a file that the system could not read; `words` are the system's."""
+    words = words.replace(str(path), path.name)
+    return WeightsError(
+        f"{label(path)} could not be read: {words}. The file may be whole: keep it, free what is short or mend what "
+        "failed, and try again."
+    )
 
 
 def damaged(path: Path, verdict: str) -> DamagedWeights:
@@ -78,111 +126,47 @@ def damaged(path: Path, verdict: str) -> DamagedWeights:
     )
 
 
-def copier(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function that copies tensors of `read_tensors(path)` into memory of their own.
-
-    Where the system tells which memory is mapped from which part of a file (Linux), it reads that part instead: half
-    the time, and no mapped page counts as the process's memory. Raises DamagedWeights if the file became shorter.
-    """
-    ranges = _mapped_ranges(path)
-
-    def copy(tensor: Tensor) -> Tensor:
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        within = [start - low + offset for low, high, offset in ranges if low <= start and end <= high]
-        if not within or not tensor.is_contiguous():
-            return tensor.clone(memory_format=torch.contiguous_format)
-        raw = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
-            file.seek(within[0])
-            rest = memoryview(raw.numpy())
-            while rest and (read := file.readinto(rest)):
-                rest = rest[read:]
-        if rest:
-            raise damaged(path, "became shorter while it was read")
-        return raw.view(tensor.dtype).view(tensor.shape)
-
-    return copy
-
-
-def _mapped_ranges(path: Path) -> list[tuple[int, int, int]]:
-    """First and last address, and place in the file, of all memory that is mapped from it; proc_pid_maps(5)."""
-    try:
-        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    inode = str(path.stat().st_ino)
-    found = (line.split(maxsplit=5) for line in lines)
-    return [
-        (*(int(end, 16) for end in span.split("-")), int(offset, 16))
-        for span, _, offset, _, node, *_ in found
-        if node == inode
-    ]
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _format(path: Path) -> bytes:
+    """SAFETENSORS, ZIP or OLD_PICKLE, told by the first bytes."""
+    if not path.exists():
+        raise MissingWeights(f"{label(path)} is not there (any more). Refresh the list of files and choose again.")
+    if path.is_dir():
+        raise DamagedWeights(f"Expected a weight file, found the folder {label(path)}. Choose a file inside it.")
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-    if length > LARGEST_HEADER:
-        raise damaged(path, f"claims a header of {length} bytes, so it is cut short or altered")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    except (SafetensorError, *UNREADABLE) as error:
-        raise damaged(path, f"is cut short or altered ({error})") from error
+        head = file.read(64)
+    for beginning in (SAFETENSORS, ZIP, OLD_PICKLE):
+        if re.match(beginning, head):
+            return beginning
+    raise damaged(
+        path, not_weights(head) or f"begins with {head[:12]!r}, which is neither safetensors nor a PyTorch pickle"
+    )
 
 
-def _read_zip(path: Path) -> dict[str, Tensor]:
-    """PyTorch's format since 1.6: a zip archive around a small pickle, whose checksum torch itself does not look at."""
-    check_directory(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {entry.filename.rpartition("/")[2]: entry for entry in archive.infolist()}
-            if "data.pkl" not in entries:
-                raise ForeignWeights(
-                    f"Expected weights, found an ordinary zip archive: {label(path)}. Unpack it first."
-                )
-            if "constants.pkl" in entries:
-                raise ForeignWeights(
-                    f"Expected weights, found a TorchScript program: {label(path)}. Choose another file."
-                )
-            if any(entry.compress_type or entry.file_size != entry.compress_size for entry in archive.infolist()):
-                raise damaged(path, "was packed anew: PyTorch compresses nothing")
-            with archive.open(entries["data.pkl"]) as pickled:
-                _look_through(path, pickled)
-                while pickled.read(1 << 16):  # to its end, where its checksum is compared
-                    pass
-    except UNREADABLE as error:
-        raise damaged(path, f"is cut short or altered ({error})") from error
-    return _read_pickle(path, mmap=True)
+def _copy_safetensors(path: Path, names: Iterable[str] | None) -> dict[str, Tensor]:
+    """As mapped pages count as the process's memory, the file is closed and opened anew after every CHUNK."""
+    tensors: dict[str, Tensor] = {}
+    left = None if names is None else list(names)
+    while left is None or left:
+        with safe_open(path, framework="pt") as file:
+            if left is None:
+                left = list(file.keys())
+            copied = 0
+            while left and copied < CHUNK:
+                name = left.pop(0)
+                tensors[name] = file.get_tensor(name).clone()
+                copied += tensors[name].nbytes
+    return tensors
 
 
-def _read_old_pickle(path: Path) -> dict[str, Tensor]:
+def _unpickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     with path.open("rb") as file:
-        _look_through(path, file, OLD_PICKLES)
-    return _read_pickle(path)
-
-
-def _look_through(path: Path, file, pickles: int = 1) -> None:
-    try:
-        look_through(file, pickles)
-    except CodeInPickle as error:
-        raise ForeignWeights(
-            f"Expected weights alone, but {label(path)} asks to run {error} when it is opened. Nothing was run. "
-            "Do not use this file; look for the same weights as safetensors."
-        ) from error
-    except UNREADABLE as error:
-        raise damaged(path, f"is cut short or altered ({error})") from error
-
-
-def _read_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
-    try:
-        misnamed = path.suffix == ".safetensors"  # torch goes by this name, if it is told it; then it cannot map
-        with path.open("rb") as file:
-            source = file if misnamed else path
-            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap and not misnamed)
-        tensors = dict(_flatten(content, set())) if isinstance(content, Mapping) else {}
-    except UNREADABLE as error:
-        raise damaged(path, f"is cut short or altered ({type(error).__name__} while reading the pickle)") from error
+        zipped = _format(path) == ZIP
+        if zipped:
+            _check_archive(path, file)
+        # torch maps only what it opens itself, and takes whatever is named .safetensors for that.
+        mapped = mapped and zipped and path.suffix != ".safetensors"
+        content = torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+    tensors = dict(_flatten(content)) if isinstance(content, Mapping) else {}
     if not tensors:
         raise ForeignWeights(
             f"Expected weights by name, found {type(content).__name__} without any in {label(path)}. "
@@ -191,26 +175,23 @@ def _read_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     return tensors
 
 
-FORMATS = (
-    (SAFETENSORS, _read_safetensors),
-    (rb"PK\x03\x04", _read_zip),
-    (rb"\x80[\x02-\x05]", _read_old_pickle),  # it cannot be mapped
-)
+def _check_archive(path: Path, file: BinaryIO) -> None:
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    names = {entry.filename.rpartition("/")[2] for entry in entries}
+    if "data.pkl" not in names:
+        raise ForeignWeights(f"Expected weights, found an ordinary zip archive: {label(path)}. Unpack it first.")
+    if "constants.pkl" in names:
+        raise ForeignWeights(f"Expected weights, found a TorchScript program: {label(path)}. Choose another file.")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise damaged(path, "was packed anew: PyTorch compresses nothing")
+    file.seek(0)
 
 
-def _flatten(tree: Mapping, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested dictionaries, under dotted names. Raises ValueError for what no file of weights holds."""
-    if id(tree) in seen:
-        raise ValueError("a dictionary is in it twice")
-    seen.add(id(tree))
+def _flatten(tree: Mapping, prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors of nested dictionaries, under dotted names."""
     for key, value in tree.items():
-        name = f"{prefix}{key}" if len(prefix) < LONGEST_NAME and isinstance(key, str | int) else ""
-        if isinstance(value, Tensor | Mapping) and not 0 < len(name) <= LONGEST_NAME:
-            raise ValueError("a name is too long or no name")
-        if isinstance(value, Tensor):
-            value = value.detach()
-            if value.layout is not torch.strided or value.device.type != "cpu":
-                raise ValueError(f"{name} is no plain tensor")
-            yield name, value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, seen, f"{name}.")
+        if isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu":
+            yield f"{prefix}{key}", value.detach()
+        elif isinstance(value, Mapping) and depth < DEEPEST:
+            yield from _flatten(value, f"{prefix}{key}.", depth + 1)

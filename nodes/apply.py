@@ -1,16 +1,20 @@
 """The nodes that put an identity into a model."""
 
+from dataclasses import dataclass
+
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..pulid.attention import METHODS, Fusion, Sampling
 from ..pulid.errors import InputError, MismatchError
 from ..pulid.identity import IdEmbedding
+from ..pulid.networks import PulidWeights
 from ..pulid.schedule import CURVES, Schedule
 from ..pulid.sites import SITES
 from . import host
 from .patch import TokenMask, patch_model
-from .types import IdentitySocket, Pulid, PulidSocket
+from .types import IdentitySocket, PulidSocket
 
 MODEL = io.Model.Input("model", tooltip="An SDXL model.")
 PULID = PulidSocket.Input("pulid", tooltip="From Load PuLID.")
@@ -38,6 +42,9 @@ END = io.Float.Input(
     max=1.0,
     step=0.001,
     tooltip="Up to which part of sampling. An earlier end leaves fine detail to the model.",
+)
+NOISE = io.Float.Input(
+    "noise", default=0.0, min=0.0, max=1.0, step=0.05, tooltip="How strong that noise is; only for noise."
 )
 MASK = io.Mask.Input(
     "attn_mask",
@@ -77,12 +84,15 @@ class PulidApply(io.ComfyNode):
     @classmethod
     def execute(cls, model, pulid, identity, method, weight, start_at, end_at, attn_mask=None):
         chosen = METHODS[method][identity.version]
-        return io.NodeOutput(
-            apply(
-                model, pulid, identity, chosen.fusion, chosen.zero_tokens, [weight] * len(SITES),
-                start_at=start_at, end_at=end_at, attn_mask=attn_mask,
-            )
-        )  # fmt: skip
+        how = Application(
+            chosen.fusion,
+            chosen.zero_tokens,
+            site_weights=[weight] * len(SITES),
+            start_at=start_at,
+            end_at=end_at,
+            attn_mask=attn_mask,
+        )
+        return io.NodeOutput(apply(model, pulid.weights, identity, how))
 
 
 class PulidApplyAdvanced(io.ComfyNode):
@@ -129,14 +139,7 @@ class PulidApplyAdvanced(io.ComfyNode):
                     default="zeros",
                     tooltip="What the negative branch sees: zeros as the authors do, or noise against burnt colours.",
                 ),
-                io.Float.Input(
-                    "noise",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="How strong that noise is; only for noise.",
-                ),
+                NOISE,
                 io.Int.Input(
                     "noise_seed",
                     default=0,
@@ -160,20 +163,24 @@ class PulidApplyAdvanced(io.ComfyNode):
             zero_tokens = METHODS[PROJECTIONS[fusion]][identity.version].zero_tokens
         parts = {"input": input_blocks, "middle": middle_block, "output": output_blocks}
         if uncond == "noise" and noise > 0:
-            identity = pulid.with_noise(identity, noise, noise_seed)
-        return io.NodeOutput(
-            apply(
-                model, pulid, identity, fusion, zero_tokens, [weight * parts[site.part] for site in SITES],
-                weight_curve, start_at, end_at, attn_mask,
-            )
-        )  # fmt: skip
+            identity = pulid.weights.with_noise(identity, noise, noise_seed)
+        how = Application(
+            fusion,
+            zero_tokens,
+            site_weights=[weight * parts[site.part] for site in SITES],
+            curve=weight_curve,
+            start_at=start_at,
+            end_at=end_at,
+            attn_mask=attn_mask,
+        )
+        return io.NodeOutput(apply(model, pulid.weights, identity, how))
 
 
 # The projections a user can choose, and the method whose number of zero tokens suits each.
 PROJECTIONS = {Fusion.ORTHOGONAL_V2: "fidelity", Fusion.ORTHOGONAL: "extreme style", Fusion.PLAIN: "neutral"}
 
 
-def _part_weight(name: str, where: str):
+def _part_weight(name: str, where: str) -> io.Input:
     return io.Float.Input(
         name,
         default=1.0,
@@ -184,30 +191,48 @@ def _part_weight(name: str, where: str):
     )
 
 
-def apply(
-    model, pulid: Pulid, identity: IdEmbedding, fusion: Fusion, zero_tokens: int, site_weights: list[float],
-    curve: str = "flat", start_at: float = 0.0, end_at: float = 1.0, attn_mask=None, mask_sampling: Sampling = "area",
-):  # fmt: skip
-    """The patched model; the model itself where no site has a weight."""
-    check_pair(pulid, identity)
-    host.check_layout(model, pulid.widths)
-    if start_at > end_at:
-        raise InputError(f"start_at ({start_at}) lies after end_at ({end_at}), so PuLID would never act. Swap them.")
-    mask = None if attn_mask is None else TokenMask(read_mask(attn_mask), mask_sampling)
-    if not any(site_weights):
+@dataclass(frozen=True, eq=False)
+class Application:
+    """How an identity goes into a model.
+
+    site_weights  for each of the 70 sites
+    curve         how the weight runs from start_at to end_at, percents of sampling 0..1: one of CURVES
+    attn_mask     a MASK, where in the picture it acts; mask_sampling as in attention.mask_to_tokens
+    """
+
+    fusion: Fusion
+    zero_tokens: int
+    site_weights: list[float]
+    curve: str = "flat"
+    start_at: float = 0.0
+    end_at: float = 1.0
+    attn_mask: torch.Tensor | None = None
+    mask_sampling: Sampling = "area"
+
+
+def apply(model: ModelPatcher, weights: PulidWeights, identity: IdEmbedding, how: Application) -> ModelPatcher:
+    """The patched model; the model itself where no site has a weight. Raises MismatchError, InputError."""
+    check_pair(weights, identity)
+    host.check_layout(model, weights.projections.module.widths)
+    if how.start_at > how.end_at:
+        raise InputError(
+            f"start_at ({how.start_at}) lies after end_at ({how.end_at}), so PuLID would never act. Swap them."
+        )
+    mask = None if how.attn_mask is None else TokenMask(read_mask(how.attn_mask), how.mask_sampling)
+    if not any(how.site_weights):
         return model
-    sampling = model.get_model_object("model_sampling")
-    schedule = Schedule.make(sampling.percent_to_sigma, start_at, end_at, curve, model.load_device)
-    site_kvs = pulid.project(identity, model.load_device, host.sampling_dtype(model))
-    return patch_model(model, site_kvs, fusion, zero_tokens, site_weights, schedule, mask)
+    percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    schedule = Schedule.make(percent_to_sigma, how.start_at, how.end_at, how.curve, model.load_device)
+    site_kvs = weights.project(identity, model.load_device, host.sampling_dtype(model))
+    return patch_model(model, site_kvs, how.fusion, how.zero_tokens, how.site_weights, schedule, mask)
 
 
-def check_pair(pulid: Pulid, identity: IdEmbedding) -> None:
+def check_pair(weights: PulidWeights, identity: IdEmbedding) -> None:
     """Raises MismatchError unless the identity was made with this PuLID file's encoder."""
-    if (pulid.version, pulid.fingerprint) != (identity.version, identity.encoder):
+    if (weights.version, weights.fingerprint) != (identity.version, identity.encoder):
         raise MismatchError(
             f"The identity was made with PuLID {identity.version} (encoder {identity.encoder}), but the loaded PuLID "
-            f"is {pulid.version} (encoder {pulid.fingerprint}). Encode the identity again with that PuLID file."
+            f"is {weights.version} (encoder {weights.fingerprint}). Encode the identity again with that PuLID file."
         )
 
 

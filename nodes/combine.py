@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..pulid.combine import MODES, combine
+from ..pulid.tokens import MODES, combine
 from .types import IdentitySocket
 
 

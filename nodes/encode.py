@@ -1,6 +1,7 @@
 """The node that makes an identity from photographs."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -8,16 +9,15 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..pulid.cache import Kept
-from ..pulid.embed import Photos, reads_together
-from ..pulid.encode import Choice, Look, Photograph, look, photographs
-from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import ORDERS, read_photo
-from ..pulid.identity import PREVIEWS, IdEmbedding
-from ..pulid.preview import draw_faces
-from .types import IdentitySocket, Pulid, PulidSocket
+from ..pulid.cache import ResultCache
+from ..pulid.encode import Encoded, EncodeSettings, FaceChoice, NoFace, Photograph, Step, encode, photographs
+from ..pulid.faces import ORDERS
+from ..pulid.identity import IdEmbedding
+from ..pulid.photo import read_photo
+from ..pulid.preview import draw_selection
+from .types import IdentitySocket, PulidSocket
 
-KEPT = Kept(128 * 2**20)  # a look is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
+CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
 
 
 class PulidEncode(io.ComfyNode):
@@ -78,57 +78,59 @@ class PulidEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pulid, image, face, face_index, photos, id_mix, no_face, mask=None):
-        if len(image) == 0:
-            raise InputError("The image batch is empty: connect at least one photograph.")
-        choice = Choice(face, face_index, reads_together(pulid.version, photos))
-        taken = photographs(image, mask, pulid.source, choice)
-        key = (*(photograph.key for photograph in taken), photos, id_mix, no_face)
-        if (encoded := KEPT.get(key)) is None:
-            encoded = encode(pulid, taken, choice, photos, id_mix, no_face == "skip photo")
-            KEPT.put(key, encoded, encoded.tensors)
-        return io.NodeOutput(encoded.identity, encoded.seen, encoded.found, ui=encoded.ui)
+        taken = photographs(image, mask)
+        settings = EncodeSettings(FaceChoice(face, face_index), photos, id_mix, skip=no_face == "skip photo")
+        sources = pulid.weights.encoder.source, pulid.networks.source
+        key = (*sources, settings, *(photograph.key for photograph in taken))
+        if (shown := CACHE.get(key)) is None:
+            encoded = encode(taken, pulid.weights, pulid.networks, settings, CACHE, step_of(len(taken)))
+            shown = Shown.of(encoded, taken, settings)
+            CACHE.put(key, shown, shown.tensors)
+        return io.NodeOutput(shown.identity, shown.faces, shown.detections, ui=shown.ui)
+
+
+def step_of(count: int) -> Step:
+    """Moves the node's progress bar over so many photographs, and stops when the user interrupts."""
+    bar = ProgressBar(count)
+
+    def step(done: int) -> None:
+        throw_exception_if_processing_interrupted()
+        bar.update_absolute(done)
+
+    return step
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """What the node gives; ui is what it shows."""
+class Shown:
+    """The node's outputs; ui is what it shows."""
 
     identity: IdEmbedding
-    seen: Tensor
-    found: Tensor
+    faces: Tensor
+    detections: Tensor
     ui: dict
+
+    @classmethod
+    def of(cls, encoded: Encoded, taken: Sequence[Photograph], settings: EncodeSettings) -> "Shown":
+        drawn, notes = [], []
+        for number, (photograph, seen) in enumerate(zip(taken, encoded.seen, strict=True), start=1):
+            name = f"Photograph {number} of {len(taken)}"
+            selection = None if isinstance(seen, NoFace) else seen.selection
+            drawn.append(draw_selection(read_photo(photograph.pixels), selection))
+            if isinstance(seen, NoFace):
+                notes.append(f"{name}: skipped. {seen.reason}")
+            else:
+                found = seen.selection
+                notes.append(f"{name}: face {found.index} of {len(found.faces)}, {settings.choice.order}; {found.how}.")
+        identity = encoded.identity
+        notes.append(
+            f"{len(encoded.faces)} of {len(taken)} photographs used, PuLID {identity.version}, "
+            f"{identity.tokens} ID tokens."
+        )
+        faces = torch.stack([seen.grey for seen in encoded.faces])
+        detections = torch.stack(drawn).float().div_(255)
+        pictures = [picture for batch in (faces, detections) for picture in ui.PreviewImage(batch).as_dict()["images"]]
+        return cls(identity, faces, detections, {"images": pictures, "text": notes})
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.identity.cond, self.identity.uncond, self.seen, self.found
-
-
-def encode(pulid: Pulid, taken: list[Photograph], choice: Choice, photos: Photos, id_mix: bool, skip: bool) -> Encoded:
-    """Looks at each photograph and makes the identity of what was seen."""
-    progress, used, drawn, notes, faceless = ProgressBar(len(taken)), [], [], [], []
-    looks = look(pulid, taken, choice, KEPT, throw_exception_if_processing_interrupted)
-    for number, (photograph, seen) in enumerate(zip(taken, looks, strict=True), start=1):
-        name = f"Photograph {number} of {len(taken)}"
-        sight = None
-        if isinstance(seen, Look):
-            used.append(seen)
-            sight = seen.sight
-            notes.append(f"{name}: face {sight.index} of {len(sight.faces)}, {choice.order}; {sight.how}.")
-        else:
-            notes.append(f"{name}: skipped. {seen}")
-            faceless.append(f"{name}: {seen}")
-        drawn.append(draw_faces(read_photo(photograph.pixels), sight))
-        progress.update(1)
-    if faceless and not skip:
-        raise NoFaceError("\n".join(faceless))
-    if not used:
-        raise NoFaceError("\n".join(("No photograph was left.", *notes)))
-    readings = [one.reading for one in used]
-    identity = pulid.identify(readings, photos, id_mix, throw_exception_if_processing_interrupted)
-    identity = replace(identity, preview=torch.stack([one.small for one in used[:PREVIEWS]]))
-    notes.append(
-        f"{len(used)} of {len(taken)} photographs used, PuLID {identity.version}, {identity.tokens} ID tokens."
-    )
-    seen, found = torch.stack([one.seen for one in used]), torch.stack(drawn).float().div_(255)
-    shown = [picture for shown in (seen, found) for picture in ui.PreviewImage(shown).as_dict()["images"]]
-    return Encoded(identity, seen, found, {"images": shown, "text": notes})
+        return self.identity.cond, self.identity.uncond, self.faces, self.detections

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import comfy.model_management
@@ -10,12 +10,15 @@ import comfy.model_patcher
 import comfy.ops
 import folder_paths
 import torch
+from comfy.ldm.modules.attention import CrossAttention
+from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
 from ..models.locate import ModelFolders, other_programs
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import MismatchError
+from ..pulid.networks import Bring, Managed, Network
 from ..pulid.sites import SITES, Site
 
 OPERATIONS = comfy.ops.manual_cast  # layers that cast their weights to the input, so that storage may be float16
@@ -84,36 +87,38 @@ def private_folder() -> Path:
     return Path(find("pulid") if find else Path(folder_paths.get_user_directory(), "__pulid"))
 
 
-def managed(module: nn.Module):
-    """The module under ComfyUI's memory management: at rest on the offload device until `load` asks for it."""
+def managed(module: Network, source: Hashable = None) -> Managed[Network]:
+    """The module under ComfyUI's memory management: at rest on the offload device until it is loaded.
+
+    source  equal for equal weights; None where nobody asks
+    """
     # Named CoreModelPatcher from 0.12, where dynamic VRAM swaps the class at start: looked up when called.
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    return patcher(
+    held = patcher(
         module.eval().requires_grad_(False),
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.text_encoder_offload_device(),
     )
 
+    def load() -> torch.device:
+        comfy.model_management.load_models_gpu([held])  # at the cost of others if need be
+        return held.load_device
 
-def manage(module: nn.Module) -> Callable[[], torch.device]:
+    return Managed(module, load, source)
+
+
+def manage(module: nn.Module) -> Bring:
     """Puts the module under ComfyUI's memory management; what comes back brings it to its device when called."""
-    patcher = managed(module)
-    return lambda: load(patcher)
+    return managed(module).load
 
 
-def load(*patchers) -> torch.device:
-    """Bring managed modules to their device, at the cost of others if need be; returns the device."""
-    comfy.model_management.load_models_gpu(list(patchers))
-    return patchers[0].load_device
-
-
-def sampling_dtype(model) -> torch.dtype:
+def sampling_dtype(model: ModelPatcher) -> torch.dtype:
     """The dtype in which this MODEL computes: its storage may be narrower (fp8, quantised)."""
     dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     return dtype if dtype in COMPUTE_DTYPES else torch.float16
 
 
-def check_layout(model, widths: tuple[int, ...]) -> None:
+def check_layout(model: ModelPatcher, widths: tuple[int, ...]) -> None:
     """Raises MismatchError unless the MODEL has SDXL's 70 sites with the channels the projections were made for."""
     name = type(getattr(model.model, "model_config", model.model)).__name__
     for index, (site, width) in enumerate(zip(SITES, widths, strict=True)):
@@ -135,7 +140,7 @@ def check_layout(model, widths: tuple[int, ...]) -> None:
             )
 
 
-def cross_attention(model, site: Site) -> nn.Module | None:
+def cross_attention(model: ModelPatcher, site: Site) -> CrossAttention | None:
     """The cross-attention of a site, or None where this MODEL has no such thing."""
     try:
         network = model.model.diffusion_model

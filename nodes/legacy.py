@@ -6,30 +6,38 @@ recognised chosen apart. That is kept here, out of this pack's own parts; what i
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from comfy.model_management import throw_exception_if_processing_interrupted
-from comfy.utils import ProgressBar
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..models import catalogue
 from ..models.face_networks import InsightFaceAnalyzer
-from ..models.locate import find
+from ..models.locate import ModelFolders
 from ..models.onnx_providers import available_providers
 from ..pulid.attention import METHODS, Fusion
-from ..pulid.embed import Photos, reads_together
-from ..pulid.encode import Choice, Look, Photograph, look, photographs
+from ..pulid.encode import EncodeSettings, NoFace, OlderChoice, encode, photographs
 from ..pulid.errors import InputError, MismatchError, NoFaceError
-from ..pulid.faces import VISION_SIZE, FaceAnalyzer, Sight, find_face_apart, read_photo, shrink
-from ..pulid.identity import FaceCrop, IdEmbedding, Version
+from ..pulid.identity import IdEmbedding, Version
+from ..pulid.networks import Managed, PhotoNetworks, PulidWeights
 from ..pulid.sites import SITES
+from ..pulid.tokens import Photos, reads_together
 from . import host
-from .apply import END, MASK, MODEL, START, apply
-from .encode import KEPT
-from .load import advised, analyzer_of, pulid_choices, pulid_of, tower_of
-from .types import Pulid, VisionTower
+from .apply import END, MASK, MODEL, START, Application, apply
+from .encode import CACHE, step_of
+from .load import (
+    advised,
+    face_files,
+    find_pulid_file,
+    find_tower,
+    load_face_networks,
+    load_tower,
+    load_weights,
+    pulid_choices,
+    state_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +48,8 @@ NO_DOWNLOAD = (
     " This node has no missing_files: run Load PuLID (SDXL) once with it on download, and this one finds the files too."
 )
 
-PulidFile = io.Custom("PULID")  # a Pulid that cannot look at photographs yet
-EvaClip = io.Custom("EVA_CLIP")  # a VisionTower
+PulidFile = io.Custom("PULID")  # PulidWeights
+EvaClip = io.Custom("EVA_CLIP")  # a managed EvaVisionTower
 FaceAnalysis = io.Custom("FACEANALYSIS")  # an InsightFaceAnalyzer
 
 
@@ -69,10 +77,15 @@ class PulidModelLoader(io.ComfyNode):
         return True  # of a file that is not here, find says where to get it
 
     @classmethod
+    def fingerprint_inputs(cls, pulid_file):
+        folders = host.model_folders()
+        return str(state_of(lambda: [find_pulid_file(pulid_file, folders)]))
+
+    @classmethod
     def execute(cls, pulid_file):
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            return io.NodeOutput(pulid_of(find(pulid_file, folders.of(catalogue.V1), folders.elsewhere)))
+            return io.NodeOutput(load_weights(find_pulid_file(pulid_file, folders)))
 
 
 class PulidInsightFaceLoader(io.ComfyNode):
@@ -96,11 +109,16 @@ class PulidInsightFaceLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        folders = host.model_folders()
+        return str(state_of(lambda: face_files(folders)))
+
+    @classmethod
     def execute(cls, provider):
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
             providers, notes = _providers(provider)
-            analyzer, more = analyzer_of(providers, folders)
+            analyzer, more = load_face_networks(providers, folders)
         host.say("\n".join(notes + more))
         return io.NodeOutput(analyzer, ui={"text": notes + more})
 
@@ -127,12 +145,21 @@ class PulidEvaClipLoader(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **_):
+        folders = host.model_folders()
+        return str(state_of(lambda: [find_tower(_tower_here(folders), folders)]))
+
+    @classmethod
     def execute(cls):
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            here = filter(None, map(folders.locate, catalogue.choices("eva_clip")))
-            path = next(here, None) or find(catalogue.EVA_CLIP, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
-            return io.NodeOutput(tower_of(path))
+            return io.NodeOutput(load_tower(find_tower(_tower_here(folders), folders)))
+
+
+def _tower_here(folders: ModelFolders) -> str:
+    """The name of the first published vision tower that is here; else of the one to get."""
+    published = catalogue.choices("eva_clip")
+    return next((file.name for file in published if folders.locate(file)), catalogue.EVA_CLIP.name)
 
 
 PULID = PulidFile.Input("pulid", tooltip="From Load PuLID Model.")
@@ -186,11 +213,11 @@ class ApplyPulid(io.ComfyNode):
     def execute(
         cls, model, pulid, eva_clip, face_analysis, image, method, weight, start_at, end_at, attn_mask=None
     ):  # fmt: skip
-        whole = _joined(pulid, eva_clip, face_analysis)
-        chosen = METHODS[OUR_METHODS[method]][whole.version]
-        return _apply(
-            model, whole, image, chosen.fusion, chosen.zero_tokens, weight, 0.0, start_at, end_at, attn_mask
-        )  # fmt: skip
+        networks = _networks(pulid, eva_clip, face_analysis)
+        chosen = METHODS[OUR_METHODS[method]][pulid.version]
+        how = _application(chosen.fusion, chosen.zero_tokens, weight, start_at, end_at, attn_mask)
+        identity, notes = _identify(pulid, networks, image)
+        return _output(apply(model, pulid, identity, how), notes)
 
 
 class ApplyPulidAdvanced(io.ComfyNode):
@@ -243,10 +270,10 @@ class ApplyPulidAdvanced(io.ComfyNode):
         cls, model, pulid, eva_clip, face_analysis, image, weight, projection, fidelity, noise, start_at, end_at,
         attn_mask=None,
     ):  # fmt: skip
-        whole = _joined(pulid, eva_clip, face_analysis)
-        return _apply(
-            model, whole, image, Fusion(projection), fidelity, weight, noise, start_at, end_at, attn_mask
-        )  # fmt: skip
+        networks = _networks(pulid, eva_clip, face_analysis)
+        how = _application(Fusion(projection), 0 if noise else fidelity, weight, start_at, end_at, attn_mask)
+        identity, notes = _identify(pulid, networks, image, noise, fidelity)
+        return _output(apply(model, pulid, identity, how), notes)
 
 
 NODES = (PulidModelLoader, PulidInsightFaceLoader, PulidEvaClipLoader, ApplyPulid, ApplyPulidAdvanced)
@@ -264,11 +291,11 @@ def not_taken() -> list[type[io.ComfyNode]]:
     return []
 
 
-def _joined(pulid, eva_clip, face_analysis) -> Pulid:
+def _networks(pulid: object, eva_clip: object, face_analysis: object) -> PhotoNetworks:
     """Raises MismatchError for what another pack's node put into one of the sockets."""
     sockets = (
-        ("pulid", pulid, Pulid, "Load PuLID Model (PulidModelLoader)"),
-        ("eva_clip", eva_clip, VisionTower, "Load Eva Clip (PuLID) (PulidEvaClipLoader)"),
+        ("pulid", pulid, PulidWeights, "Load PuLID Model (PulidModelLoader)"),
+        ("eva_clip", eva_clip, Managed, "Load Eva Clip (PuLID) (PulidEvaClipLoader)"),
         ("face_analysis", face_analysis, InsightFaceAnalyzer, "Load InsightFace (PuLID) (PulidInsightFaceLoader)"),
     )
     for name, value, expected, loader in sockets:
@@ -278,77 +305,74 @@ def _joined(pulid, eva_clip, face_analysis) -> Pulid:
                 f"{type(value).__qualname__} of another pack. Connect that node; where another pack has taken its id, "
                 "remove one of the two packs. run.py doctor names packs with the same nodes."
             )
-    return pulid.with_sight(eva_clip, face_analysis)
+    assert isinstance(eva_clip, Managed) and isinstance(face_analysis, InsightFaceAnalyzer)
+    return PhotoNetworks(eva_clip, face_analysis)
 
 
-def _apply(
-    model, pulid: Pulid, image: Tensor, fusion: Fusion, zero_tokens: int, weight: float, noise: float,
-    start_at: float, end_at: float, attn_mask: Tensor | None,
-):  # fmt: skip
-    identity, notes = _identify(pulid, image, noise, zero_tokens)
+def _application(
+    fusion: Fusion, zero_tokens: int, weight: float, start_at: float, end_at: float, attn_mask: Tensor | None
+) -> Application:
+    """That pack's numbers: it registers the middle block under a key that ComfyUI never looks up."""
+    return Application(
+        Fusion.SHARED_V2 if fusion is Fusion.ORTHOGONAL_V2 else fusion,
+        zero_tokens,
+        site_weights=[0.0 if site.part == "middle" else weight for site in SITES],
+        start_at=start_at,
+        end_at=end_at,
+        attn_mask=attn_mask,
+        mask_sampling="bilinear",
+    )
+
+
+def _output(patched: ModelPatcher, notes: list[str]) -> io.NodeOutput:
     if notes:
         host.say("\n".join(notes))
-    # That pack registers the middle block under a key that ComfyUI never looks up.
-    weights = [0.0 if site.part == "middle" else weight for site in SITES]
-    patched = apply(
-        model, pulid, identity, Fusion.SHARED_V2 if fusion is Fusion.ORTHOGONAL_V2 else fusion,
-        0 if noise else zero_tokens, weights,
-        start_at=start_at, end_at=end_at, attn_mask=attn_mask, mask_sampling="bilinear",
-    )  # fmt: skip
     return io.NodeOutput(patched, ui={"text": notes} if notes else None)
-
-
-@dataclass(frozen=True)
-class Apart(Choice):
-    """How that pack looks at a photograph: at its full size, and at two faces where there are several."""
-
-    def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
-        pixels = (photograph.pixels * 255).floor() / 255  # it cuts off where ours rounds
-        return find_face_apart(read_photo(pixels, max(pixels.shape[:2])), analyzer)
-
-    def shrink(self, faces: Tensor) -> Tensor:
-        return shrink(faces, VISION_SIZE, antialias=True)
 
 
 # How photographs combine: v1's tokens are averaged; v1.1, which that pack could not read, does it as everywhere.
 PHOTOS: dict[Version, Photos] = {"v1": "average", "v1.1": "one person"}
 
 
-def _identify(pulid: Pulid, image: Tensor, noise: float, zero_tokens: int) -> tuple[IdEmbedding, list[str]]:
+def _identify(
+    weights: PulidWeights, networks: PhotoNetworks, image: Tensor, noise: float = 0.0, zero_tokens: int = 0
+) -> tuple[IdEmbedding, list[str]]:
     """The person, and which photographs were left out. Raises NoFaceError when none remains."""
-    if len(image) == 0:
-        raise InputError("The image batch is empty: connect at least one photograph.")
-    photos = PHOTOS[pulid.version]
-    choice = Apart("largest", 0, reads_together(pulid.version, photos))
-    taken = photographs(image, None, pulid.source, choice)
-    key = (*(photograph.key for photograph in taken), noise, zero_tokens if noise else 0)
-    if (kept := KEPT.get(key)) is not None:
+    settings = EncodeSettings(OlderChoice(), PHOTOS[weights.version], skip=True)
+    taken = photographs(image)
+    sources = weights.encoder.source, networks.source
+    key = (*sources, settings, *(photograph.key for photograph in taken), noise, zero_tokens if noise else 0)
+    if (kept := CACHE.get(key)) is not None:
         return kept
-    progress, readings, notes = ProgressBar(len(taken)), [], []
-    for number, seen in enumerate(look(pulid, taken, choice, KEPT, throw_exception_if_processing_interrupted), start=1):
-        if isinstance(seen, Look):
-            readings.append(seen.reading)
-        else:
-            notes.append(f"Photograph {number} of {len(taken)} was left out. {seen}")
-        progress.update(1)
-    if not readings:
+    try:
+        encoded = encode(taken, weights, networks, settings, CACHE, step_of(len(taken)))
+    except NoFaceError as error:
         raise NoFaceError(
-            "\n".join(notes) + "\nNo photograph was left. PuLID Encode Identity also finds faces that are turned, very "
-            "small or close to the frame; use it with Apply PuLID (SDXL), or take another photograph."
-        )
-    identity = pulid.identify(readings, photos, False, throw_exception_if_processing_interrupted)
+            f"{error}\nPuLID Encode Identity also finds faces that are turned, very small or close to the frame; use "
+            "it with Apply PuLID (SDXL), or take another photograph."
+        ) from error
+    notes = [
+        f"Photograph {number} of {len(taken)} was left out. {seen.reason}"
+        for number, seen in enumerate(encoded.seen, start=1)
+        if isinstance(seen, NoFace)
+    ]
+    identity = encoded.identity
     if noise:
-        identity = _with_noise(pulid, identity, noise, zero_tokens, draws=1 if choice.together else len(readings))
-    KEPT.put(key, (identity, notes), (identity.cond, identity.uncond))
+        draws = 1 if reads_together(weights.version, settings.photos) else len(encoded.faces)
+        identity = _with_noise(weights, identity, noise, zero_tokens, draws)
+    CACHE.put(key, (identity, notes), (identity.cond, identity.uncond))
     return identity, notes
 
 
-def _with_noise(pulid: Pulid, identity: IdEmbedding, noise: float, zero_tokens: int, draws: int) -> IdEmbedding:
+def _with_noise(
+    weights: PulidWeights, identity: IdEmbedding, noise: float, zero_tokens: int, draws: int
+) -> IdEmbedding:
     """Noise where that pack has it: the negative branch, drawn for each photograph and averaged, and the zero tokens.
 
     It draws anew each time; here every run draws the same.
     """
-    uncond = torch.cat([pulid.with_noise(identity, noise, seed).uncond for seed in range(draws)]).mean(0, keepdim=True)
+    uncond = torch.cat([weights.with_noise(identity, noise, seed).uncond for seed in range(draws)])
+    uncond = uncond.mean(dim=0, keepdim=True)  # over the draws
     shape = 1, zero_tokens, uncond.shape[-1]
     tokens = torch.rand(shape, generator=torch.Generator().manual_seed(draws)) * noise
     return replace(identity, cond=torch.cat((identity.cond, tokens), dim=1), uncond=torch.cat((uncond, tokens), dim=1))

@@ -1,7 +1,8 @@
 """The node that loads PuLID, and fetches what is not there if it is told to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -12,14 +13,15 @@ from ..models import catalogue
 from ..models.checkpoints import check_file, load_pulid, load_vision_tower
 from ..models.doctor import advice
 from ..models.download import fetch
-from ..models.face_networks import AbsentAnalyzer, InsightFaceAnalyzer
-from ..models.locate import ANTELOPEV2_FILES, ModelFolders, find, find_antelopev2, state_of
+from ..models.face_networks import InsightFaceAnalyzer, MissingFaceNetworks
+from ..models.locate import ANTELOPEV2_FILES, ModelFolders, file_state, find, find_antelopev2, unpack_antelopev2
 from ..models.onnx_providers import PROVIDERS, available_providers, provider_in_use
-from ..pulid.errors import ForeignWeights, MissingPackage, MissingWeights, WeightsError
-from ..pulid.eva import EvaConfig
+from ..pulid.errors import ForeignWeights, InputError, MissingPackage, MissingWeights, WeightsError
+from ..pulid.eva import EvaConfig, EvaVisionTower
 from ..pulid.faces import FaceAnalyzer
+from ..pulid.networks import Managed, PhotoNetworks, PulidWeights
 from . import host
-from .types import Pulid, PulidSocket, VisionTower
+from .types import LoadedPulid, PulidSocket
 
 MISSING_FILES = ("stop", "download")
 
@@ -33,7 +35,7 @@ def pulid_choices() -> list[str]:
     return _choices(catalogue.choices("pulid_file"), host.file_names("pulid"))
 
 
-def _towers() -> list[str]:
+def _tower_choices() -> list[str]:
     """Every file that may be the vision tower, those first whose names say so; of the text encoders, those alone."""
     names = host.file_names(*host.VISION_FOLDERS)
     likely = [name for name in names if "eva" in name.lower()]
@@ -58,7 +60,7 @@ class PulidLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "eva_clip",
-                    options=_choices(catalogue.choices("eva_clip"), _towers()),
+                    options=_choices(catalogue.choices("eva_clip"), _tower_choices()),
                     tooltip="The EVA02-CLIP-L/14-336 vision tower that looks at the face, in models/clip_vision.",
                 ),
                 io.Combo.Input(
@@ -90,22 +92,29 @@ class PulidLoader(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, **_):
-        # Once the face networks are there, what was loaded without them is loaded again.
-        try:
-            return str(_face_files(host.model_folders()))
-        except WeightsError as error:
-            return str(error)
+    def fingerprint_inputs(cls, pulid_file, eva_clip, **_):
+        # A file that is replaced under its name, and one that has come since, is loaded at the next run.
+        folders = host.model_folders()
+        return str(
+            [
+                state_of(lambda: [find_pulid_file(pulid_file, folders)]),
+                state_of(lambda: [find_tower(eva_clip, folders)]),
+                state_of(lambda: face_files(folders)),
+            ]
+        )
 
     @classmethod
     def execute(cls, pulid_file, eva_clip, face_analysis, provider, missing_files):
         folders = host.model_folders()
         with advised(folders):
             notes = _fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
-            pulid, more = _load(pulid_file, eva_clip, provider, folders)
-        notes += more
+            path = find_pulid_file(pulid_file, folders)
+            weights = load_weights(path)
+            tower = load_tower(find_tower(eva_clip, folders))
+            analyzer, about_faces = _face_analyzer(provider, folders)
+        notes += [f"PuLID {weights.version}, {path.name}.", *about_faces]
         host.say("\n".join(notes))
-        return io.NodeOutput(pulid, ui={"text": notes})
+        return io.NodeOutput(LoadedPulid(weights, PhotoNetworks(tower, analyzer)), ui={"text": notes})
 
 
 def _fetch_missing(pulid_file: str, eva_clip: str, folders: ModelFolders) -> list[str]:
@@ -122,31 +131,22 @@ def _fetch_missing(pulid_file: str, eva_clip: str, folders: ModelFolders) -> lis
         if file is None or zipped or folders.locate(file):
             continue
         host.say(f"Downloading {file.name} ({file.licence})")
-        fetch(file, folders.destination(file), _Progress(), lambda part, file=file: check_file(file, part))
+        fetch(file, folders.destination(file), _DownloadBar(), partial(check_file, file))
         notes.append(f"Downloaded {file.name}. Licence: {file.licence}.")
     return notes
 
 
-class _Progress:
+class _DownloadBar:
     """Moves the node's progress bar, and ends the download when the user interrupts."""
 
-    def __init__(self):
-        self.bar = None
+    def __init__(self) -> None:
+        self.bar: ProgressBar | None = None
 
     def __call__(self, done: int, total: int | None) -> None:
         throw_exception_if_processing_interrupted()
         if total:
             self.bar = self.bar or ProgressBar(total)
             self.bar.update_absolute(done, total)
-
-
-def _load(pulid_file: str, eva_clip: str, provider: str, folders: ModelFolders) -> tuple[Pulid, list[str]]:
-    """What the node gives, and what it says of it."""
-    pulid_path = find(pulid_file, folders.of(catalogue.V1_1), folders.elsewhere)
-    tower_path = find(eva_clip, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
-    analyzer, about_faces = _face_analyzer(provider, folders)
-    pulid = pulid_of(pulid_path).with_sight(tower_of(tower_path), analyzer)
-    return pulid, [f"PuLID {pulid.version}, {pulid_path.name}.", *about_faces]
 
 
 @contextmanager
@@ -162,46 +162,68 @@ def advised(folders: ModelFolders, if_missing: str = "") -> Iterator[None]:
         raise type(error)(f"{error}{more}\n\n{advice(folders)}") from error
 
 
-def pulid_of(path: Path) -> Pulid:
+# --- One file each: where it lies, its state for the cache, what it holds ---
+
+
+def find_pulid_file(name: str, folders: ModelFolders) -> Path:
+    return find(name, folders.of(catalogue.V1_1), folders.elsewhere)
+
+
+def find_tower(name: str, folders: ModelFolders) -> Path:
+    return find(name, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
+
+
+def state_of(paths: Callable[[], Iterable[Path]]) -> Hashable:
+    """Changes when one of the files does; None while one is not there."""
+    try:
+        return tuple(map(file_state, paths()))
+    except (WeightsError, InputError, OSError):
+        return None
+
+
+def face_files(folders: ModelFolders) -> list[Path]:
+    """All files of the face networks."""
+    antelope, retinaface, bisenet = _face_folders(folders)
+    return [*(antelope / file.name for file in ANTELOPEV2_FILES), retinaface, bisenet]
+
+
+def load_weights(path: Path) -> PulidWeights:
     """What a PuLID file holds."""
-    checkpoint = load_pulid(path, host.OPERATIONS)
-    return Pulid(
-        version=checkpoint.version,
-        fingerprint=checkpoint.fingerprint,
-        widths=checkpoint.projections.widths,
-        tower=None,
-        encoder=host.managed(checkpoint.encoder),
-        projections=host.managed(checkpoint.projections),
-        analyzer=None,
-        source=state_of(path),
+    checkpoint, source = load_pulid(path, host.OPERATIONS), file_state(path)
+    return PulidWeights(
+        checkpoint.version,
+        checkpoint.fingerprint,
+        encoder=host.managed(checkpoint.encoder, source),
+        projections=host.managed(checkpoint.projections, source),
     )
 
 
-def tower_of(path: Path) -> VisionTower:
+def load_tower(path: Path) -> Managed[EvaVisionTower]:
     """The vision tower of a file. Raises ForeignWeights for one of another size."""
     tower = load_vision_tower(path, host.OPERATIONS)
     if tower.config != EvaConfig():
         raise ForeignWeights(
             f"{path.name} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
         )
-    return VisionTower(host.managed(tower), state_of(path))
+    return host.managed(tower, file_state(path))
 
 
 def _face_analyzer(provider: str, folders: ModelFolders) -> tuple[FaceAnalyzer, list[str]]:
     """The face networks, and what the node says of them. Saved identities need none, so that they may be missing."""
     try:
-        return analyzer_of(available_providers(provider), folders)
+        return load_face_networks(available_providers(provider), folders)
     except (MissingWeights, MissingPackage) as error:
         why = type(error)(f"{error}\n\n{advice(folders)}")
-        return AbsentAnalyzer(why), [f"Only saved identities can be used, no photographs. {error}"]
+        return MissingFaceNetworks(why), [f"Only saved identities can be used, no photographs. {error}"]
 
 
-def analyzer_of(providers: list[str], folders: ModelFolders) -> tuple[InsightFaceAnalyzer, list[str]]:
+def load_face_networks(providers: list[str], folders: ModelFolders) -> tuple[InsightFaceAnalyzer, list[str]]:
     """The face networks on these providers, and what the node says of them. Raises MissingWeights, MissingPackage."""
-    return InsightFaceAnalyzer(*_face_files(folders), providers, host.manage), _on_provider(providers)
+    unpack_antelopev2(folders)
+    return InsightFaceAnalyzer(*_face_folders(folders), providers, host.manage), _on_provider(providers)
 
 
-def _face_files(folders: ModelFolders) -> tuple[Path, Path, Path]:
+def _face_folders(folders: ModelFolders) -> tuple[Path, Path, Path]:
     """antelopev2's folder, RetinaFace and BiSeNet."""
     return (
         find_antelopev2(folders.of(catalogue.SCRFD), folders.elsewhere),

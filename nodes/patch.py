@@ -1,12 +1,16 @@
 """What goes on a MODEL: one AttentionPatch per cross-attention site, over whatever was there before."""
 
+import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import comfy.patcher_extension
 import torch
 from comfy.ldm.modules import attention as host_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..pulid.attention import Fusion, HeadKV, Sampling, SiteKV, fuse, mask_to_tokens
@@ -14,6 +18,10 @@ from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from .host import cross_attention
 
+log = logging.getLogger(__name__)
+
+# The branches of a guider that hold what the picture is to show: CFG and most others, DualCFG's second prompt.
+POSITIVE_BRANCHES = ("positive", "middle")
 KEY = "pulid_sdxl"  # of our wrapper and callback on a model, and of what we leave in transformer_options
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
@@ -83,7 +91,7 @@ class AttentionPatch:
                 out = out + callback(out, q, k, v, extra_options, **kwargs).to(out)
         return out
 
-    def add(self, callback: Callable, **kwargs) -> None:
+    def add(self, callback: Callable, **kwargs: Any) -> None:
         """What IPAdapter, InstantID and others call on whatever is on the key: their residual goes on top of ours."""
         self.added.append((callback, kwargs))
 
@@ -94,7 +102,7 @@ class AttentionPatch:
     def __deepcopy__(self, memo: dict) -> "AttentionPatch":
         return self.copy()
 
-    def to(self, target) -> "AttentionPatch":
+    def to(self, target: torch.device | torch.dtype) -> "AttentionPatch":
         """The host calls this with the device, then with the dtype of the weights, which may be a storage dtype."""
         if isinstance(target, torch.dtype):
             return self
@@ -117,7 +125,9 @@ def identity_rows(identities: int, batch: int, extra_options: Mapping) -> list[i
     return [min(j, identities - 1) if is_positive else identities for is_positive in positive for j in range(images)]
 
 
-def _tell_positives(executor, guider, sigmas, extra_args: dict, *args, **kwargs):
+def _tell_positives(
+    executor: Callable[..., Tensor], guider: CFGGuider, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any
+) -> Tensor:
     """Once per sampling run, before the first step: leave the uuids of the guider's positive conds in the options.
 
     The index that a pass carries does not say: PerpNeg and DualCFG put other conds at 0, SAG sends the negative alone.
@@ -129,13 +139,17 @@ def _tell_positives(executor, guider, sigmas, extra_args: dict, *args, **kwargs)
             if cond["uuid"] in seen:  # the host completes areas with a copy of the other branch's cond, uuid and all
                 cond["uuid"] = uuid.uuid4()
             seen.add(cond["uuid"])
-            if "negative" not in name:
+            if name in POSITIVE_BRANCHES:
                 positives.add(cond["uuid"])
+    if not positives:
+        log.warning(
+            "PuLID is not applied: of this guider's branches, %s, none is known as the positive one.", [*guider.conds]
+        )
     extra_args["model_options"]["transformer_options"][KEY] = frozenset(positives)
     return executor(guider, sigmas, extra_args, *args, **kwargs)
 
 
-def _own_patches(_, clone) -> None:
+def _own_patches(_: ModelPatcher, clone: ModelPatcher) -> None:
     """Runs at each clone(): hosts since 0.14 share patch objects, and what others `add` must not reach upstream."""
     replacements = clone.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {})
     for key, patch in replacements.items():
@@ -144,14 +158,14 @@ def _own_patches(_, clone) -> None:
 
 
 def patch_model(
-    model,
+    model: ModelPatcher,
     site_kvs: Sequence[SiteKV],
     fusion: Fusion,
     zero_tokens: int,
     site_weights: Sequence[float],
     schedule: Schedule | None = None,
     mask: TokenMask | None = None,
-):
+) -> ModelPatcher:
     """A clone of `model` with all sites patched over what is on them; the model given is left as it was.
 
     site_kvs      keys and values per site in checkpoint order, the negative branch in the last row
@@ -163,7 +177,9 @@ def patch_model(
         if weight == 0:
             continue
         base = existing.get(site.key, existing.get(site.key[:2]))
-        prepared = kv.prepare(cross_attention(model, site).heads, zero_tokens, weight)
+        attention = cross_attention(model, site)
+        assert attention is not None, "check_layout has looked at every site"
+        prepared = kv.prepare(attention.heads, zero_tokens, weight)
         clone.set_model_attn2_replace(
             AttentionPatch(prepared, fusion, schedule, mask, base), site.part, site.number, site.block
         )

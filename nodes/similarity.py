@@ -9,8 +9,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import Face, FaceAnalyzer, Found, Photo, align, find_faces, in_order, read_photo
+from ..pulid.faces import FaceAnalyzer, FoundFaces, find_faces, in_order
 from ..pulid.people import mean_direction, similarities
+from ..pulid.photo import Photo, read_photo
 from ..pulid.preview import draw_boxes
 from .types import PulidSocket
 
@@ -54,11 +55,11 @@ class PulidFaceSimilarity(io.ComfyNode):
     @classmethod
     def execute(cls, pulid, reference, image):
         progress = ProgressBar(len(reference) + len(image))
-        person = _person(pulid.analyzer, reference, progress)
+        person = _person(pulid.networks.analyzer, reference, progress)
         drawn, scored = [], {}
-        for name, photo, found in _detected(pulid.analyzer, image, "Picture", progress):
+        for name, photo, found in _detected(pulid.networks.analyzer, image, "Picture", progress):
             boxes = [face.box for face in found.faces]
-            scores = similarities(_recognised(pulid.analyzer, photo, found), person).tolist() if boxes else []
+            scores = similarities(_recognised(pulid.networks.analyzer, photo, found), person).tolist() if boxes else []
             chosen = scores.index(max(scores)) if scores else None
             drawn.append(draw_boxes(photo, boxes, [f"{score:.2f}" for score in scores], chosen))
             scored[name] = scores
@@ -83,13 +84,13 @@ def _person(analyzer: FaceAnalyzer, reference: Tensor, progress: ProgressBar) ->
         if not found.faces:
             raise NoFaceError(f"{name}: No face found. Use photographs where the face is in view.")
         largest = in_order(found.faces, "largest", photo.shape[1::-1])[0]
-        embeddings.append(_recognise(analyzer, photo, found, largest))
+        embeddings.append(found.embedding(largest, photo, analyzer))
     return mean_direction(torch.stack(embeddings))
 
 
 def _detected(
     analyzer: FaceAnalyzer, batch: Tensor, kind: str, progress: ProgressBar
-) -> Iterator[tuple[str, Photo, Found]]:
+) -> Iterator[tuple[str, Photo, FoundFaces]]:
     """For each picture of a batch its name in messages, the photograph and its faces."""
     if len(batch) == 0:
         raise InputError(f"{kind}: the image batch is empty. Connect at least one picture.")
@@ -104,19 +105,13 @@ def _detected(
         progress.update(1)
 
 
-def _recognised(analyzer: FaceAnalyzer, photo: Photo, found: Found) -> Tensor:
+def _recognised(analyzer: FaceAnalyzer, photo: Photo, found: FoundFaces) -> Tensor:
     """Embeddings (F, 512); with many faces in a picture this takes a while, so it can be interrupted."""
     embeddings = []
     for face in found.faces:
         throw_exception_if_processing_interrupted()
-        embeddings.append(_recognise(analyzer, photo, found, face))
+        embeddings.append(found.embedding(face, photo, analyzer))
     return torch.stack(embeddings)
-
-
-def _recognise(analyzer: FaceAnalyzer, photo: Photo, found: Found, face: Face) -> Tensor:
-    if found.detected:
-        return analyzer.recognise(photo, face)
-    return analyzer.recognise_crop(align(photo, face.landmarks))
 
 
 def _described(scores: list[float]) -> str:

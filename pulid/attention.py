@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .encoders import FACE_TOKENS, TOKEN_WIDTH
 from .identity import Version
+from .operations import Device, Operations
 
 TINY = 1e-30  # keeps 0 / 0 out of the projection of a channel that is zero everywhere
 
@@ -93,16 +94,23 @@ class HeadKV:
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.keys, self.values, self.log_counts, self.unscaling
 
-    def to(self, *args, **kwargs) -> "HeadKV":
+    def to(self, *args: Any, **kwargs: Any) -> "HeadKV":
         return HeadKV(*(t.to(*args, **kwargs) for t in self._tensors))
 
 
 class IdProjections(nn.Module):
     """The ID adapter's projections: for each site one matrix to keys and one to values, without bias."""
 
-    def __init__(self, widths: Sequence[int], token_width=TOKEN_WIDTH, operations=nn, device=None, dtype=None):
+    def __init__(
+        self,
+        widths: Sequence[int],
+        token_width: int = TOKEN_WIDTH,
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        factory = {"bias": False, "device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.widths = tuple(widths)
         self.to_k = nn.ModuleList(operations.Linear(token_width, width, **factory) for width in widths)
         self.to_v = nn.ModuleList(operations.Linear(token_width, width, **factory) for width in widths)
@@ -175,7 +183,7 @@ def fuse(
     attended = torch.bmm(attention.flatten(0, 1).transpose(1, 2), values.flatten(0, 1))  # (B * heads, N, dim)
     attended = attended.unflatten(0, (batch, heads))
     out = (base.unflatten(-1, (heads, dim)) + attended.transpose(1, 2)).flatten(2)  # (B, N, C)
-    if fusion is Fusion.PLAIN:
+    if share is None:
         return out
     if fusion is Fusion.ORTHOGONAL:
         return out.addcmul_(base, share, value=-1) if where is None else out.addcmul_(base * share, where, value=-1)

@@ -1,38 +1,30 @@
-"""Results kept by content in memory, so that an unchanged photograph costs nothing even where ComfyUI keeps nothing."""
+"""Results kept in memory under a key made of their inputs, the ones used longest ago given up first."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
-from hashlib import sha256
+from typing import Any
 
-import torch
 from torch import Tensor
-
-
-def digest(tensor: Tensor) -> bytes:
-    """Tells a tensor's content, shape and type from any other's: 7 ms for a photograph of 1024 x 1024 px."""
-    content = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return sha256(content, usedforsecurity=False).digest() + repr((tuple(tensor.shape), tensor.dtype)).encode()
-
 
 ENTRY = 4096  # bytes that an entry takes beside its tensors, about
 
 
-class Kept:
-    """The results used last, by key, as long as their tensors are within `limit` bytes altogether."""
+class ResultCache:
+    """The results used last, as long as their tensors are within `limit` bytes altogether."""
 
     def __init__(self, limit: int):
         self.limit, self.bytes = limit, 0
-        self._results: OrderedDict[Hashable, tuple[object, int]] = OrderedDict()
+        self._results: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
 
-    def get(self, key: Hashable):
-        """The result kept under this key, or None."""
+    def get(self, key: Hashable) -> Any | None:
+        """The result under this key, or None."""
         if key not in self._results:
             return None
         self._results.move_to_end(key)
         return self._results[key][0]
 
-    def put(self, key: Hashable, result, tensors: Iterable[Tensor] = ()) -> None:
-        """Keep a result that holds these tensors, at the cost of those used longest ago; not if it alone is too big."""
+    def put(self, key: Hashable, result: Any, tensors: Iterable[Tensor] = ()) -> None:
+        """Keep a result that holds these tensors; not if it alone is larger than the limit."""
         size = ENTRY + sum(tensor.nbytes for tensor in tensors)
         if size > self.limit:
             return

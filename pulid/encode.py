@@ -1,124 +1,293 @@
-"""Looks at the photographs of a batch, a few at a time, and keeps what was seen in each."""
+"""From photographs to an identity: the one way there is, for the nodes, the demo and the bench.
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+    photograph -> face chosen and aligned -> grey, on white -> vision tower -> ID encoder -> ID tokens
+
+Pixels are handled on the CPU in float32, so that every machine gives the same numbers (bicubic resizing is missing or
+different on some devices). Source: https://github.com/ToTheBeginning/PuLID/blob/main/pulid/pipeline_v1_1.py
+"""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import VISION_SIZE, FaceAnalyzer, Sight, find_face, grey_on_white, read_photo, shrink
-from ..pulid.identity import FaceCrop, thumbnails
-from .kept import Kept, digest
-from .sockets import Keep, Pulid, Reading
+from .cache import ResultCache
+from .encoders import STAGES
+from .errors import InputError, NoFaceError
+from .faces import FaceAnalyzer, Selection, find_face, find_largest_and_central
+from .identity import PREVIEWS, FaceCrop, IdEmbedding
+from .networks import PhotoNetworks, PulidWeights
+from .onednn import quick_linear
+from .photo import digest, read_photo
+from .preview import thumbnails
+from .tokens import Photos, face_vectors, identity_of, reads_together
 
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
-WHOLE = 12  # photographs whose hidden states are kept, 12 MB each, where the encoder reads all together
+
+# BiSeNet's labels that become white: background, ears, earring, neck, necklace, cloth and hat.
+BACKGROUND_LABELS = (0, 7, 8, 9, 14, 15, 16, 18)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+VISION_SIZE = 336  # px
+# OpenAI CLIP's normalisation, https://github.com/openai/CLIP/blob/main/clip/clip.py
+VISION_MEAN = (0.48145466, 0.4578275, 0.40821073)
+VISION_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Step = Callable[[int], None]  # hears how many photographs are looked at; may raise, to stop
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Which face of a photograph, and whether the encoder will look at it together with those of others."""
-
-    order: str
-    index: int
-    together: bool
-
-    def find(self, photograph: "Photograph", analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
-        """What is seen in a photograph, and the chosen face. Raises NoFaceError, InputError."""
-        return find_face(read_photo(photograph.pixels), analyzer, self.order, self.index, photograph.mask)
-
-    def shrink(self, faces: Tensor) -> Tensor:
-        """Faces (P, 3, H, W) at the vision tower's size."""
-        return shrink(faces, VISION_SIZE)
+# --- What goes in ---
 
 
 @dataclass(frozen=True, eq=False)
 class Photograph:
-    """One photograph to look at.
-
-    pixels  (H, W, C), a row of an IMAGE batch
-    mask    (H, W) over the face to take, or None
-    key     tells what will be seen from anything else: by content, weights and choice
-    """
+    """pixels (H, W, C) float 0..1, as `read_photo` takes them; mask (H, W) over the face to take, or None."""
 
     pixels: Tensor
-    mask: Tensor | None
-    key: Hashable
+    mask: Tensor | None = None
+
+    @cached_property
+    def key(self) -> Hashable:
+        """A hash of both."""
+        return digest(self.pixels), None if self.mask is None else digest(self.mask)
+
+
+def photographs(images: Iterable[Tensor], masks: Sequence[Tensor] | Tensor | None = None) -> list[Photograph]:
+    """Images (H, W, C), of any sizes, with a mask (H, W) each; the last mask serves for all that follow."""
+    if masks is None:
+        return [Photograph(image) for image in images]
+    return [Photograph(image, masks[min(row, len(masks) - 1)]) for row, image in enumerate(images)]
+
+
+@dataclass(frozen=True)
+class FaceChoice:
+    """Which face of a photograph is taken: by index, in one of faces.ORDERS."""
+
+    order: str = "largest"
+    index: int = 0
+
+    def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
+        """Raises NoFaceError, InputError."""
+        return find_face(read_photo(photograph.pixels), analyzer, self.order, self.index, photograph.mask)
+
+    def shrink(self, faces: Tensor) -> Tensor:
+        """Faces (P, 3, H, W) at the vision tower's size."""
+        return shrink(faces)
+
+
+@dataclass(frozen=True)
+class OlderChoice(FaceChoice):
+    """How the pack of older shared workflows looks at a photograph: whole, and at two faces where there are several."""
+
+    def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
+        pixels = (photograph.pixels * 255).floor() / 255  # it cuts off where ours rounds
+        return find_largest_and_central(read_photo(pixels, max(pixels.shape[:2])), analyzer)
+
+    def shrink(self, faces: Tensor) -> Tensor:
+        return shrink(faces, antialias=True)
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """What a user chooses.
+
+    photos  how several photographs combine, see tokens.identity_of; with id_mix
+    skip    leave out photographs without a face, instead of raising NoFaceError
+    """
+
+    choice: FaceChoice = FaceChoice()
+    photos: Photos = "one person"
+    id_mix: bool = False
+    skip: bool = False
+
+
+# --- What comes out ---
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What was seen in one photograph.
+class EncoderInput:
+    """What the ID encoder takes of one face: x (1280,), and 5 hidden states (577, 1024), 12 MB."""
 
-    seen   (336, 336, 3), the face as the vision tower sees it, 0..1
-    small  (128, 128, 3) uint8, the face for people to look at
+    x: Tensor
+    hidden: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SeenFace:
+    """What was seen in one photograph, on the CPU.
+
+    grey       (336, 336, 3) 0..1, the face as the vision tower sees it
+    thumbnail  (128, 128, 3) uint8, the face for people to look at
+    encoded    the face's own tokens (T, D), or what the encoder needs to read it together with others
     """
 
-    sight: Sight
-    seen: Tensor
-    small: Tensor
-    reading: Reading
+    selection: Selection
+    grey: Tensor
+    thumbnail: Tensor
+    encoded: Tensor | EncoderInput
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        encoded = self.encoded
+        own = (encoded,) if isinstance(encoded, Tensor) else (encoded.x, *encoded.hidden)
+        return self.grey, self.thumbnail, *own
 
 
-def photographs(image: Tensor, mask: Tensor | None, *circumstances: Hashable) -> list[Photograph]:
-    """The rows of an IMAGE batch with their masks (B, H, W); the last mask serves for all that follow."""
-    masks = [None if mask is None else mask[min(row, len(mask) - 1)] for row in range(len(image))]
-    return [
-        Photograph(picture, where, (*circumstances, digest(picture), None if where is None else digest(where)))
-        for picture, where in zip(image, masks, strict=True)
+@dataclass(frozen=True)
+class NoFace:
+    """A photograph that shows no face, and why that is said."""
+
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """The identity, and what was seen in each photograph, in order."""
+
+    identity: IdEmbedding
+    seen: tuple[SeenFace | NoFace, ...]
+
+    @property
+    def faces(self) -> list[SeenFace]:
+        return [one for one in self.seen if isinstance(one, SeenFace)]
+
+
+# --- The way ---
+
+
+def encode(
+    taken: Sequence[Photograph],
+    weights: PulidWeights,
+    networks: PhotoNetworks,
+    settings: EncodeSettings,
+    cache: ResultCache,
+    step: Step = lambda done: None,
+) -> Encoded:
+    """The identity of the person, or people, in these photographs.
+
+    cache  what was seen in a photograph, from earlier calls and for later ones
+
+    Raises InputError, with the photograph's number, for one that cannot be used, and NoFaceError for those without a
+    face, unless they are skipped and one is left.
+    """
+    if not taken:
+        raise InputError("The image batch is empty: connect at least one photograph.")
+    seen = see(taken, weights, networks, settings, cache, step)
+    encoded = [one for one in seen if isinstance(one, SeenFace)]
+    faceless = [
+        f"Photograph {number} of {len(taken)}: {one.reason}"
+        for number, one in enumerate(seen, start=1)
+        if isinstance(one, NoFace)
     ]
+    if faceless and not (settings.skip and encoded):
+        left = ["No photograph was left."] if settings.skip else []
+        raise NoFaceError("\n".join(left + faceless))
+    return Encoded(identify(encoded, weights, settings.photos, settings.id_mix), tuple(seen))
 
 
-def look(
-    pulid: Pulid, taken: Sequence[Photograph], choice: Choice, kept: Kept, step: Callable[[], None]
-) -> Iterator[Look | NoFaceError]:
-    """What is seen in each photograph, in order; a NoFaceError for one that shows no face.
-
-    kept  looks by key, from earlier times and for later
-    step  is called before each photograph is looked at, and may raise
-
-    Raises InputError, with the photograph's number, for one that cannot be used.
-    """
-    waiting: list[tuple[Hashable, Look | NoFaceError | tuple[Sight, FaceCrop]]] = []
-    keep = Keep.HIDDEN if choice.together else Keep.TOKENS
-    for number, photograph in enumerate(taken, start=1):
-        step()
-        if (seen := kept.get(photograph.key)) is None:
+def see(
+    taken: Sequence[Photograph],
+    weights: PulidWeights,
+    networks: PhotoNetworks,
+    settings: EncodeSettings,
+    cache: ResultCache,
+    step: Step,
+) -> list[SeenFace | NoFace]:
+    """What is seen in each photograph, a few at a time; what the cache has is not looked at again."""
+    together = reads_together(weights.version, settings.photos)
+    circumstances = weights.encoder.source, networks.source, settings.choice, together
+    keys = [(*circumstances, photograph.key) for photograph in taken]
+    seen: list[SeenFace | NoFace | None] = [cache.get(key) for key in keys]
+    for first in range(0, len(taken), BATCH):
+        found: dict[int, tuple[Selection, FaceCrop]] = {}  # by number, those that the networks have yet to see
+        for number in range(first, min(first + BATCH, len(taken))):
+            step(number)
+            if seen[number] is not None:
+                continue
             try:
-                seen = choice.find(photograph, pulid.analyzer)
+                found[number] = settings.choice.find(taken[number], networks.analyzer)
             except NoFaceError as error:
-                seen = error.with_traceback(None)  # which would keep the photograph
-                kept.put(photograph.key, seen)
+                seen[number] = faceless = NoFace(str(error))
+                cache.put(keys[number], faceless)
             except InputError as error:
-                raise InputError(f"Photograph {number} of {len(taken)}: {error}") from error
-        waiting.append((photograph.key, seen))
-        if sum(isinstance(one, tuple) for _, one in waiting) in (0, BATCH):
-            yield from _read(pulid, waiting, choice, keep, kept)
-            waiting = []
-            if choice.together and number >= WHOLE:
-                keep = Keep.FACE
-    yield from _read(pulid, waiting, choice, keep, kept)
+                raise InputError(f"Photograph {number + 1} of {len(taken)}: {error}") from error
+        if found:
+            faces = _through_networks(list(found.values()), weights, networks, settings.choice, together)
+            for number, face in zip(found, faces, strict=True):
+                seen[number] = face
+                cache.put(keys[number], face, face.tensors)
+    step(len(taken))
+    return [one for one in seen if one is not None]
 
 
-def _read(pulid: Pulid, waiting: list, choice: Choice, keep: Keep, kept: Kept) -> Iterator[Look | NoFaceError]:
-    """Sends the crops among these through the networks together; what is ready already passes by."""
-    found = [one for _, one in waiting if isinstance(one, tuple)]
-    looks = iter(_looks(pulid, found, choice, keep) if found else ())
-    for key, one in waiting:
-        if isinstance(one, tuple):
-            one = next(looks)
-            kept.put(key, one, (one.seen, one.small, *one.reading.tensors))
-        yield one
-
-
-def _looks(pulid: Pulid, found: Sequence[tuple[Sight, FaceCrop]], choice: Choice, keep: Keep) -> list[Look]:
-    pixels = torch.stack([crop.pixels for _, crop in found])
-    faces = choice.shrink(grey_on_white(pixels, pulid.analyzer.parse(pixels)))
-    readings = pulid.read(faces, torch.stack([crop.arcface for _, crop in found]), keep)
-    seen = faces.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
-    small = thumbnails(pixels)
+def _through_networks(
+    found: Sequence[tuple[Selection, FaceCrop]],
+    weights: PulidWeights,
+    networks: PhotoNetworks,
+    choice: FaceChoice,
+    together: bool,
+) -> list[SeenFace]:
+    """Sends chosen faces through the networks together. Rows are copied, so that one kept keeps no others alive."""
+    crops = torch.stack([crop.pixels for _, crop in found])
+    arcface = torch.stack([crop.arcface for _, crop in found])
+    grey = choice.shrink(grey_on_white(crops, networks.analyzer.parse(crops)))
+    device = networks.tower.load()
+    with quick_linear(device):
+        features = networks.tower.module.features(to_vision_input(grey).to(device))
+        x = face_vectors(arcface.to(device), features)
+        encoded: list[Tensor | EncoderInput]
+        if together:
+            rows = zip(x.cpu(), *(stream.cpu() for stream in features.hidden), strict=True)
+            encoded = [EncoderInput(own.clone(), tuple(stream.clone() for stream in streams)) for own, *streams in rows]
+        else:
+            device = weights.encoder.load()
+            tokens = weights.encoder.module(x.to(device), [stream.to(device) for stream in features.hidden])
+            encoded = [own.clone() for own in tokens.cpu()]
+    pictures = grey.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
     return [
-        Look(sight, seen[row].clone(), small[row].clone(), reading)
-        for row, ((sight, _), reading) in enumerate(zip(found, readings, strict=True))
+        SeenFace(selection, picture.clone(), thumbnail.clone(), own)
+        for (selection, _), picture, thumbnail, own in zip(found, pictures, thumbnails(crops), encoded, strict=True)
     ]
+
+
+def identify(faces: Sequence[SeenFace], weights: PulidWeights, photos: Photos, id_mix: bool) -> IdEmbedding:
+    """One IdEmbedding, on the CPU, of what was seen in each photograph."""
+    inputs = [face.encoded for face in faces if isinstance(face.encoded, EncoderInput)]
+    if inputs:
+        device = weights.encoder.load()
+        x = torch.stack([one.x for one in inputs]).unsqueeze(0)  # (1, P, 1280)
+        stages = (torch.cat([one.hidden[stage] for one in inputs]).unsqueeze(0).to(device) for stage in range(STAGES))
+        with quick_linear(device):
+            tokens = weights.encoder.module(x.to(device), stages).cpu()
+    else:
+        tokens = torch.stack([face.encoded for face in faces if isinstance(face.encoded, Tensor)])
+    identity = identity_of(tokens, weights.zeros, weights.version, weights.fingerprint, photos, id_mix)
+    return replace(identity, preview=torch.stack([face.thumbnail for face in faces[:PREVIEWS]]))
+
+
+# --- Pixels for the vision tower ---
+
+
+def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:
+    """Only the face, in grey, on white: crops (B, 3, H, W) RGB 0..1 and labels (B, H, W) -> (B, 3, H, W)."""
+    crops = crops.cpu().float()
+    luma = crops.new_tensor(LUMA)[:, None, None]
+    grey = (crops * luma).sum(1, keepdim=True)  # (B, 3, H, W) -> (B, 1, H, W)
+    background = torch.isin(labels.cpu(), torch.tensor(BACKGROUND_LABELS, dtype=labels.dtype))
+    return torch.where(background[:, None], 1.0, grey).expand(-1, 3, -1, -1)
+
+
+def shrink(faces: Tensor, size: int = VISION_SIZE, antialias: bool = False) -> Tensor:
+    """(B, 3, H, W) -> (B, 3, size, size), bicubic.
+
+    antialias  torchvision's default since 0.17; the authors pin 0.15, where it is off
+    """
+    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", antialias=antialias)
+
+
+def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:
+    """What the vision tower takes: (B, 3, H, W) 0..1 -> (B, 3, size, size), normalised."""
+    mean, std = faces.new_tensor((VISION_MEAN, VISION_STD), device="cpu")[..., None, None]
+    return (shrink(faces, size) - mean) / std

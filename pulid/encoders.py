@@ -4,11 +4,14 @@ Source: PuLID (arXiv 2404.16022) and its published weights, whose parameter name
 Both take x = ArcFace (512) joined with the unit-length pooled vision vector (768), and five hidden states.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .operations import Device, Operations
 
 ARCFACE_WIDTH = 512
 POOLED_WIDTH = 768
@@ -16,10 +19,11 @@ FACE_WIDTH = ARCFACE_WIDTH + POOLED_WIDTH
 HIDDEN_WIDTH = 1024
 TOKEN_WIDTH = 2048
 STAGES = 5  # hidden states of the vision tower
+POSITIONS = 577  # of each: the class token and 24 x 24 patches
 FACE_TOKENS = 5  # tokens made from x; the part of a v1 embedding that further photographs of one person give
 
 
-def _mapping(wide_in: int, wide_out: int, operations, **factory) -> nn.Sequential:
+def _mapping(wide_in: int, wide_out: int, operations: Operations, **factory: Any) -> nn.Sequential:
     """Three linears with LayerNorm and LeakyReLU between them: the only kind of MLP in both encoders."""
     return nn.Sequential(
         operations.Linear(wide_in, HIDDEN_WIDTH, **factory),
@@ -35,9 +39,9 @@ def _mapping(wide_in: int, wide_out: int, operations, **factory) -> nn.Sequentia
 class IdEncoder(nn.Module):
     """PuLID v1: five tokens from x, and one from each hidden state."""
 
-    def __init__(self, operations=nn, device=None, dtype=None):
+    def __init__(self, operations: Operations = nn, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.body = _mapping(FACE_WIDTH, FACE_TOKENS * TOKEN_WIDTH, operations, **factory)
         for stage in range(STAGES):
             self.add_module(f"mapping_{stage}", _mapping(HIDDEN_WIDTH, TOKEN_WIDTH, operations, **factory))
@@ -48,7 +52,7 @@ class IdEncoder(nn.Module):
         tokens = [self.body(x).unflatten(-1, (FACE_TOKENS, TOKEN_WIDTH))]
         for stage, stream in enumerate(hidden):
             of_class = self.get_submodule(f"mapping_{stage}")(stream[:, :1])
-            *inner, last = self.get_submodule(f"mapping_patch_{stage}")
+            *inner, last = self.get_submodule(f"mapping_patch_{stage}").children()
             patches = nn.Sequential(*inner)(stream[:, 1:])
             of_patches = last(patches.mean(dim=1, keepdim=True))  # the mean of a linear map, at a fraction of its work
             tokens.append(of_class + of_patches)
@@ -58,7 +62,7 @@ class IdEncoder(nn.Module):
 class PerceiverAttention(nn.Module):
     """Latents ask; context and latents together answer."""
 
-    def __init__(self, width: int, heads: int, operations, **factory):
+    def __init__(self, width: int, heads: int, operations: Operations, **factory: Any):
         super().__init__()
         self.heads = heads
         self.norm1 = operations.LayerNorm(width, **factory)
@@ -67,12 +71,12 @@ class PerceiverAttention(nn.Module):
         self.to_kv = operations.Linear(width, 2 * width, bias=False, **factory)
         self.to_out = operations.Linear(width, width, bias=False, **factory)
 
-    def forward(self, context: Iterable[Tensor], latents: Tensor) -> Tensor:
-        """context in parts (B, M, width), latents (B, L, width) -> (B, L, width)."""
+    def forward(self, context: Tensor, latents: Tensor) -> Tensor:
+        """context (B, M, width), latents (B, L, width) -> (B, L, width)."""
         latents = self.norm2(latents)
-        parts = chain(map(self.norm1, context), [latents])
-        kv = (self.to_kv(part).chunk(2, dim=-1) for part in parts)
-        out = attend(self._heads(self.to_q(latents)), ((self._heads(k), self._heads(v)) for k, v in kv))
+        k, v = self.to_kv(torch.cat((self.norm1(context), latents), dim=1)).chunk(2, dim=-1)
+        q, k, v = (self._heads(x) for x in (self.to_q(latents), k, v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, L, head_width)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -80,22 +84,7 @@ class PerceiverAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention over keys and values that come in parts, as if they came at once, with one part in memory at a time.
-
-    q (..., L, D), keys and values (..., M, D) each -> (..., L, D). Source: online softmax (arXiv 1805.02867).
-    """
-    out, total, top = torch.zeros_like(q), q.new_zeros((*q.shape[:-1], 1)), q.new_full((*q.shape[:-1], 1), -torch.inf)
-    q = q * q.shape[-1] ** -0.5
-    for k, v in parts:
-        scores = q @ k.mT
-        higher = torch.maximum(top, scores.amax(dim=-1, keepdim=True))
-        weights, before = (scores - higher).exp_(), (top - higher).exp_()
-        out, total, top = out * before + weights @ v, total * before + weights.sum(dim=-1, keepdim=True), higher
-    return out / total
-
-
-def _feed_forward(width: int, operations, **factory) -> nn.Sequential:
+def _feed_forward(width: int, operations: Operations, **factory: Any) -> nn.Sequential:
     return nn.Sequential(
         operations.LayerNorm(width, **factory),
         operations.Linear(width, 4 * width, bias=False, **factory),
@@ -110,12 +99,10 @@ class IdFormer(nn.Module):
     QUERIES = 32
     LAYERS_PER_STAGE = 2
     HEADS = 16
-    PART = 512  # positions that are attended to at once
-    HELD = 16 * PART  # positions whose context is made once and held; for more it is made for each layer anew
 
-    def __init__(self, operations=nn, device=None, dtype=None):
+    def __init__(self, operations: Operations = nn, device: Device = None, dtype: torch.dtype | None = None):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = HIDDEN_WIDTH
         self.latents = nn.Parameter(torch.zeros(1, self.QUERIES, width, **factory))
         self.proj_out = nn.Parameter(torch.zeros(width, TOKEN_WIDTH, **factory))
@@ -135,26 +122,20 @@ class IdFormer(nn.Module):
     def forward(self, x: Tensor, hidden: Iterable[Tensor]) -> Tensor:
         """x (B, 1280) or, for P photographs of one person, (B, P, 1280); hidden 5 x (B, P * positions, 1024).
 
-        Returns (B, 32, 2048), however many photographs there are. `hidden` may be made stage by stage, and may lie on
-        another device.
+        Returns (B, 32, 2048), however many photographs there are. `hidden` may be made stage by stage.
         """
         photographs = x.unsqueeze(1) if x.ndim == 2 else x
         # (B, P, 1280) -> (B, P * 5, 1024)
         face = self.id_embedding_mapping(photographs).unflatten(-1, (FACE_TOKENS, HIDDEN_WIDTH)).flatten(1, 2)
         latents = torch.cat((self.latents.to(face).expand(face.shape[0], -1, -1), face), dim=1)
         for stage, stream in enumerate(hidden):
-            held = list(self._context(stage, stream, face.device)) if stream.shape[1] <= self.HELD else None
+            context = torch.cat((face, self.get_submodule(f"mapping_{stage}")(stream)), dim=1)
             first = stage * self.LAYERS_PER_STAGE
-            for attention, feed_forward in self.layers[first : first + self.LAYERS_PER_STAGE]:
-                context = chain([face], held or self._context(stage, stream, face.device))
+            for layer in self.layers[first : first + self.LAYERS_PER_STAGE]:
+                attention, feed_forward = layer.children()
                 latents = latents + attention(context, latents)
                 latents = latents + feed_forward(latents)
         return latents[:, : self.QUERIES] @ self.proj_out.to(latents)
-
-    def _context(self, stage: int, stream: Tensor, device: torch.device) -> Iterator[Tensor]:
-        """A stage's hidden states (B, M, 1024) as its layers look at them, in parts, on that device."""
-        mapping = self.get_submodule(f"mapping_{stage}")
-        return (mapping(part.to(device)) for part in stream.split(self.PART, dim=1))
 
 
 ENCODERS = {"v1": IdEncoder, "v1.1": IdFormer}

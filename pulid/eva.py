@@ -5,8 +5,9 @@ Sources: EVA-CLIP (arXiv 2303.15389) and EVA-02 (arXiv 2303.11331). Parameters c
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ForeignWeights
 from .identity import VisionFeatures
+from .operations import Device, Operations
 
 HIDDEN_BLOCKS = (3, 7, 11, 15, 19)  # the blocks whose outgoing streams the ID encoders read
 HEAD_WIDTH = 64  # of every published EVA02 tower; a file that carries rotary tables tells its own
@@ -63,7 +65,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: EvaConfig, operations, **factory):
+    def __init__(self, config: EvaConfig, operations: Operations, **factory: Any):
         super().__init__()
         width = config.width
         self.heads = config.heads
@@ -86,7 +88,7 @@ class Attention(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    def __init__(self, config: EvaConfig, operations, **factory):
+    def __init__(self, config: EvaConfig, operations: Operations, **factory: Any):
         super().__init__()
         width, inner = config.width, config.mlp_width
         self.fc1_g = operations.Linear(width, inner, **factory)
@@ -99,7 +101,7 @@ class SwiGlu(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: EvaConfig, operations, **factory):
+    def __init__(self, config: EvaConfig, operations: Operations, **factory: Any):
         super().__init__()
         self.norm1 = operations.LayerNorm(config.width, eps=NORM_EPS, **factory)
         self.attn = Attention(config, operations, **factory)
@@ -114,7 +116,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, config: EvaConfig, operations, **factory):
+    def __init__(self, config: EvaConfig, operations: Operations, **factory: Any):
         super().__init__()
         patch = config.patch_size
         self.proj = operations.Conv2d(3, config.width, kernel_size=patch, stride=patch, **factory)
@@ -124,11 +126,20 @@ class PatchEmbed(nn.Module):
 
 
 class EvaVisionTower(nn.Module):
-    """The tower. `operations` provides Linear, LayerNorm and Conv2d: `torch.nn` or the host's casting layers."""
+    """The tower; the tables of its rotary positions, (patches, head_width) each, come with its weights."""
 
-    def __init__(self, config: EvaConfig = EvaConfig(), operations=nn, device=None, dtype=None):
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(
+        self,
+        config: EvaConfig = EvaConfig(),
+        operations: Operations = nn,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.config = config
         self.patch_embed = PatchEmbed(config, operations, **factory)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width, **factory))
@@ -147,32 +158,18 @@ class EvaVisionTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """pixels (B, 3, H, W), normalised -> pooled (B, embed_dim) and five hidden states (B, 1 + patches, width)."""
-        x, hidden = self.begin(pixels), []
-        for stage in range(len(HIDDEN_BLOCKS)):
-            x = self.advance(x, stage)
-            hidden.append(x)
-        last = self.config.depth - 1
-        x = self._through(x, range(HIDDEN_BLOCKS[-1] + 1, last))
-        x = self._through(x, [last], only=1)  # of the last block, nothing but the class token is asked for
-        return self.head(self.norm(x[:, 0])), tuple(hidden)
-
-    def begin(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, H, W), normalised -> what goes into the first block, (B, 1 + patches, width)."""
         x = self.patch_embed(pixels)
-        return torch.cat((self.cls_token.to(x).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed.to(x)
-
-    def advance(self, x: Tensor, stage: int) -> Tensor:
-        """From one hidden state (from `begin`, for stage 0) to the next: (B, 1 + patches, width) both."""
-        first = HIDDEN_BLOCKS[stage - 1] + 1 if stage else 0
-        return self._through(x, range(first, HIDDEN_BLOCKS[stage] + 1))
-
-    def _through(self, x: Tensor, blocks: Iterable[int], only: int | None = None) -> Tensor:
+        x = torch.cat((self.cls_token.to(x).expand(x.shape[0], -1, -1), x), dim=1) + self.pos_embed.to(x)
         # The class token stands nowhere: it is turned by no angle.
-        cos = F.pad(self.rope_cos.to(x), (0, 0, 1, 0), value=1.0)
+        cos = F.pad(self.rope_cos.to(x), (0, 0, 1, 0), value=1.0)  # (patches, head_width) -> (1 + patches, head_width)
         sin = F.pad(self.rope_sin.to(x), (0, 0, 1, 0), value=0.0)
-        for index in blocks:
-            x = self.blocks[index](x, cos, sin, only)
-        return x
+        hidden = []
+        for index, block in enumerate(self.blocks):
+            last = index == self.config.depth - 1  # of the last block, nothing but the class token is asked for
+            x = block(x, cos, sin, only=1 if last else None)
+            if index in HIDDEN_BLOCKS:
+                hidden.append(x)
+        return self.head(self.norm(x[:, 0])), tuple(hidden)
 
     def features(self, pixels: Tensor) -> VisionFeatures:
         """As `forward`, with the pooled vector divided by its length: what the ID encoders take."""

@@ -1,35 +1,28 @@
-"""From a photograph to one aligned face, and from aligned faces to what the vision tower sees.
+"""Finds the faces of a photograph, chooses one, and aligns it: its box, its crop and its embedding are of one face.
 
-One face is chosen once; its box, its crop and its embedding all come from it. Everything here runs on the CPU in
-float32, so that every machine gives the same numbers (bicubic resizing is missing or different on some devices).
-Source: the PuLID authors' pipeline, https://github.com/ToTheBeginning/PuLID/blob/main/pulid/pipeline_v1_1.py
+Source: the PuLID authors' pipeline, https://github.com/ToTheBeginning/PuLID/blob/main/pulid/pipeline_v1_1.py, and
+facexlib's alignment, https://github.com/xinntao/facexlib
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .errors import InputError, NoFaceError
 from .identity import FaceCrop
 from .packages import import_package
-
-Photo = np.ndarray  # (H, W, 3) uint8 RGB, long edge at most LONG_EDGE
-Size = tuple[int, int]  # width, height in pixels
-
-LONG_EDGE = 1024  # the authors shrink larger photographs to this
-SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors' own resizing rounds to nothing
+from .photo import Photo, Size
 
 # Sides of the square that a photograph is fitted into for InsightFace's detector, px, in the order they are tried: the
 # authors' 640 first, then smaller for close-ups, which the detector finds too large, then larger for small faces.
 DETECTOR_SIZES = (*range(640, 255, -64), *range(768, 1281, 128))
 CLOSE_UP_SIZES = tuple(range(640, 255, -128))
 TURNED_SIZES = (640, 320, 1280)
-SHARED_SIZES = range(640, 256, -64)  # those of the pack of older shared workflows
+OLDER_SIZES = range(640, 256, -64)  # those of the pack that older shared workflows use
 
 # Boxes that overlap more than this are one face: both detectors draw the line here among their own boxes.
 SAME_FACE_IOU = 0.4
@@ -46,14 +39,6 @@ CROP_LANDMARKS = np.array(
     ]
 )
 CROP_BORDER = (132, 133, 135)  # RGB of what lies outside the photograph: facexlib's (135, 133, 132), which is BGR
-
-# BiSeNet's labels that become white: background, ears, earring, neck, necklace, cloth and hat.
-BACKGROUND_LABELS = (0, 7, 8, 9, 14, 15, 16, 18)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-VISION_SIZE = 336  # px
-# OpenAI CLIP's normalisation, https://github.com/openai/CLIP/blob/main/clip/clip.py
-VISION_MEAN = (0.48145466, 0.4578275, 0.40821073)
-VISION_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +67,10 @@ class Face:
 
 class FaceAnalyzer(Protocol):
     """The networks a face goes through. Photographs and crops go in as RGB; results come back on the CPU."""
+
+    @property
+    def source(self) -> Hashable:
+        """Equal for analyzers that give equal results: their files, and what runs them."""
 
     def detect(self, photo: Photo, side: int) -> list[Face]:
         """InsightFace's faces in a photograph fitted into a square of `side` px; empty when it sees none."""
@@ -125,8 +114,8 @@ class View:
     def back(self, face: Face, photo: Photo) -> Face:
         """A face found in `of(photo)`, in the photograph's own pixels."""
         corners = self._back(np.reshape(face.box, (2, 2)), photo)
-        box = (*map(float, corners.min(axis=0)), *map(float, corners.max(axis=0)))
-        return Face(box, self._back(face.landmarks, photo), face.score)
+        (x0, y0), (x1, y1) = corners.min(axis=0), corners.max(axis=0)
+        return Face((float(x0), float(y0), float(x1), float(y1)), self._back(face.landmarks, photo), face.score)
 
     def _border(self, photo: Photo) -> Size:
         return int(self.margin * photo.shape[1]), int(self.margin * photo.shape[0])
@@ -151,25 +140,31 @@ VIEWS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class FoundFaces:
     """All faces of a photograph, in its own pixels.
 
-    detected  InsightFace's; empty when it sees none
-    others    RetinaFace's
-    how       what found them, for the user
+    detected       InsightFace's; empty when it sees none
+    for_alignment  RetinaFace's
+    how            what found them, for the user
     """
 
     detected: list[Face]
-    others: list[Face]
+    for_alignment: list[Face]
     how: str
 
     @property
     def faces(self) -> list[Face]:
         """Those to choose from."""
-        return self.detected or self.others
+        return self.detected or self.for_alignment
+
+    def embedding(self, face: Face, photo: Photo, analyzer: FaceAnalyzer) -> Tensor:
+        """ArcFace embedding (512,) of one of `faces`; one that InsightFace did not see is recognised by its crop."""
+        if self.detected:
+            return analyzer.recognise(photo, face)
+        return analyzer.recognise_crop(align(photo, face.landmarks))
 
 
-def find_faces(photo: Photo, analyzer: FaceAnalyzer) -> Found:
+def find_faces(photo: Photo, analyzer: FaceAnalyzer) -> FoundFaces:
     """Looks at the photograph in each of VIEWS until InsightFace sees a face; turns it only if RetinaFace sees none."""
     upright = analyzer.detect_for_alignment(photo)
     for view in VIEWS:
@@ -178,18 +173,18 @@ def find_faces(photo: Photo, analyzer: FaceAnalyzer) -> Found:
         held = view.of(photo)
         for side in view.sides:
             if detected := analyzer.detect(held, side):
-                others = upright
+                for_alignment = upright
                 if view.quarters:
-                    others = [view.back(face, photo) for face in analyzer.detect_for_alignment(held)]
+                    for_alignment = [view.back(face, photo) for face in analyzer.detect_for_alignment(held)]
                 how = f"InsightFace at {side} px"
                 how = f"{how}, photograph {view.words}" if view.words else how
-                return Found([view.back(face, photo) for face in detected], others, how)
-    return Found([], upright, "RetinaFace alone" if upright else "nothing")
+                return FoundFaces([view.back(face, photo) for face in detected], for_alignment, how)
+    return FoundFaces([], upright, "RetinaFace alone" if upright else "nothing")
 
 
 @dataclass(frozen=True, eq=False)
-class Sight:
-    """What was seen in a photograph: all faces in the order they were counted in, and which of them was chosen.
+class Selection:
+    """All faces of a photograph in the order that an index counts in, and the index of the chosen one.
 
     how  what found them, for the user
     """
@@ -201,7 +196,7 @@ class Sight:
 
 def find_face(
     photo: Photo, analyzer: FaceAnalyzer, order: str = "largest", index: int = 0, mask: Tensor | None = None
-) -> tuple[Sight, FaceCrop]:
+) -> tuple[Selection, FaceCrop]:
     """All faces of a photograph, and the chosen one of them, aligned and recognised.
 
     InsightFace's faces are chosen from; where it sees none, RetinaFace's are, and the recogniser looks at the crop.
@@ -214,22 +209,22 @@ def find_face(
     if mask is not None:
         faces = under_mask(faces, mask, size)
     face = pick(faces, index)
-    twin = same_face(face, found.others) if found.detected else None
+    twin = same_face(face, found.for_alignment) if found.detected else None
     landmarks = (twin or face).landmarks
     crop = align(photo, landmarks)
-    arcface = analyzer.recognise(photo, face) if found.detected else analyzer.recognise_crop(crop)
-    return Sight(faces, index, found.how), _face_crop(crop, arcface, face, landmarks)
+    arcface = found.embedding(face, photo, analyzer)
+    return Selection(faces, index, found.how), _face_crop(crop, arcface, face, landmarks)
 
 
-def find_face_apart(photo: Photo, analyzer: FaceAnalyzer) -> tuple[Sight, FaceCrop]:
-    """As the pack of older shared workflows: the largest face is recognised, the most central one aligned.
+def find_largest_and_central(photo: Photo, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
+    """The largest face recognised, the most central one aligned: what the pack of older shared workflows does.
 
     Raises NoFaceError if one of the two detectors sees none.
     """
     size = photo.shape[1], photo.shape[0]
-    side, detected = next(((side, found) for side in SHARED_SIZES if (found := analyzer.detect(photo, side))), (0, []))
+    side, detected = next(((side, found) for side in OLDER_SIZES if (found := analyzer.detect(photo, side))), (0, []))
     if not detected:
-        raise NoFaceError(f"InsightFace saw no face at {SHARED_SIZES[0]} to {SHARED_SIZES[-1]} px.")
+        raise NoFaceError(f"InsightFace saw no face at {OLDER_SIZES[0]} to {OLDER_SIZES[-1]} px.")
     central = in_order(analyzer.detect_for_alignment(photo), "center", size)
     if not central:
         raise NoFaceError("RetinaFace saw no face to align.")
@@ -237,7 +232,7 @@ def find_face_apart(photo: Photo, analyzer: FaceAnalyzer) -> tuple[Sight, FaceCr
     landmarks = central[0].landmarks
     crop = align(photo, landmarks)
     arcface = analyzer.recognise(photo, faces[0])
-    return Sight(faces, 0, f"InsightFace at {side} px"), _face_crop(crop, arcface, faces[0], landmarks)
+    return Selection(faces, 0, f"InsightFace at {side} px"), _face_crop(crop, arcface, faces[0], landmarks)
 
 
 def _face_crop(crop: np.ndarray, arcface: Tensor, face: Face, landmarks: np.ndarray) -> FaceCrop:
@@ -245,42 +240,11 @@ def _face_crop(crop: np.ndarray, arcface: Tensor, face: Face, landmarks: np.ndar
     return FaceCrop(pixels, arcface, face.box, torch.from_numpy(landmarks), face.score)
 
 
-def read_photo(image: Tensor, long_edge: float = LONG_EDGE) -> Photo:
-    """A row of an IMAGE batch, (H, W, C) float 0..1, as a photograph.
-
-    C is 3 (RGB), 1 (grey) or 4 (RGB and opacity, laid on white). The long edge becomes at most `long_edge`.
-    Raises InputError for any other shape or type, for NaN and infinity, and for pictures too small to hold a face.
-    """
-    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4) or not image.is_floating_point():
-        raise InputError(
-            "A photograph must be a float image (height, width, channels) with 1, 3 or 4 channels; "
-            f"found {tuple(image.shape)} of {image.dtype}."
-        )
-    height, width, channels = image.shape
-    scale = min(long_edge / max(height, width, 1), 1)
-    if min(int(height * scale), int(width * scale)) < SHORT_EDGE:
-        raise InputError(
-            f"A photograph of {width} x {height} px is too small or too narrow to hold a face: "
-            f"once its long edge is at most {long_edge} px, its short edge must be at least {SHORT_EDGE} px."
-        )
-    image = image.cpu().float()
-    if not image.isfinite().all():
-        raise InputError("The photograph holds NaN or infinite pixels. Check the node that made it.")
-    if channels == 4:
-        opacity = image[..., 3:].clamp(0, 1)
-        image = image[..., :3] * opacity + (1 - opacity)
-    photo = (image.clamp(0, 1) * 255).round().byte().expand(-1, -1, 3).contiguous().numpy()
-    if scale < 1:
-        cv2 = import_package("cv2")
-        photo = cv2.resize(photo, (int(width * scale), int(height * scale)), interpolation=cv2.INTER_LANCZOS4)
-    return photo
-
-
 def faces_of(boxes: Iterable, landmarks: Iterable, scores: Iterable) -> list[Face]:
     """Detector rows as faces: boxes (n, 4), landmarks (n, 5, 2), scores (n,). Rows with NaN or no area are dropped."""
     faces = (
-        Face(tuple(map(float, box)), np.array(points, dtype=np.float64), float(score))
-        for box, points, score in zip(boxes, landmarks, scores, strict=True)
+        Face((float(x0), float(y0), float(x1), float(y1)), np.array(points, dtype=np.float64), float(score))
+        for (x0, y0, x1, y1), points, score in zip(boxes, landmarks, scores, strict=True)
     )
     return [
         face for face in faces if face.area > 0 and np.isfinite([*face.box, *face.landmarks.flat, face.score]).all()
@@ -369,26 +333,3 @@ def align(photo: Photo, landmarks: np.ndarray) -> np.ndarray:
     """The aligned crop (512, 512, 3) uint8 RGB of the face with these landmarks (5, 2)."""
     cv2 = import_package("cv2")
     return cv2.warpAffine(photo, alignment(landmarks), (CROP_SIZE, CROP_SIZE), borderValue=CROP_BORDER)
-
-
-def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:
-    """Only the face, in grey, on white: crops (B, 3, H, W) RGB 0..1 and labels (B, H, W) -> (B, 3, H, W)."""
-    crops = crops.cpu().float()
-    luma = crops.new_tensor(LUMA)[:, None, None]
-    grey = (crops * luma).sum(1, keepdim=True)  # (B, 3, H, W) -> (B, 1, H, W)
-    background = torch.isin(labels.cpu(), torch.tensor(BACKGROUND_LABELS, dtype=labels.dtype))
-    return torch.where(background[:, None], 1.0, grey).expand(-1, 3, -1, -1)
-
-
-def shrink(faces: Tensor, size: int, antialias: bool = False) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, size, size), bicubic.
-
-    antialias  torchvision's default since 0.17; the authors pin 0.15, where it is off
-    """
-    return functional.interpolate(faces.cpu().float(), (size, size), mode="bicubic", antialias=antialias)
-
-
-def to_vision_input(faces: Tensor, size: int = VISION_SIZE) -> Tensor:
-    """What the vision tower takes: (B, 3, H, W) 0..1 -> (B, 3, size, size), normalised."""
-    mean, std = faces.new_tensor((VISION_MEAN, VISION_STD), device="cpu")[..., None, None]
-    return (shrink(faces, size) - mean) / std

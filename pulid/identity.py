@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
-from torch.nn import functional
 
 Version = Literal["v1", "v1.1"]
 
@@ -55,8 +54,8 @@ class IdEmbedding:
     uncond   (1, T, D) float32: the encoder's answer to zeros, for the negative branch
     version  which encoder made them
     encoder  fingerprint of that encoder's weights
-    preview  (1 .. PREVIEWS, PREVIEW_SIZE, PREVIEW_SIZE, 3) uint8 RGB on the CPU, from `thumbnails`: the faces it was
-             made of, for people to look at; None where nobody kept them
+    preview  (1 .. PREVIEWS, PREVIEW_SIZE, PREVIEW_SIZE, 3) uint8 RGB on the CPU, from preview.thumbnails: the
+             faces it was made of, for people to look at; None where nobody kept them
     """
 
     cond: Tensor
@@ -68,10 +67,3 @@ class IdEmbedding:
     @property
     def tokens(self) -> int:
         return self.cond.shape[1]
-
-
-def thumbnails(faces: Tensor) -> Tensor:
-    """The preview of an identity: faces (P, 3, H, W) RGB 0..1 -> (min(P, PREVIEWS), 128, 128, 3) uint8."""
-    size = PREVIEW_SIZE, PREVIEW_SIZE
-    small = functional.interpolate(faces[:PREVIEWS].cpu().float(), size, mode="bilinear", antialias=True)
-    return (small.clamp(0, 1) * 255).round().byte().movedim(1, -1).contiguous()

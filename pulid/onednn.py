@@ -3,6 +3,10 @@
 A 1 x 1 convolution is the same product, and torch leaves convolutions to oneDNN.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,10 +15,15 @@ from torch.overrides import TorchFunctionMode
 FEW_ROWS = 64  # below this, bringing the weights into oneDNN's order costs more than its product saves
 
 
-class ProductsByOneDnn(TorchFunctionMode):
-    """Within it, `linear` takes the place of torch.nn.functional.linear, also in layers that call that."""
+def quick_linear(device: torch.device) -> AbstractContextManager:
+    """Within it, on a CPU, `linear` takes the place of torch.nn.functional.linear, also in layers that call that."""
+    return _LinearByOneDnn() if device.type == "cpu" else nullcontext()
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+
+class _LinearByOneDnn(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         return (linear if function is F.linear else function)(*args, **(kwargs or {}))
 
 

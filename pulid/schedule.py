@@ -43,7 +43,7 @@ class Schedule:
         start_at: float,
         end_at: float,
         curve: str = "flat",
-        device=None,
+        device: torch.device | None = None,
     ) -> "Schedule | None":
         """From percents of sampling, 0..1, by the model's own `percent_to_sigma`; None where it would always be 1."""
         if curve == "flat" and start_at <= 0 and end_at >= 1:

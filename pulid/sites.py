@@ -27,7 +27,7 @@ class Site:
 
 
 # part, numbers, transformer blocks in each, channels
-_LAYOUT = (
+_LAYOUT: tuple[tuple[Part, tuple[int, ...], int, int], ...] = (
     ("input", (4, 5), 2, 640),
     ("input", (7, 8), 10, 1280),
     ("output", (0, 1, 2), 10, 1280),

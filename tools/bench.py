@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..pulid.attention import METHODS, IdProjections, SiteKV, fuse
+from ..pulid.networks import PulidWeights, on_cpu
 from ..pulid.sites import SITES
 from . import TOOLS
 from .published import published
@@ -246,12 +247,12 @@ def slider(model_channels: int) -> Iterator[Row]:
     """What a change of weight, range, method or mask costs: Apply with an identity it has seen, and with a new one."""
     from ..nodes import host
     from ..nodes.apply import PulidApply
-    from ..nodes.types import Pulid
     from ..pulid.identity import IdEmbedding
+    from .fakes import networks as fakes
 
     widths = tuple(site.channels * model_channels // 320 for site in SITES)
     projections = projections_of(model_channels, list(widths))
-    pulid = Pulid(VERSION, "bench", widths, None, None, host.managed(projections), None)
+    pulid = fakes.loaded(PulidWeights(VERSION, "bench", on_cpu(torch.nn.Identity()), host.managed(projections)))
     model = model_of(model_channels)
     identity = IdEmbedding(torch.randn(1, TOKENS, 2048), torch.randn(1, TOKENS, 2048), VERSION, "bench")
 
@@ -269,9 +270,8 @@ def slider(model_channels: int) -> Iterator[Row]:
 LOADING = """
 import gc, json, statistics, sys, time
 from pathlib import Path
-sys.path.insert(0, {tools!r})
-from ..models import checkpoints, face_networks
-from ..pulid.packages import import_package
+from pulid_sdxl.models import checkpoints, face_networks
+from pulid_sdxl.pulid.packages import import_package
 
 def memory(field):
     return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024

@@ -18,8 +18,9 @@ import skimage.data
 import torch
 
 from ..models import checkpoints, face_networks
-from ..pulid.embed import face_vectors
-from ..pulid.faces import VISION_SIZE, grey_on_white, to_vision_input
+from ..pulid.encode import VISION_SIZE, grey_on_white, to_vision_input
+from ..pulid.networks import PhotoNetworks, PulidWeights
+from ..pulid.tokens import face_vectors
 
 PULID, TOWER = "pulid.safetensors", "eva.pt"
 PARSENET = "parsing_parsenet.pth"  # what facexlib builds beside the parsing network that is used
@@ -47,18 +48,19 @@ def loaded(folder: Path, comfyui: str):
 
     comfy_host.enter(comfyui)
     from ..nodes import host
-    from ..nodes.types import Pulid
+    from ..nodes.types import LoadedPulid
 
     checkpoint = checkpoints.load_pulid(folder / PULID, host.OPERATIONS)
     tower = checkpoints.load_vision_tower(folder / TOWER, host.OPERATIONS)
-    managed = (host.managed(module) for module in (tower, checkpoint.encoder, checkpoint.projections))
     analyzer = face_networks.InsightFaceAnalyzer(
         folder / "insightface/models/antelopev2",
         folder / "facexlib/detection_Resnet50_Final.pth",
         folder / "facexlib/parsing_bisenet.pth",
         manage=host.manage,
     )
-    return Pulid(checkpoint.version, checkpoint.fingerprint, checkpoint.projections.widths, *managed, analyzer, "bench")
+    encoder, projections = (host.managed(module, "bench") for module in (checkpoint.encoder, checkpoint.projections))
+    weights = PulidWeights(checkpoint.version, checkpoint.fingerprint, encoder, projections)
+    return LoadedPulid(weights, PhotoNetworks(host.managed(tower, "bench"), analyzer))
 
 
 def encode(pulid, photos: np.ndarray) -> None:

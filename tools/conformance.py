@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..pulid import encoders, eva, faces
+from ..pulid import encode, encoders, eva, faces
 from ..pulid.attention import Fusion, IdProjections, SiteKV, fuse, mask_to_tokens
 from . import TOOLS
 
@@ -193,9 +193,9 @@ def alignment(reference: Reference) -> Iterator[Line]:
 
 def face_features(reference: Reference) -> Iterator[Line]:
     vectors = reference.tensors("face_features")
-    grey = faces.grey_on_white(vectors["crop_rgb_u8"].float() / 255, vectors["label_map"].squeeze(1))
+    grey = encode.grey_on_white(vectors["crop_rgb_u8"].float() / 255, vectors["label_map"].squeeze(1))
     expected = vectors["pixels_336"]
-    pixels = faces.to_vision_input(grey, expected.shape[-1])
+    pixels = encode.to_vision_input(grey, expected.shape[-1])
     # The reference is stored in float16, so only rounding to it can be asked for; that is what is compared.
     rounded = (pixels - expected.float()).abs() / expected.float().abs().clamp(min=1e-3) / FLOAT16_STEP
     yield Line("face features, in float16 steps", rounded.max().item(), 1.0)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ..models.checkpoints import load_pulid, load_vision_tower
 from ..models.face_networks import InsightFaceAnalyzer
 from ..pulid.attention import METHODS, SiteKV
-from ..pulid.embed import embed, face_vectors, uncond_tokens
-from ..pulid.faces import VISION_SIZE, find_face, grey_on_white, read_photo, shrink, to_vision_input
+from ..pulid.cache import ResultCache
+from ..pulid.encode import EncodeSettings, photographs
+from ..pulid.encode import encode as encode_photographs
 from ..pulid.identity import Version
+from ..pulid.networks import PhotoNetworks, PulidWeights, on_cpu
 from . import diffusers_unet
 from .fakes.standins import random_state
 from .parts import Part
@@ -66,22 +68,20 @@ def make(photo: Path, parts: list[Part], seed: int, steps: int, size: tuple[int,
 
 
 def encode(photo: Path, files: dict[str, Path]) -> tuple[Tensor, Version, tuple[SiteKV, ...]]:
-    """The face (3, H, W), and keys and values for each site: row 0 the person's, row 1 the negative branch's."""
+    """The face (3, 336, 336), and keys and values for each site: row 0 the person's, row 1 the negative branch's."""
     analyzer = InsightFaceAnalyzer(
         files["scrfd_10g_bnkps.onnx"].parent, files["detection_Resnet50_Final.pth"], files["parsing_bisenet.pth"]
     )
     pixels = torch.from_numpy(np.asarray(Image.open(photo).convert("RGB")) / np.float32(255))
-    _, crop = find_face(read_photo(pixels), analyzer)
-    faces = grey_on_white(crop.pixels[None], analyzer.parse(crop.pixels[None]))
-
     tower = load_vision_tower(files["EVA02_CLIP_L_336_psz14_s6B.pt"], dtype=torch.float32)
-    features = tower.features(to_vision_input(faces))
     checkpoint = load_pulid(files["pulid_v1.1.safetensors"], dtype=torch.float32)
-    uncond = uncond_tokens(checkpoint.encoder, features.hidden[0].shape[1])
-    x = face_vectors(crop.arcface[None], features)
-    identity = embed(checkpoint.encoder, checkpoint.version, checkpoint.fingerprint, x, features.hidden, uncond)
-    site_kvs = checkpoint.projections.project(torch.cat((identity.cond, identity.uncond)))
-    return shrink(faces, VISION_SIZE)[0], identity.version, site_kvs
+    weights = PulidWeights(
+        checkpoint.version, checkpoint.fingerprint, on_cpu(checkpoint.encoder), on_cpu(checkpoint.projections)
+    )
+    networks = PhotoNetworks(on_cpu(tower), analyzer)
+    encoded = encode_photographs(photographs([pixels]), weights, networks, EncodeSettings(), ResultCache(0))
+    site_kvs = weights.project(encoded.identity, torch.device("cpu"), torch.float32)
+    return encoded.faces[0].grey.movedim(-1, 0), weights.version, site_kvs
 
 
 def randomised(network: nn.Module) -> nn.Module:

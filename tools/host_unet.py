@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import comfy_host
 from .conformance import UNET_TOLERANCE, Line, Reference, UnetReference, relative
+from .fakes import networks as fakes
 
 
 def model_of(whole: UnetReference):
@@ -31,17 +32,15 @@ METHODS = {"fidelity": "fidelity", "extreme_style": "extreme style", "none": "ne
 
 def lines(reference: Reference) -> Iterator[Line]:
     """Through the real Apply node, whose identity holds the reference's tokens."""
-    from ..nodes import host
     from ..nodes.apply import PulidApply
-    from ..nodes.types import Pulid
     from ..pulid.identity import IdEmbedding
 
     whole = UnetReference.read(reference)
     model = model_of(whole)
     vectors = whole.vectors
-    pulid = Pulid("v1", "reference", whole.projections.widths, None, None, host.managed(whole.projections), None)
+    pulid = fakes.loaded(fakes.weights(whole.projections))
     uncond, cond = vectors["tokens"].split(1)
-    identity = IdEmbedding(cond, uncond, pulid.version, pulid.fingerprint)
+    identity = IdEmbedding(cond, uncond, "v1", "print")
     yield Line("whole UNet, unpatched", relative(run(model, vectors), vectors["out.unpatched"]), UNET_TOLERANCE)
     for mode, method in METHODS.items():
         patched = PulidApply.execute(model, pulid, identity, method, whole.SCALE, 0.0, 1.0)[0]

@@ -15,15 +15,13 @@ import folder_paths
 import numpy as np
 import torch
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
-from pulid_sdxl.nodes import encode, host
+from pulid_sdxl.nodes import encode as encode_node
+from pulid_sdxl.nodes import host
 from pulid_sdxl.nodes.encode import PulidEncode
-from pulid_sdxl.nodes.types import Keep, Pulid, Reading
-from pulid_sdxl.pulid import cache, encode
+from pulid_sdxl.pulid.cache import ResultCache
+from pulid_sdxl.pulid.encode import BATCH
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
-from pulid_sdxl.pulid.faces import Face
-from pulid_sdxl.pulid.identity import IdEmbedding
-
-LANDMARKS = np.array([[35.0, 40], [65, 40], [50, 58], [38, 75], [62, 75]])
+from pulid_sdxl.tools.fakes import networks as fakes
 
 
 @pytest.fixture(autouse=True)
@@ -31,49 +29,19 @@ def previews_go_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path))
 
 
-class OnePixelIsAFace:
-    """An analyzer that sees a face at each white pixel: its recogniser gives the place back."""
-
-    def __init__(self):
-        self.looks = 0
-
-    def detect(self, photo, side):
-        self.looks += 1
-        spots = np.argwhere((photo == 255).all(axis=2))[:, ::-1]
-        return [Face((x - 20, y - 20, x + 20.0 + index, y + 20), LANDMARKS - 50 + (x, y), 0.9)
-                for index, (x, y) in enumerate(spots)]  # fmt: skip
-
-    def detect_for_alignment(self, photo):
-        return []
-
-    def recognise(self, photo, face):
-        return torch.tensor([*face.box, *[0.0] * 508])
-
-    def parse(self, crops):
-        return torch.ones(len(crops), 512, 512, dtype=torch.uint8)
-
-
-class Identifies(Pulid):
-    """A PuLID whose analyzer is given and whose networks are not there; remembers what it was given."""
+class Noting:
+    """A loaded PuLID whose networks note what they are given."""
 
     def __init__(self, version="v1", source=None):
-        super().__init__(version, "print", (), None, None, None, OnePixelIsAFace(), source or object())
-        self.faces, self.batches, self.keeps = [], [], []
-
-    def read(self, faces, arcface, keep):
-        self.batches.append(len(faces))
-        self.keeps += [keep] * len(faces)
-        self.faces += zip(faces, arcface, strict=True)
-        return [Reading(torch.full((10, 2048), float(row[0]))) for row in arcface]
-
-    def identify(self, readings, photos, id_mix, step):
-        self.readings, self.photos, self.id_mix = readings, photos, id_mix
-        return IdEmbedding(torch.zeros(1, 10, 2048), torch.zeros(1, 10, 2048), self.version, "print")
+        self.encoder = fakes.NotingEncoder(version)
+        self.tower = fakes.NotingTower()
+        self.analyzer = fakes.SpotAnalyzer(source or object())
+        networks = fakes.photo_networks(self.analyzer, self.tower)
+        self.loaded = fakes.loaded(fakes.weights(encoder=self.encoder, version=version, source="file"), networks)
 
     @property
     def lefts(self):
-        """Left edges of the boxes of the faces that were read."""
-        return [arcface[0].item() for _, arcface in self.faces]
+        return self.analyzer.lefts
 
 
 def photograph(*spots, height=200, width=300, channels=3):
@@ -86,14 +54,14 @@ def photograph(*spots, height=200, width=300, channels=3):
 def encode(
     image, pulid=None, face="largest", face_index=0, photos="one person", id_mix=False, no_face="stop", mask=None
 ):
-    pulid = pulid or Identifies()
-    return pulid, PulidEncode.execute(pulid, image, face, face_index, photos, id_mix, no_face, mask)
+    pulid = pulid or Noting()
+    return pulid, PulidEncode.execute(pulid.loaded, image, face, face_index, photos, id_mix, no_face, mask)
 
 
 def test_one_photograph_gives_an_identity_and_both_previews():
     _, out = encode(photograph((100, 100)))
     identity, seen, detections = out.args
-    assert encode.version == "v1"
+    assert identity.version == "v1"
     assert seen.shape == (1, 336, 336, 3)
     assert detections.shape == (1, 200, 300, 3)
     assert not torch.equal(detections, photograph((100, 100)))  # the box is drawn
@@ -134,12 +102,12 @@ def test_no_face_stops_and_names_every_photograph_without_one():
 def test_no_face_can_be_skipped_and_is_said():
     batch = torch.cat((photograph(), photograph((100, 100)), photograph()))
     pulid, out = encode(batch, no_face="skip photo")
-    assert len(pulid.faces) == 1
+    assert len(pulid.lefts) == 1
     assert [line[:28] for line in out.ui["text"]] == [
         "Photograph 1 of 3: skipped. ", "Photograph 2 of 3: face 0 of", "Photograph 3 of 3: skipped. ",
         "1 of 3 photographs used, PuL",
     ]  # fmt: skip
-    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1: skipped"):
+    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1: No face found"):
         encode(photograph(), no_face="skip photo")
 
 
@@ -150,8 +118,8 @@ def test_an_index_beyond_the_last_says_how_many_faces_there_are():
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_grey_and_transparent_photographs_are_taken(channels):
-    pulid, _ = encode(photograph((100, 100), channels=channels))
-    assert pulid.faces[0][0].shape == (3, 336, 336)
+    pulid, out = encode(photograph((100, 100), channels=channels))
+    assert pulid.lefts == [80] and out.args[1].shape == (1, 336, 336, 3)
 
 
 def test_a_photograph_8000_px_wide_is_taken():
@@ -176,8 +144,11 @@ def test_what_cannot_be_a_photograph_is_refused_in_words(image, words):
 
 
 def test_choices_reach_the_encoder():
-    pulid, _ = encode(torch.cat([photograph((100, 100))] * 2), photos="average", id_mix=True)
-    assert (pulid.photos, pulid.id_mix, len(pulid.readings)) == ("average", True, 2)
+    two = torch.cat((photograph((100, 100)), photograph((50, 100))))
+    cond = {photos: encode(two, photos=photos)[1].args[0].cond for photos in ("average", "one identity per photo")}
+    assert cond["average"][0, 0, 0] == (80 + 30) / 2
+    assert cond["one identity per photo"][:, 0, 0].tolist() == [80, 30]
+    assert [encode(two, id_mix=mix)[1].args[0].tokens for mix in (False, True)] == [15, 20]
 
 
 def test_one_mask_serves_all_photographs_and_several_serve_one_each():
@@ -198,7 +169,7 @@ def test_two_hundred_faces_are_all_shown_and_the_last_can_be_taken():
 @pytest.mark.parametrize("spot", [(0, 0), (299, 199), (0, 100)], ids=["upper left", "lower right", "left"])
 def test_faces_cut_by_the_frame_are_taken_and_drawn(spot):
     pulid, out = encode(photograph(spot))
-    assert len(pulid.faces) == 1
+    assert len(pulid.lefts) == 1
     assert out.args[0].preview.shape == (1, 128, 128, 3)
 
 
@@ -242,9 +213,9 @@ def test_face_networks_are_loaded_by_the_host_and_serve_again_after_it_unloads_t
 
 def test_the_same_photograph_is_not_looked_at_again():
     source = "the same weights"
-    first, out = encode(photograph((100, 100)), Identifies(source=source))
-    again, repeated = encode(photograph((100, 100)), Identifies(source=source))
-    assert first.analyzer.looks == 1 and again.analyzer.looks == 0 and not again.faces
+    first, out = encode(photograph((100, 100)), Noting(source=source))
+    again, repeated = encode(photograph((100, 100)), Noting(source=source))
+    assert first.analyzer.looks == 1 and again.analyzer.looks == 0 and not again.lefts
     assert all(mine is others for mine, others in zip(out.args, repeated.args, strict=True))
     assert out.ui == repeated.ui
 
@@ -256,35 +227,35 @@ def test_the_same_photograph_is_not_looked_at_again():
         {"face": "center"},
         {"face_index": 1},
         {"mask": torch.ones(1, 8, 8)},
-        {"pulid": Identifies(source="other weights")},
+        {"pulid": Noting(source="other weights")},
     ],
     ids=["another photograph", "another order", "another index", "a mask", "other weights"],
 )
 def test_whatever_changes_what_is_seen_looks_again(changed):
     two = photograph((40, 60), (200, 140))
-    encode(two, Identifies(source="these weights"))
-    pulid, _ = encode(**{"image": two, "pulid": Identifies(source="these weights"), **changed})
-    assert pulid.analyzer.looks == 1 and len(pulid.faces) == 1
+    encode(two, Noting(source="these weights"))
+    pulid, _ = encode(**{"image": two, "pulid": Noting(source="these weights"), **changed})
+    assert pulid.analyzer.looks == 1 and len(pulid.lefts) == 1
 
 
 @pytest.mark.parametrize("changed", [{"photos": "average"}, {"id_mix": True}, {"no_face": "skip photo"}])
 def test_what_is_made_of_the_same_photographs_looks_at_none_again(changed):
     batch = torch.cat((photograph((40, 60)), photograph((90, 60))))
-    encode(batch, Identifies(source=str(changed)))
-    pulid, _ = encode(batch, Identifies(source=str(changed)), **changed)
-    assert pulid.analyzer.looks == 0 and len(pulid.readings) == 2
+    encode(batch, Noting(source=str(changed)))
+    pulid, out = encode(batch, Noting(source=str(changed)), **changed)
+    assert pulid.analyzer.looks == 0 and len(out.args[1]) == 2
 
 
 def test_of_a_batch_only_the_new_photograph_is_looked_at():
-    pulid = Identifies()
+    pulid = Noting()
     encode(torch.cat((photograph((40, 60)), photograph((90, 60)))), pulid)
-    encode(torch.cat((photograph((40, 60)), photograph((50, 60)), photograph((90, 60)))), pulid)
+    _, out = encode(torch.cat((photograph((40, 60)), photograph((50, 60)), photograph((90, 60)))), pulid)
     assert pulid.lefts == [20, 70, 30]
-    assert [reading.tokens[0, 0].item() for reading in pulid.readings] == [20, 30, 70]
+    assert out.args[0].cond[0, [0, 10, 15], 0].tolist() == [20, 30, 70]
 
 
 def test_that_a_photograph_shows_no_face_is_kept_too():
-    pulid = Identifies()
+    pulid = Noting()
     for _ in range(2):
         with pytest.raises(NoFaceError, match="Photograph 1 of 1"):
             encode(photograph(), pulid)
@@ -293,30 +264,17 @@ def test_that_a_photograph_shows_no_face_is_kept_too():
     assert pulid.analyzer.looks == looks + 1
 
 
-@pytest.mark.parametrize(
-    ("version", "photos", "keeps"),
-    [
-        ("v1", "one person", [Keep.TOKENS] * 18),
-        ("v1.1", "average", [Keep.TOKENS] * 18),
-        ("v1.1", "one person", [Keep.HIDDEN] * 12 + [Keep.FACE] * 6),
-    ],
-)
-def test_of_many_photographs_little_is_kept(version, photos, keeps):
-    pulid, _ = encode(torch.cat([photograph((60 + row, 100)) for row in range(18)]), Identifies(version), photos=photos)
-    assert pulid.keeps == keeps
-
-
-def test_photographs_go_through_the_networks_a_few_at_a_time(monkeypatch):
+def test_photographs_go_through_the_networks_a_few_at_a_time():
     batch = torch.cat([photograph((40 + shift, 60)) for shift in range(10)])
     pulid, out = encode(batch)
-    assert pulid.batches == [encode.BATCH, encode.BATCH, 2]
+    assert pulid.tower.batches == [BATCH, BATCH, 2]
     assert pulid.lefts == [20 + shift for shift in range(10)]
     assert out.args[1].shape[0] == out.args[2].shape[0] == 10
 
 
 def test_what_is_kept_stays_within_its_limit(monkeypatch):
-    monkeypatch.setattr(encode, "KEPT", few := cache.Kept(5 * 2**20))
-    pulid = Identifies()
+    monkeypatch.setattr(encode_node, "CACHE", few := ResultCache(5 * 2**20))
+    pulid = Noting()
     for shift in range(12):
         encode(photograph((40 + shift, 60)), pulid)
     assert 0 < few.bytes <= few.limit
@@ -328,13 +286,13 @@ def test_what_is_kept_stays_within_its_limit(monkeypatch):
 
 
 def test_interrupting_stops_before_the_next_photograph(monkeypatch):
-    pulid, checks = Identifies(), iter([None, None, InterruptedError()])
+    pulid, checks = Noting(), iter([None, None, InterruptedError()])
 
     def check():
         if error := next(checks):
             raise error
 
-    monkeypatch.setattr(encode, "throw_exception_if_processing_interrupted", check)
+    monkeypatch.setattr(encode_node, "throw_exception_if_processing_interrupted", check)
     with pytest.raises(InterruptedError):
         encode(torch.cat([photograph((40 + shift, 60)) for shift in range(5)]), pulid)
     assert pulid.analyzer.looks == 2

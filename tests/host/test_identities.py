@@ -4,6 +4,7 @@ import io
 import os
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from datetime import datetime, timezone
 
 import pytest
@@ -12,6 +13,7 @@ if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
 from pulid_sdxl.tools import ROOT, comfy_host
+from pulid_sdxl.tools.fakes import networks as fakes
 
 comfy_host.enter(os.environ["COMFYUI"])
 
@@ -24,9 +26,9 @@ from pulid_sdxl.nodes import host
 from pulid_sdxl.nodes.apply import check_pair
 from pulid_sdxl.nodes.combine import PulidCombineIdentities
 from pulid_sdxl.nodes.save_load import PulidLoadIdentity, PulidSaveIdentity
-from pulid_sdxl.nodes.types import Pulid
 from pulid_sdxl.pulid.errors import IdentityFileError, InputError, MismatchError
-from pulid_sdxl.pulid.identity import IdEmbedding, thumbnails
+from pulid_sdxl.pulid.identity import IdEmbedding
+from pulid_sdxl.pulid.preview import thumbnails
 from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, ServerError
 
 
@@ -178,10 +180,10 @@ def test_a_changed_file_is_loaded_again_and_the_same_is_not(folders):
 @pytest.mark.parametrize(("version", "encoder"), [("v1.1", "0123456789abcdef"), ("v1", "fedcba9876543210")])
 def test_a_loaded_identity_of_another_encoder_is_refused_with_both(version, encoder):
     save()
-    pulid = Pulid(version, encoder, (), None, None, None, None, None)
+    weights = replace(fakes.weights(version=version), fingerprint=encoder)
 
     with pytest.raises(MismatchError) as refusal:
-        check_pair(pulid, load().args[0])
+        check_pair(weights, load().args[0])
 
     assert "PuLID v1 (encoder 0123456789abcdef)" in str(refusal.value)
     assert f"is {version} (encoder {encoder})" in str(refusal.value)

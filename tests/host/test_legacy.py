@@ -13,7 +13,10 @@ import pytest
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
+from pulid_sdxl.pulid.cache import ResultCache
+from pulid_sdxl.pulid.networks import on_cpu
 from pulid_sdxl.tools import TOOLS, comfy_host
+from pulid_sdxl.tools.fakes import networks as fakes
 
 comfy_host.enter(os.environ["COMFYUI"])
 
@@ -25,8 +28,6 @@ from pulid_sdxl.models import catalogue
 from pulid_sdxl.models import locate as pulid_files
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
 from pulid_sdxl.nodes import host, legacy, patch
-from pulid_sdxl.nodes.types import Pulid, VisionTower
-from pulid_sdxl.pulid import cache
 from pulid_sdxl.pulid import faces as pulid_faces
 from pulid_sdxl.pulid.attention import Fusion, IdProjections
 from pulid_sdxl.pulid.encoders import IdEncoder
@@ -329,7 +330,7 @@ def one_site(model, monkeypatch):
     projections = IdProjections([width] * len(SITES), token_width)
     weights = {f"to_{half}.{i}.weight": site[f"to_{half}"] for i in range(len(SITES)) for half in "kv"}
     projections.load_state_dict(weights)
-    pulid = Pulid("v1", "print", (width,) * len(SITES), None, None, host.managed(projections.eval()), None)
+    pulid = fakes.weights(projections.eval())
     identity = IdEmbedding(site["cond"], site["uncond"], "v1", "print")
     monkeypatch.setattr(legacy, "_identify", lambda *_: (identity, []))
     return site, pulid
@@ -353,7 +354,7 @@ def run_site(patched, site):
 @pytest.mark.usefixtures("inference")
 def test_methods_give_the_vectors_of_that_pack(model, one_site, method, masked):
     site, pulid = one_site
-    sight = VisionTower(None, "tower"), SeesSpots()
+    sight = on_cpu(fakes.NotingTower()), SeesSpots()
     patched = legacy.ApplyPulid.execute(
         model, pulid, *sight, torch.zeros(1, 8, 8, 3), method, 0.8, 0.0, 1.0, site["mask"] if masked else None
     )[0]
@@ -370,7 +371,7 @@ def test_projections_with_the_methods_zero_tokens_give_the_same_vectors(
     model, one_site, projection, zero_tokens, method
 ):
     site, pulid = one_site
-    sight = VisionTower(None, "tower"), SeesSpots()
+    sight = on_cpu(fakes.NotingTower()), SeesSpots()
 
     def run(zero_tokens):
         patched = legacy.ApplyPulidAdvanced.execute(
@@ -449,14 +450,14 @@ def loaded(glance, encoder, monkeypatch):
     """What the three loaders give, and what reaches the model: a list of (identity, fusion, zero tokens, weights)."""
     applied = []
 
-    def apply(model, pulid, identity, fusion, zero_tokens, weights, **_):
-        applied.append((identity, fusion, zero_tokens, weights))
+    def apply(model, weights, identity, how):
+        applied.append((identity, how.fusion, how.zero_tokens, how.site_weights))
         return model
 
     monkeypatch.setattr(legacy, "apply", apply)
-    monkeypatch.setattr(legacy, "KEPT", cache.Kept(2**24))
-    pulid = Pulid("v1", "print", (), None, host.managed(encoder), None, None, "file")
-    return (pulid, VisionTower(host.managed(glance), "tower"), SeesSpots()), applied
+    monkeypatch.setattr(legacy, "CACHE", ResultCache(2**24))
+    tower = host.managed(glance, "tower")
+    return (fakes.weights(encoder=encoder, source="file"), tower, SeesSpots()), applied
 
 
 def photograph(white=(), red=(), height=200, width=300):
@@ -597,7 +598,7 @@ def test_a_start_after_the_end_is_refused(model, one_site):
     _, pulid = one_site
     with pytest.raises(InputError, match="lies after end_at"):
         legacy.ApplyPulid.execute(
-            model, pulid, VisionTower(None, "tower"), SeesSpots(), torch.zeros(1, 8, 8, 3), "style", 1.0, 0.9, 0.1
+            model, pulid, on_cpu(fakes.NotingTower()), SeesSpots(), torch.zeros(1, 8, 8, 3), "style", 1.0, 0.9, 0.1
         )
 
 

@@ -3,7 +3,6 @@
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +14,7 @@ from pulid_sdxl.tools import comfy_host
 comfy_host.enter(os.environ["COMFYUI"])
 
 import comfy.controlnet
+import comfy.model_management
 import comfy.model_patcher
 import comfy.sample
 import comfy.samplers
@@ -27,13 +27,13 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from pulid_sdxl.nodes import apply as apply_node
 from pulid_sdxl.nodes import host, patch
 from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
-from pulid_sdxl.nodes.types import Pulid
 from pulid_sdxl.pulid.attention import IdProjections
-from pulid_sdxl.pulid.embed import identity_of, join_tokens
 from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
 from pulid_sdxl.pulid.identity import IdEmbedding
 from pulid_sdxl.pulid.sites import SITES
+from pulid_sdxl.pulid.tokens import identity_of, join_tokens
+from pulid_sdxl.tools.fakes import networks as fakes
 
 MODEL_CHANNELS = 32  # a tenth of SDXL: heads of 64 need at least 64 channels at the first site
 WIDTHS = tuple(site.channels * MODEL_CHANNELS // 320 for site in SITES)
@@ -54,15 +54,14 @@ def projections(widths=WIDTHS):
 
 @pytest.fixture(scope="module")
 def pulid():
-    return Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None, None)
+    return fakes.loaded(fakes.weights(projections()))
 
 
 @pytest.fixture(scope="module")
 def noisy():
     """A loaded PuLID with an encoder, for what the negative branch sees."""
     torch.manual_seed(2)
-    tower = SimpleNamespace(model=SimpleNamespace(positions=5))
-    return Pulid("v1", "print", WIDTHS, tower, host.managed(IdEncoder()), host.managed(projections()), None, None)
+    return fakes.loaded(fakes.weights(projections(), IdEncoder()))
 
 
 def make_identity(seed=1, people=1, tokens=10, version="v1", encoder="print"):
@@ -166,8 +165,9 @@ class TestMemory:
     def test_weights_that_stay_off_the_device_give_the_same_picture(self, model, pulid, identity):
         lowvram = comfy_host.sdxl(MODEL_CHANNELS)
         lowvram.load(torch.device("cpu"), lowvram_model_memory=1)  # as --lowvram and --novram leave nearly all of them
-        resting = Pulid("v1", "print", WIDTHS, None, None, host.managed(projections()), None, None)
-        resting.projections.load(torch.device("cpu"), lowvram_model_memory=1)
+        offloaded, cpu = projections(), torch.device("cpu")
+        comfy.model_patcher.ModelPatcher(offloaded, cpu, cpu).load(cpu, lowvram_model_memory=1)
+        resting = fakes.loaded(fakes.weights(offloaded))
         assert any(getattr(module, "comfy_cast_weights", False) for module in lowvram.model.modules())
         patched = apply(lowvram, resting, identity)
         options = patched.model_options["transformer_options"]
@@ -183,7 +183,10 @@ class TestMemory:
             pass
 
         monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", Chosen, raising=False)
-        assert isinstance(host.managed(torch.nn.Linear(1, 1)), Chosen)
+        managed = host.managed(torch.nn.Linear(1, 1))
+        managed.load()
+        held = [loaded.model for loaded in comfy.model_management.current_loaded_models]
+        assert [type(patcher) for patcher in held if patcher.model is managed.module] == [Chosen]
 
     def test_keys_and_values_follow_the_queries_to_their_device_and_dtype(self, model, pulid, identity):
         on = apply(model, pulid, identity).model_options["transformer_options"]["patches_replace"]["attn2"]
@@ -533,6 +536,26 @@ class TestTokensOfEveryPass:
         sample(watched, guider=guider)
         assert self.met == self.EXPECTED | {(SECOND, self.IDENTITY)}
 
+    @pytest.mark.parametrize("branch", ["uncond", "empty", "neg", "unconditional", "negative_2"])
+    def test_a_branch_of_a_guider_that_nobody_knows_is_not_the_positive(self, watched, branch):
+        guider = comfy.samplers.CFGGuider(watched)
+        guider.inner_set_conds({"positive": conditioning(POSITIVE), branch: conditioning(NEGATIVE)})
+        guider.predict_noise = lambda x, timestep, model_options={}, seed=None: comfy.samplers.calc_cond_batch(
+            guider.inner_model, [guider.conds["positive"], guider.conds[branch]], x, timestep, model_options
+        )[0]
+        sample(watched, guider=guider)
+        assert self.met == self.EXPECTED
+
+    def test_a_guider_without_a_known_positive_is_told_in_the_log(self, watched, caplog):
+        guider = comfy.samplers.CFGGuider(watched)
+        guider.inner_set_conds({"mine": conditioning(POSITIVE)})
+        guider.predict_noise = lambda x, timestep, model_options={}, seed=None: comfy.samplers.calc_cond_batch(
+            guider.inner_model, [guider.conds["mine"]], x, timestep, model_options
+        )[0]
+        sample(watched, guider=guider)
+        assert self.met == {(POSITIVE, self.UNCOND)}
+        assert "PuLID is not applied: of this guider's branches, ['mine'], none is known" in caplog.text
+
     def test_one_identity_per_picture(self, model, pulid, monkeypatch):
         rows_seen = set()
         fuse = patch.fuse
@@ -589,20 +612,20 @@ class TestAdvanced:
 
 class TestNoise:
     def test_noise_reaches_the_negative_branch_alone_and_follows_its_seed(self, noisy, identity):
-        one, other = noisy.with_noise(identity, 0.5, 1), noisy.with_noise(identity, 0.5, 2)
+        one, other = noisy.weights.with_noise(identity, 0.5, 1), noisy.weights.with_noise(identity, 0.5, 2)
         assert torch.equal(one.cond, identity.cond)
         assert one.uncond.shape == identity.uncond.shape
         assert not torch.equal(one.uncond, other.uncond)
-        assert torch.equal(noisy.with_noise(identity, 0.5, 1).uncond, one.uncond)
+        assert torch.equal(noisy.weights.with_noise(identity, 0.5, 1).uncond, one.uncond)
 
     @pytest.mark.parametrize("id_mix", [False, True])
     def test_the_noise_of_joined_photographs_lies_as_their_tokens_do(self, noisy, id_mix):
         alone, joined = (
-            identity_of(torch.randn(photographs, 10, 2048), noisy.zeros, "v1", "print", "one person", id_mix)
+            identity_of(torch.randn(photographs, 10, 2048), noisy.weights.zeros, "v1", "print", "one person", id_mix)
             for photographs in (1, 3)
         )
-        expected = join_tokens([noisy.with_noise(alone, 0.5, 1).uncond] * 3, id_mix)
-        assert torch.equal(noisy.with_noise(joined, 0.5, 1).uncond, expected)
+        expected = join_tokens([noisy.weights.with_noise(alone, 0.5, 1).uncond] * 3, id_mix)
+        assert torch.equal(noisy.weights.with_noise(joined, 0.5, 1).uncond, expected)
 
     def test_it_changes_the_picture(self, model, noisy, identity):
         run = TestAdvanced().run
@@ -620,8 +643,8 @@ class TestNoise:
         for seed in range(4):
             TestAdvanced().run(model, noisy, person, uncond="noise", noise=0.5, noise_seed=seed)
         gc.collect()
-        assert len(noisy._noisy[person]) == 1
-        assert sum(len(kept) for kept in noisy._projected.values()) <= 4
+        assert len(noisy.weights._noisy[person]) == 1
+        assert sum(len(kept) for kept in noisy.weights._projected.values()) <= 4
 
 
 class TestRefusals:
@@ -630,7 +653,7 @@ class TestRefusals:
             apply(model, pulid, make_identity(version="v1.1", encoder="other"))
 
     def test_projections_of_other_widths_name_the_site(self, model, identity):
-        wide = Pulid("v1", "print", tuple(2 * w for w in WIDTHS), None, None, None, None, None)
+        wide = fakes.loaded(fakes.weights(IdProjections([2 * width for width in WIDTHS], device="meta")))
         with pytest.raises(MismatchError, match=r"made for 128 channels in input block 4.*has 64"):
             apply(model, wide, identity)
 
@@ -680,7 +703,7 @@ def test_a_slider_projects_nothing_again(model, pulid, identity, monkeypatch):
     def again(*args):
         raise AssertionError("keys and values were projected again")
 
-    monkeypatch.setattr(pulid.projections.model, "project", again)
+    monkeypatch.setattr(pulid.weights.projections.module, "project", again)
     apply(model, pulid, identity, method="neutral", weight=0.3, start_at=0.2, attn_mask=torch.ones(1, 8, 8))
 
 

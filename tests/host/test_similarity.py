@@ -24,6 +24,7 @@ from pulid_sdxl.nodes.similarity import FLATTERED, PulidFaceSimilarity
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.preview import CHOSEN, OTHER
+from pulid_sdxl.tools.fakes import networks as fakes
 
 LANDMARKS = np.array([[35.0, 40], [65, 40], [50, 58], [38, 75], [62, 75]])
 
@@ -52,11 +53,8 @@ class BrightPixelsAreFaces:
         return 20 * torch.tensor([np.cos(angle), np.sin(angle), *[0.0] * 510]).float()
 
 
-class Loaded:
-    """Stands where the loaded PuLID does."""
-
-    def __init__(self, analyzer):
-        self.analyzer = analyzer
+def loaded_with(analyzer):
+    return fakes.loaded(networks=fakes.photo_networks(analyzer))
 
 
 def photograph(*faces, height=200, width=300):
@@ -68,7 +66,7 @@ def photograph(*faces, height=200, width=300):
 
 
 def compare(reference, *pictures):
-    out = PulidFaceSimilarity.execute(Loaded(BrightPixelsAreFaces()), reference, torch.cat(pictures))
+    out = PulidFaceSimilarity.execute(loaded_with(BrightPixelsAreFaces()), reference, torch.cat(pictures))
     return *out.args, out.ui
 
 
@@ -120,7 +118,7 @@ class OnlyTheSecondDetectorSees(BrightPixelsAreFaces):
 
 def test_a_face_that_only_the_second_detector_sees_is_compared_by_its_crop():
     analyzer = OnlyTheSecondDetectorSees()
-    out = PulidFaceSimilarity.execute(Loaded(analyzer), photograph((50, 50, 0)), photograph((90, 50, 0)))
+    out = PulidFaceSimilarity.execute(loaded_with(analyzer), photograph((50, 50, 0)), photograph((90, 50, 0)))
     assert out.args[0] == pytest.approx(1)
 
 
@@ -192,7 +190,7 @@ def test_it_stops_between_faces_when_the_user_says_so():
     analyzer = Stops()
     crowd = photograph(*((20 + 13 * i, 50, 10) for i in range(20)))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        PulidFaceSimilarity.execute(Loaded(analyzer), photograph((50, 50, 0)), crowd)
+        PulidFaceSimilarity.execute(loaded_with(analyzer), photograph((50, 50, 0)), crowd)
     assert analyzer.looks == 5
 
 
@@ -253,7 +251,7 @@ def portrait(group, middle):
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
 @pytest.mark.parametrize("person", MIDDLES)
 def test_a_person_cut_out_of_a_group_is_found_in_it(analyzer, group, person):
-    out = PulidFaceSimilarity.execute(Loaded(analyzer), portrait(group, MIDDLES[person]), group)
+    out = PulidFaceSimilarity.execute(loaded_with(analyzer), portrait(group, MIDDLES[person]), group)
     mean, lines, annotated = out.args
 
     assert lines.endswith("the best of 6 faces")
@@ -265,7 +263,7 @@ def test_a_person_cut_out_of_a_group_is_found_in_it(analyzer, group, person):
 
 
 def test_a_photograph_compared_with_itself_is_as_alike_as_can_be(analyzer, group):
-    out = PulidFaceSimilarity.execute(Loaded(analyzer), group, torch.cat((group, torch.zeros_like(group))))
+    out = PulidFaceSimilarity.execute(loaded_with(analyzer), group, torch.cat((group, torch.zeros_like(group))))
 
     assert out.args[0] == pytest.approx(1, abs=1e-4)
     assert out.ui["text"][1] == "Picture 2 of 2: no face, no score"

@@ -1,6 +1,8 @@
 """Weight files: what loads, in which shape it arrives, and what a wrong file is told."""
 
+import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pulid_sdxl.models import catalogue, checkpoints
+from pulid_sdxl.models import catalogue, checkpoints, tensors
 from pulid_sdxl.pulid.encoders import IdEncoder, IdFormer
-from pulid_sdxl.pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError
+from pulid_sdxl.pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError, WeightsError
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes import standins
 from safetensors import safe_open
@@ -327,6 +329,34 @@ def test_what_a_failed_download_left_is_told(tmp_path, verdict, load):
     assert catalogue.V1_1.url in message and str(catalogue.V1_1.size) in message
 
 
+TROUBLE = [
+    (MemoryError(), "there is not enough memory"),
+    (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "CUDA out of memory"),
+    (RuntimeError("CUDA error: device-side assert triggered"), "device-side assert"),
+    (RuntimeError("unable to mmap 984405232 bytes from file: Cannot allocate memory (12)"), "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "words"), TROUBLE, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("form", ["safetensors", "pickle"])
+def test_what_the_system_fails_at_is_not_told_as_a_damaged_file(tmp_path, monkeypatch, error, words, form):
+    path = tmp_path / "pulid"
+    save_file(TINY_V1, path) if form == "safetensors" else torch.save(TINY_V1, path)
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tensors, "safe_open", fails)
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(WeightsError, match=re.escape(words)) as caught:
+        checkpoints.load_pulid(path)
+    assert type(caught.value) is WeightsError
+    assert "may be whole" in str(caught.value) and "elete" not in str(caught.value)
+
+
 def test_a_folder_is_not_a_weight_file(tmp_path):
     (tmp_path / "pulid").mkdir()
 
@@ -351,11 +381,11 @@ def test_a_download_cut_short_is_damaged(tmp_path, container, part):
     assert "is cut short or altered" in refusal(DamagedWeights, checkpoints.load_vision_tower, path)
 
 
-def test_an_altered_name_inside_a_pickle_fails_its_checksum(tmp_path):
+def test_an_altered_name_inside_a_pickle_is_named(tmp_path):
     path = standins.make_eva(tmp_path / "eva.pt", small=True)
     path.write_bytes(path.read_bytes().replace(b"visual.cls_token", b"visual.cls_tokem"))
 
-    assert "CRC" in refusal(DamagedWeights, checkpoints.load_vision_tower, path)
+    assert "cls_tokem does not belong to it" in refusal(DamagedWeights, checkpoints.load_vision_tower, path)
 
 
 ALTERATIONS = {
@@ -487,14 +517,11 @@ def test_tensors_that_are_one_number_over_and_over_are_refused(tmp_path):
     path = tmp_path / "pulid.bin"
     torch.save(state, path)
 
-    assert "its tensors would have" in refusal(DamagedWeights, checkpoints.load_pulid, path)
+    assert "describes tensors of" in refusal(DamagedWeights, checkpoints.load_pulid, path)
 
 
 MEASURE = """
 import sys
-sys.path.insert(0, sys.argv[1])
-from mount import mount
-mount()
 from pulid_sdxl.models.checkpoints import load_vision_tower
 
 def resident(kind):
@@ -502,7 +529,7 @@ def resident(kind):
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(kind))
 
 before = resident("VmRSS")
-tower = load_vision_tower(sys.argv[2])
+tower = load_vision_tower(sys.argv[1])
 peak, settled = resident("VmHWM") - before, resident("VmRSS") - before
 print(peak, settled, sum(tensor.nbytes for tensor in tower.state_dict().values()))
 print(*tower.state_dict())

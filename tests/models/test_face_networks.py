@@ -1,7 +1,9 @@
-"""models/face_analysis.py on the files of tools/standin_faces.py: a detector that finds faces, the rest untrained."""
+"""models/face_networks.py on stand-in files: a detector that finds faces, the rest untrained."""
 
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import cv2
@@ -10,9 +12,10 @@ import onnxruntime
 import pytest
 import skimage.data
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as bindings
 from pulid_sdxl.models import face_networks
-from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
-from pulid_sdxl.models.onnx_providers import available_providers
+from pulid_sdxl.models.face_networks import InsightFaceAnalyzer, MissingFaceNetworks
+from pulid_sdxl.models.onnx_providers import available_providers, provider_in_use
 from pulid_sdxl.pulid import faces
 from pulid_sdxl.pulid.errors import (
     DamagedWeights,
@@ -21,6 +24,7 @@ from pulid_sdxl.pulid.errors import (
     MissingPackage,
     MissingWeights,
     NoFaceError,
+    WeightsError,
 )
 from pulid_sdxl.pulid.packages import import_package
 from pulid_sdxl.tools import TOOLS
@@ -337,7 +341,7 @@ def test_blank_pictures_of_any_shape_show_no_face(analyzer, shape, level):
 def test_networks_are_built_once(models, monkeypatch):
     built = []
     for name in ("load_onnx", "load_torch"):
-        load = getattr(face_analysis, name)
+        load = getattr(face_networks, name)
         monkeypatch.setattr(face_networks, name, lambda *a, load=load: built.append(a[0].name) or load(*a))
     analyzer = analyzer_of(models)
     assert built == []
@@ -429,6 +433,83 @@ def test_another_networks_file_is_refused(models, changed_models, network, other
     put(path, (models / USES[other][0]).read_bytes())
     with pytest.raises(ForeignWeights, match=path.name):
         use(analyzer_of(changed_models))
+
+
+# ---- What is not the file's fault ----
+
+
+@pytest.mark.parametrize("kind", ["Fail", "RuntimeException", "EPFail", "NotImplemented"])
+def test_a_device_that_fails_is_not_told_as_a_damaged_file(models, monkeypatch, kind):
+    error = getattr(bindings, kind)("CUDA failure 2: out of memory")
+
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("insightface.model_zoo.get_model", failing)
+    with pytest.raises(WeightsError, match=r"(?s)out of memory.*may be whole") as raised:
+        analyzer_of(models).detect(BLANK, 640)
+    assert not isinstance(raised.value, DamagedWeights) and "elete" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(5, "Input/output error")])
+def test_memory_and_disks_that_fail_are_told_as_that(models, monkeypatch, error):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("torch.load", failing)
+    with pytest.raises(WeightsError, match=r"not enough memory|Input/output error") as raised:
+        analyzer_of(models).detect_for_alignment(BLANK)
+    assert not isinstance(raised.value, DamagedWeights) and "elete" not in str(raised.value)
+
+
+def test_sessions_log_errors_and_what_is_fatal(models, monkeypatch):
+    asked, make = [], onnxruntime.SessionOptions
+
+    def options():
+        asked.append(make())
+        return asked[-1]
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", options)
+    analyzer_of(models).detect(BLANK, 640)
+    provider_in_use(["CPUExecutionProvider"])
+    assert [one.log_severity_level for one in asked] == [3, 3]  # ONNX Runtime's ERROR; 4 is FATAL
+
+
+# ---- Without face networks ----
+
+
+def test_without_face_networks_each_use_raises_an_exception_of_its_own():
+    missing = MissingFaceNetworks(MissingWeights("no antelopev2"))
+    uses = [*(use for _, use in USES.values()), lambda missing: missing.recognise(BLANK, None)]
+    raised = []
+    for use in (*uses, *uses):
+        with pytest.raises(MissingWeights, match="no antelopev2") as caught:
+            use(missing)
+        raised.append(caught.value)
+    assert len({id(error) for error in raised}) == len(raised)
+
+
+def test_a_photograph_does_not_outlive_its_refusal():
+    class Photograph:
+        pass
+
+    missing, photograph = MissingFaceNetworks(MissingWeights("no antelopev2")), Photograph()
+    alive = weakref.ref(photograph)
+
+    def look(photograph):
+        with pytest.raises(MissingWeights):
+            missing.detect(photograph, 640)
+
+    look(photograph)
+    del photograph
+    gc.collect()
+    assert alive() is None
+
+
+def test_what_is_asked_of_it_can_be_looked_up():
+    missing = MissingFaceNetworks(MissingWeights("no antelopev2"))
+    assert hasattr(missing, "detect") and not hasattr(missing, "prepare")
+    assert missing.source == MissingFaceNetworks(InputError("another reason")).source
 
 
 # ---- Providers ----

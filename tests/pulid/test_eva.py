@@ -47,15 +47,6 @@ def test_pooled_and_hidden_equal_timm(oracle, tower):
 
 
 @torch.inference_mode()
-def test_each_hidden_state_follows_from_the_one_before(tower):
-    pixels = torch.randn(2, 3, 70, 70, generator=torch.Generator().manual_seed(2))
-    x, hidden = tower.begin(pixels), tower(pixels)[1]
-    for stage, expected in enumerate(hidden):
-        x = tower.advance(x, stage)
-        assert x.shape == (2, tower.positions, 64) and torch.equal(x, expected)
-
-
-@torch.inference_mode()
 def test_features_have_unit_length_and_batches_do_not_mix(tower):
     pixels = torch.randn(3, 3, 70, 70, generator=torch.Generator().manual_seed(3))
     together = tower.features(pixels)

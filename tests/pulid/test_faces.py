@@ -4,7 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -62,39 +61,6 @@ def test_alignment_is_the_authors_to_the_last_bit():
 
     assert np.array_equal(faces.alignment(landmarks), reference["affine"].numpy())
     assert np.array_equal(faces.align(photo, landmarks)[..., ::-1], reference["crop_bgr_u8"].numpy())
-
-
-@needs_reference
-def test_vision_input_is_the_authors_to_the_precision_they_are_stored_in():
-    reference = load_file(REFERENCE / "face_features.safetensors")
-
-    grey = faces.grey_on_white(reference["crop_rgb_u8"] / 255, reference["label_map"][:, 0])
-    pixels = faces.to_vision_input(grey)
-
-    assert pixels.dtype == torch.float32
-    assert torch.equal(pixels.half(), reference["pixels_336"])
-
-
-# ---- Grey on white ----
-
-
-@pytest.mark.parametrize("label", range(19))
-def test_what_is_not_the_face_becomes_white_and_the_rest_grey(label):
-    crop = torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)  # 0.299 + 0.2935 + 0.0285 = 0.621
-
-    shown = faces.grey_on_white(crop, torch.full((1, 1, 1), label, dtype=torch.uint8))
-
-    expected = 1.0 if label in {0, 7, 8, 9, 14, 15, 16, 18} else 0.621
-    assert shown.flatten().tolist() == pytest.approx([expected] * 3)
-
-
-def test_crops_and_labels_are_left_as_they_were():
-    crops, labels = torch.rand(2, 3, 512, 512), torch.zeros(2, 512, 512, dtype=torch.uint8)
-    before = crops.clone()
-
-    faces.to_vision_input(faces.grey_on_white(crops, labels))
-
-    assert torch.equal(crops, before)
 
 
 # ---- Choosing ----
@@ -194,9 +160,9 @@ def test_embedding_box_and_crop_are_of_the_chosen_face(photo):
     twins = [face_at(331, 121, 52, 62, 0.99), face_at(191, 61, 58, 72, 0.99), face_at(61, 199, 31, 41, 0.99)]
     analyzer = FakeAnalyzer([LEFT, MIDDLE, RIGHT], twins)
 
-    sight, found = faces.find_face(photo, analyzer, "right to left", 0)
+    selection, found = faces.find_face(photo, analyzer, "right to left", 0)
 
-    assert [face.box for face in sight.faces] == [RIGHT.box, MIDDLE.box, LEFT.box] and sight.index == 0
+    assert [face.box for face in selection.faces] == [RIGHT.box, MIDDLE.box, LEFT.box] and selection.index == 0
     assert found.box == RIGHT.box
     assert found.score == RIGHT.score
     assert torch.equal(found.arcface, torch.tensor(RIGHT.box))
@@ -294,10 +260,10 @@ def spotted():
 def test_sizes_are_tried_in_turn_up_to_the_first_that_shows_a_face(spotted, side, sides):
     analyzer = Particular(side, (300, 400))
 
-    sight, _ = faces.find_face(spotted, analyzer)
+    selection, _ = faces.find_face(spotted, analyzer)
 
     assert analyzer.asked == [((300, 400), asked) for asked in sides]
-    assert sight.how == f"InsightFace at {side} px"
+    assert selection.how == f"InsightFace at {side} px"
 
 
 @pytest.mark.parametrize(
@@ -313,11 +279,11 @@ def test_sizes_are_tried_in_turn_up_to_the_first_that_shows_a_face(spotted, side
 def test_margins_and_turns_find_the_face_in_the_photographs_own_pixels(spotted, side, shape, patch, how):
     analyzer = Particular(side, shape, patch)
 
-    sight, crop = faces.find_face(spotted, analyzer)
+    selection, crop = faces.find_face(spotted, analyzer)
 
-    assert sight.how == how
-    assert sight.faces[0].center == pytest.approx(SPOT)
-    assert crop.box == sight.faces[0].box
+    assert selection.how == how
+    assert selection.faces[0].center == pytest.approx(SPOT)
+    assert crop.box == selection.faces[0].box
 
 
 @pytest.mark.parametrize("view", faces.VIEWS, ids=lambda view: view.words)
@@ -348,9 +314,9 @@ def test_what_surrounds_a_photograph_is_what_surrounds_a_crop(spotted):
 def test_nothing_is_turned_where_the_second_detector_sees_a_face_upright(spotted):
     analyzer = Particular(640, (400, 300), upright=[face_at(*SPOT)])
 
-    sight, crop = faces.find_face(spotted, analyzer)
+    selection, crop = faces.find_face(spotted, analyzer)
 
-    assert sight.how == "RetinaFace alone"
+    assert selection.how == "RetinaFace alone"
     assert crop.arcface.tolist() == [7.0] * 512
     assert {shape for shape, _ in analyzer.asked} == {(300, 400), (600, 800)}
 
@@ -382,13 +348,13 @@ def test_apart_the_largest_is_recognised_and_the_most_central_aligned(photo):
     off, central = face_at(62, 60, 90, 90), face_at(195, 150, 30, 30)
     analyzer = AtSides({448, 384}, [small, large], [off, central])
 
-    sight, crop = faces.find_face_apart(photo, analyzer)
+    selection, crop = faces.find_largest_and_central(photo, analyzer)
 
     assert torch.equal(crop.arcface, torch.tensor(large.box))
     assert crop.box == large.box
     aligned = torch.from_numpy(faces.align(photo, central.landmarks)).permute(2, 0, 1) / 255
     assert torch.equal(crop.pixels, aligned)
-    assert (sight.faces, sight.index, sight.how) == ([large, small], 0, "InsightFace at 448 px")
+    assert (selection.faces, selection.index, selection.how) == ([large, small], 0, "InsightFace at 448 px")
     assert analyzer.tried == [640, 576, 512, 448]
 
 
@@ -396,80 +362,11 @@ def test_apart_neither_detector_stands_in_for_the_other(photo):
     face = face_at(200, 150)
     nowhere = AtSides((), [face], [face])
     with pytest.raises(NoFaceError, match="InsightFace saw no face at 640 to 320 px"):
-        faces.find_face_apart(photo, nowhere)
+        faces.find_largest_and_central(photo, nowhere)
     assert nowhere.tried == [640, 576, 512, 448, 384, 320]
     with pytest.raises(NoFaceError, match="RetinaFace saw no face to align"):
-        faces.find_face_apart(photo, FakeAnalyzer([face]))
+        faces.find_largest_and_central(photo, FakeAnalyzer([face]))
     assert not nowhere.recognised_crops
-
-
-# ---- Reading a photograph ----
-
-
-def test_a_photograph_of_whole_levels_comes_back_as_it_was(photo):
-    assert np.array_equal(faces.read_photo(torch.from_numpy(photo) / 255), photo)
-
-
-def test_a_large_photograph_is_shrunk_as_the_authors_do():
-    levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
-
-    photo = faces.read_photo(torch.from_numpy(levels) / 255)
-
-    expected = cv2.resize(levels, (int(1111 * 1024 / 1500), 1024), interpolation=cv2.INTER_LANCZOS4)
-    assert np.array_equal(photo, expected)
-
-
-def test_a_photograph_can_keep_its_size():
-    levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
-    assert np.array_equal(faces.read_photo(torch.from_numpy(levels) / 255, long_edge=1500), levels)
-
-
-def test_transparency_is_laid_on_white():
-    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).expand(20, 20, 4)
-    assert faces.read_photo(image)[0, 0].tolist() == [153, 178, 204]  # 255 (0.5 c + 0.5), to the nearest level
-
-
-def test_a_grey_photograph_gets_three_equal_channels():
-    photo = faces.read_photo(torch.full((20, 30, 1), 0.2))
-    assert photo.shape == (20, 30, 3) and (photo == 51).all() and photo.flags.c_contiguous
-
-
-def test_values_outside_the_range_are_clipped_and_half_precision_is_read():
-    image = torch.tensor([-0.5, 1.5, 1.0], dtype=torch.float16).expand(20, 20, 3)
-    assert faces.read_photo(image)[0, 0].tolist() == [0, 255, 255]
-
-
-def test_reading_leaves_the_image_as_it_was():
-    image = torch.rand(20, 20, 4)
-    before = image.clone()
-    faces.read_photo(image)[:] = 0
-    assert torch.equal(image, before)
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"), [((64, 16, 3), (64, 16)), ((200, 8000, 3), (25, 1024)), ((8000, 4000, 1), (1024, 512))]
-)
-def test_unusual_sizes_are_read(shape, expected):
-    assert faces.read_photo(torch.rand(shape)).shape == (*expected, 3)
-
-
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (torch.rand(1, 1, 3), "1 x 1 px is too small"),
-        (torch.rand(64, 15, 3), "15 x 64 px is too small"),
-        (torch.rand(16, 8000, 3), "8000 x 16 px is too small or too narrow"),
-        (torch.rand(0, 0, 3), "0 x 0 px is too small"),
-        (torch.rand(20, 20, 2), "1, 3 or 4 channels.*20, 20, 2"),
-        (torch.rand(1, 20, 20, 3), "height, width, channels.*1, 20, 20, 3"),
-        (torch.zeros(20, 20, 3, dtype=torch.uint8), "float image.*uint8"),
-        (torch.full((20, 20, 3), torch.nan), "NaN or infinite"),
-        (torch.full((20, 20, 3), torch.inf), "NaN or infinite"),
-    ],
-)
-def test_what_is_not_a_photograph_is_refused_in_words(image, words):
-    with pytest.raises(InputError, match=words):
-        faces.read_photo(image)
 
 
 def test_without_opencv_the_remedy_is_named(monkeypatch):

@@ -1,10 +1,11 @@
-"""pulid/cpu.py: the same products, whoever makes them."""
+"""pulid/onednn.py: the same products, whoever makes them."""
 
 import pytest
 import torch
 from pulid_sdxl.pulid import onednn
-from pulid_sdxl.pulid.onednn import FEW_ROWS, ProductsByOneDnn
+from pulid_sdxl.pulid.onednn import FEW_ROWS, quick_linear
 
+CPU = torch.device("cpu")
 NO_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="NO ONEDNN in this torch")
 
 
@@ -24,7 +25,7 @@ def test_a_layer_gives_what_it_gives_without(convolutions, shape, bias):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(24, 40, bias=bias), torch.randn(shape)
     expected = layer(x)
-    with ProductsByOneDnn():
+    with quick_linear(CPU):
         made = layer(x)
     assert made.shape == expected.shape and made.is_contiguous()
     assert torch.allclose(made, expected, atol=1e-5)
@@ -35,7 +36,7 @@ def test_a_layer_gives_what_it_gives_without(convolutions, shape, bias):
 @torch.inference_mode()
 def test_rows_may_lie_apart_in_memory(convolutions):
     layer, x = torch.nn.Linear(24, 40), torch.randn(2, 24, 577).transpose(1, 2)
-    with ProductsByOneDnn():
+    with quick_linear(CPU):
         made = layer(x)
     assert torch.allclose(made, layer(x), atol=1e-5) and len(convolutions) == 1
 
@@ -46,13 +47,13 @@ def test_rows_may_lie_apart_in_memory(convolutions):
 )
 def test_what_torch_does_as_well_is_left_to_it(convolutions, rows, options):
     layer, x = torch.nn.Linear(24, 40, **options), torch.zeros(1, rows, 24, **options)
-    with ProductsByOneDnn():
+    with quick_linear(CPU):
         assert layer(x).shape == (1, rows, 40)
     assert convolutions == []
 
 
 def test_outside_of_it_nothing_changes(convolutions):
-    with ProductsByOneDnn():
+    with quick_linear(CPU):
         pass
     torch.nn.Linear(24, 40)(torch.zeros(1, 577, 24))
     assert convolutions == []

@@ -1,18 +1,99 @@
-"""How two identities become one: their tokens joined, as the authors do it, or calculated with, token by token.
+"""How photographs, and then people, combine into the ID tokens of one identity.
 
-Source: the authors' rule for further photographs and for `id_mix` (github.com/ToTheBeginning/PuLID, app.py), which
-embed.py states. Calculating with tokens is this pack's own.
+Sources: the authors' `get_id_embedding`, and the demos that call it for further photographs and for `id_mix`
+(github.com/ToTheBeginning/PuLID). Calculating with tokens, token by token, is this pack's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .embed import join_tokens
+from .encoders import FACE_TOKENS, FACE_WIDTH, HIDDEN_WIDTH, POSITIONS, STAGES
 from .errors import InputError, MismatchError
-from .identity import PREVIEWS, IdEmbedding
+from .identity import PREVIEWS, IdEmbedding, Version, VisionFeatures
+
+Photos = Literal["one person", "average", "one identity per photo"]
+
+
+# --- Photographs ---
+
+
+def face_vectors(arcface: Tensor, features: VisionFeatures) -> Tensor:
+    """arcface (B, 512) as the recogniser gives it, with the pooled vectors -> (B, 1280)."""
+    return torch.cat((arcface.to(features.pooled), features.pooled), dim=-1)
+
+
+def uncond_tokens(
+    encoder: nn.Module,
+    positions: int = POSITIONS,
+    device: torch.device | None = None,
+    noise: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """The encoder's answer to all zeros, (1, T, D): the negative branch of every identity with these weights.
+
+    positions  length of one photograph's hidden states; v1.1 attends over them even where they are zero
+    noise      instead of zeros, uniform noise 0..noise, drawn on the CPU from `seed`
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, FACE_WIDTH), *[(1, positions, HIDDEN_WIDTH)] * STAGES]
+    x, *hidden = ((torch.rand(shape, generator=generator) * noise).to(device) for shape in shapes)
+    return encoder(x, hidden)
+
+
+def join_tokens(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:
+    """v1's rule: all tokens of the first photograph, of each further one the first five (all when mixing people).
+
+    (R, T, D) each -> (R, sum of tokens, D)
+    """
+    first, *further = tokens
+    return torch.cat((first, *(t if id_mix else t[:, :FACE_TOKENS] for t in further)), dim=1)
+
+
+def reads_together(version: Version, photos: Photos) -> bool:
+    """Whether the encoder looks at all photographs at once, so that no photograph has tokens of its own."""
+    return version == "v1.1" and photos == "one person"
+
+
+def identity_of(
+    tokens: Tensor,
+    uncond: Tensor,
+    version: Version,
+    fingerprint: str,
+    photos: Photos = "one person",
+    id_mix: bool = False,
+) -> IdEmbedding:
+    """One IdEmbedding of several photographs' tokens.
+
+    tokens    (P, T, D), P >= 1, each photograph's own; (1, T, D) where the encoder read them together
+    uncond    (1, T, D), from `uncond_tokens` of the same encoder
+    photos    "one person": the authors' rule. v1 joins tokens, v1.1 reads all photographs at once (always 32 tokens).
+              "average": the mean of each photograph's own tokens.
+              "one identity per photo": R = P rows.
+    id_mix    v1 only: every photograph gives all its tokens, to mix people. v1.1 always reads all of each.
+    """
+    if photos == "average":
+        tokens = tokens.mean(dim=0, keepdim=True)
+    elif photos == "one person":
+        uncond = join_tokens([uncond] * len(tokens), id_mix)
+        tokens = join_tokens(tokens.split(1), id_mix)
+    return IdEmbedding(tokens, uncond, version, fingerprint)
+
+
+def with_noise(identity: IdEmbedding, zeros: Tensor, noise: Tensor) -> IdEmbedding:
+    """The identity with the encoder's answer to noise, instead of zeros, in its negative branch.
+
+    zeros, noise  (1, T, D), the encoder's answers to each. v1 joins the tokens of several photographs, so each token of
+                  `uncond` is looked up among those of `zeros`, and the one of `noise` in that place is taken.
+    """
+    which = torch.cdist(identity.uncond[0], zeros[0]).argmin(dim=1)  # (T of the identity,)
+    return replace(identity, uncond=noise[:, which])
+
+
+# --- People ---
 
 # Identities of one layout have the same negative branch, up to the rounding of different machines; where a token plays
 # another part, its negative differs by about its own size.
