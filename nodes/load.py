@@ -107,7 +107,7 @@ class PulidLoader(io.ComfyNode):
     def execute(cls, pulid_file, eva_clip, face_analysis, provider, missing_files):
         folders = host.model_folders()
         with advised(folders):
-            notes = _fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
+            notes = fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
             path = find_pulid_file(pulid_file, folders)
             weights = load_weights(path)
             tower = load_tower(find_tower(eva_clip, folders))
@@ -117,18 +117,21 @@ class PulidLoader(io.ComfyNode):
         return io.NodeOutput(LoadedPulid(weights, PhotoNetworks(tower, analyzer)), ui={"text": notes})
 
 
-def _fetch_missing(pulid_file: str, eva_clip: str, folders: ModelFolders) -> list[str]:
+def fetch_missing(
+    pulid_file: str, eva_clip: str, folders: ModelFolders, needs: Iterable[catalogue.Need] = catalogue.NEEDS
+) -> list[str]:
     """Fetch what the loader needs and does not find; returns a line for each file.
 
     A workflow chooses among the files of the catalogue, by name; no address comes from it.
     """
     asked = {"pulid_file": pulid_file, "eva_clip": eva_clip}
     notes = []
-    for need in catalogue.NEEDS:
+    for need in needs:
         name = asked.get(need.input, need.files[0].name)
         file = next((file for file in need.files if file.name == name), None)
-        zipped = file in ANTELOPEV2_FILES and folders.locate(catalogue.ANTELOPEV2_ZIP)
-        if file is None or zipped or folders.locate(file):
+        if file is None or folders.locate(file):
+            continue
+        if file.folders == catalogue.ANTELOPEV2 and folders.locate(catalogue.ANTELOPEV2_ZIP):
             continue
         host.say(f"Downloading {file.name} ({file.licence})")
         fetch(file, folders.destination(file), _DownloadBar(), partial(check_file, file))

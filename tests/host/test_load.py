@@ -2,10 +2,11 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -20,16 +21,16 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
-from pulid_sdxl.models import catalogue, download, locate
-from pulid_sdxl.nodes import host, load
+from pulid_sdxl.models import catalogue
+from pulid_sdxl.nodes import host, legacy, load
 from pulid_sdxl.nodes.encode import PulidEncode
 from pulid_sdxl.nodes.load import PulidLoader
-from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, MissingWeights
-from pulid_sdxl.tools.fakes.file_server import serving, slowly
+from pulid_sdxl.pulid.errors import DownloadError, MissingWeights
+from pulid_sdxl.tools import TOOLS
+from pulid_sdxl.tools.fakes.fake_hub import answer, serving
 from pulid_sdxl.tools.parts import gather
 
 MODEL_FOLDERS = ("pulid", "facexlib", "insightface", "eva_clip", "clip_vision", "text_encoders")
-TOOLS = Path(load.__file__).parents[1] / "tools"
 
 
 @pytest.fixture(autouse=True)
@@ -95,37 +96,29 @@ def test_stopping_is_the_default_and_comes_first():
 
 # ---- Downloading from the graph ----
 
-SMALL = {need.files[0]: need.files[0].name.encode() * 200_000 for need in catalogue.NEEDS}
+SMALL = {need.files[0].name: need.files[0].name.encode() * 200_000 for need in catalogue.NEEDS}
+PLACES = {need.files[0].name: need.files[0].place for need in catalogue.NEEDS}
 
 
 @pytest.fixture
-def published(monkeypatch):
-    """The catalogue with small files, served by this machine; yields the server."""
-
-    def content_of(handler):
-        name = handler.path.rpartition("/")[2]
-        handler.server.content = next(content for file, content in SMALL.items() if file.name == name)
-        slowly(pieces=2, seconds=0)(handler)
-
-    with serving(b"", *[content_of] * 50) as server:
-        made = {}
-        for file, content in SMALL.items():
-            made[file] = replace(
-                file,
-                address=f"{server.url}/{file.name}",
-                size=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
-            )
-        needs = tuple(
-            replace(need, files=tuple(made.get(file, file) for file in need.files)) for need in catalogue.NEEDS
-        )
-        monkeypatch.setattr(catalogue, "NEEDS", needs)
-        antelope = tuple(made[file] for file in locate.ANTELOPEV2_FILES)
-        monkeypatch.setattr(locate, "ANTELOPEV2_FILES", antelope)
-        monkeypatch.setattr(load, "ANTELOPEV2_FILES", antelope)
-        local = download.Connection(loopback=True)
-        monkeypatch.setattr(load, "fetch", lambda *arguments: download.fetch(*arguments, connection=local))
+def hub(monkeypatch):
+    """A Hugging Face on this machine with a small file for each of the catalogue's."""
+    with serving(SMALL) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
+
+
+def fetch_missing(pulid_file=catalogue.V1_1.name, eva_clip=catalogue.EVA_CLIP.name):
+    """As the node does, but for what the small files have for size and hash."""
+
+    def small(file):
+        if file.name not in SMALL:
+            return file
+        content = SMALL[file.name]
+        return replace(file, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    needs = [replace(need, files=tuple(map(small, need.files))) for need in catalogue.NEEDS]
+    return load.fetch_missing(pulid_file, eva_clip, host.model_folders(), needs)
 
 
 def run(missing_files, pulid_file=catalogue.V1_1.name, eva_clip=catalogue.EVA_CLIP.name):
@@ -133,44 +126,47 @@ def run(missing_files, pulid_file=catalogue.V1_1.name, eva_clip=catalogue.EVA_CL
 
 
 def fetched(server):
-    return [path[1:] for path, _ in server.requests]
+    return [path.rpartition("/")[2] for path in server.fetched]
 
 
-def test_nothing_is_fetched_unless_asked_for(models, published):
+def test_nothing_is_fetched_unless_asked_for(models, hub):
     with pytest.raises(MissingWeights, match=r"pulid_v1\.1\.safetensors .*was not found"):
         run("stop")
-    assert published.requests == []
+    assert hub.requests == []
     assert not list(models.rglob("*.*"))
 
 
-def test_everything_missing_is_fetched_into_comfyuis_folders(models, published):
-    with pytest.raises(DamagedWeights, match=r"pulid_v1\.1\.safetensors"):  # made-up contents are no weights
-        run("download")
+def test_everything_missing_is_fetched_into_comfyuis_folders_and_its_licence_told(models, hub, monkeypatch):
+    said = []
+    monkeypatch.setattr(host, "say", said.append)
 
-    assert sorted(fetched(published)) == sorted(file.name for file in SMALL)
-    for file, content in SMALL.items():
-        assert (models / file.place).read_bytes() == content
-    assert not list(models.rglob("*.part")) and not list(models.rglob("*.lock"))
+    notes = fetch_missing()
 
-
-def test_what_is_there_is_not_fetched_again(models, published):
-    for file in list(SMALL)[1:]:
-        (models / file.place).parent.mkdir(parents=True, exist_ok=True)
-        (models / file.place).write_bytes(b"the user's own")
-
-    assert load._fetch_missing(catalogue.V1_1.name, catalogue.EVA_CLIP.name, host.model_folders()) == [
-        "Downloaded pulid_v1.1.safetensors. Licence: Apache-2.0."
-    ]
-    assert fetched(published) == ["pulid_v1.1.safetensors"]
+    assert sorted(fetched(hub)) == sorted(SMALL)
+    for name, content in SMALL.items():
+        assert (models / PLACES[name]).read_bytes() == content
+    assert not list(models.rglob(".pulid-download"))
+    assert len(notes) == len(said) == 6
+    assert "Downloading glintr100.onnx (non-commercial research only)" in said
+    assert "Downloaded glintr100.onnx. Licence: non-commercial research only." in notes
 
 
-def test_the_zip_of_antelopev2_spares_its_download(models, published):
+def test_what_is_there_is_not_fetched_again(models, hub):
+    for name in list(SMALL)[1:]:
+        (models / PLACES[name]).parent.mkdir(parents=True, exist_ok=True)
+        (models / PLACES[name]).write_bytes(b"the user's own")
+
+    assert fetch_missing() == ["Downloaded pulid_v1.1.safetensors. Licence: Apache-2.0."]
+    assert fetched(hub) == ["pulid_v1.1.safetensors"]
+
+
+def test_the_zip_of_antelopev2_spares_its_download(models, hub):
     (models / "insightface" / "models").mkdir(parents=True)
     (models / "insightface" / "models" / "antelopev2.zip").touch()
 
-    load._fetch_missing("mine.safetensors", "mine.pt", host.model_folders())
+    fetch_missing("mine.safetensors", "mine.pt")
 
-    assert not [name for name in fetched(published) if name.endswith(".onnx")]
+    assert sorted(fetched(hub)) == ["detection_Resnet50_Final.pth", "parsing_bisenet.pth"]
 
 
 @pytest.mark.parametrize(
@@ -178,24 +174,24 @@ def test_the_zip_of_antelopev2_spares_its_download(models, published):
     ["https://evil.example/pulid.safetensors", "glintr100.onnx", "antelopev2.zip", "sub/pulid_v1.1.safetensors",
      "../pulid_v1.1.safetensors"],
 )  # fmt: skip
-def test_no_name_in_a_workflow_becomes_an_address(models, published, name):
-    load._fetch_missing(name, name, host.model_folders())
+def test_no_name_in_a_workflow_becomes_an_address(models, hub, name):
+    fetch_missing(name, name)
 
-    assert set(fetched(published)) == {file.name for file in list(SMALL)[2:]}  # the face networks, which nobody names
+    assert set(fetched(hub)) == set(list(SMALL)[2:])  # the face networks, which nobody names
 
 
-def test_the_bar_of_the_node_moves_and_ends_full(published, monkeypatch):
+def test_the_bar_of_the_node_moves_and_ends_full(hub, monkeypatch):
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda value, total, *_, **__: seen.append((value, total)))
 
-    load._fetch_missing(catalogue.V1_1.name, "mine.pt", host.model_folders())
+    fetch_missing(eva_clip="mine.pt")
 
-    size = len(SMALL[catalogue.V1_1])
+    size = len(SMALL[catalogue.V1_1.name])
     assert (size, size) in seen
     assert all(value <= total for value, total in seen)
 
 
-def test_the_user_can_interrupt(models, published):
+def test_the_user_can_interrupt(models, hub):
     comfy.model_management.interrupt_current_processing(True)
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
@@ -205,20 +201,8 @@ def test_the_user_can_interrupt(models, published):
     comfy.model_management.interrupt_current_processing(False)
 
 
-def test_each_licence_is_told_on_the_node(published, monkeypatch):
-    said = []
-    monkeypatch.setattr(host, "say", said.append)
-
-    notes = load._fetch_missing(catalogue.V1_1.name, catalogue.EVA_CLIP.name, host.model_folders())
-
-    assert len(notes) == len(said) == 6
-    assert "Downloading glintr100.onnx (non-commercial research only)" in said
-    assert "Downloaded glintr100.onnx. Licence: non-commercial research only." in notes
-
-
-def test_a_download_that_fails_says_what_else_is_wrong(models, published, monkeypatch):
-    published.content = b""
-    published.plan[:] = [lambda handler: handler.head(404)]
+def test_a_download_that_fails_says_what_else_is_wrong(models, hub):
+    hub.plan[:] = [answer(404)] * 4
 
     with pytest.raises(DownloadError) as caught:
         run("download")
@@ -246,11 +230,20 @@ def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(model
 
     output = run("download", "a.bin", "b.safetensors")  # nothing is missing
 
-    assert output.result[0].version == "v1.1"
+    assert output.result[0].weights.version == "v1.1"
     assert output.ui["text"] == [
         "PuLID v1.1, a.bin.",
         "InsightFace's antelopev2 (non-commercial research only) runs on CPU.",
     ]
+
+
+def linked(models, comfyui):
+    """A stand-in for each file that is not there."""
+    for part in gather(None, None, comfyui):
+        place = models / part.place
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(part.source)
 
 
 def without_face_files(models, comfyui):
@@ -267,7 +260,7 @@ def test_without_face_networks_saved_identities_work_and_photographs_are_refused
     output = run("stop")
 
     pulid = output.result[0]
-    assert pulid.version == "v1.1"
+    assert pulid.weights.version == "v1.1"
     assert output.ui["text"][1].startswith("Only saved identities can be used, no photographs. Expected scrfd_10g")
     with pytest.raises(MissingWeights, match=r"(?s)scrfd_10g_bnkps.onnx.*non-commercial.*doctor"):
         PulidEncode.execute(pulid, torch.rand(1, 64, 64, 3), "largest", 0, "one person", False, "stop")
@@ -275,14 +268,42 @@ def test_without_face_networks_saved_identities_work_and_photographs_are_refused
 
 def test_face_networks_that_arrive_later_make_the_loader_run_again(models, comfyui):
     without_face_files(models, comfyui)
-    before = PulidLoader.fingerprint_inputs()
-    for part in gather(None, None, comfyui):
-        place = models / part.place
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(part.source)
-    after = PulidLoader.fingerprint_inputs()
-    assert before != after == PulidLoader.fingerprint_inputs()
+    names = catalogue.V1_1.name, catalogue.EVA_CLIP.name
+    before = PulidLoader.fingerprint_inputs(*names)
+    linked(models, comfyui)
+    after = PulidLoader.fingerprint_inputs(*names)
+    assert before != after == PulidLoader.fingerprint_inputs(*names)
+
+
+def test_files_that_are_replaced_under_their_names_make_the_loaders_run_again(models, comfyui):
+    linked(models, comfyui)
+    names = catalogue.V1_1.name, catalogue.EVA_CLIP.name
+    loaders = {
+        "pulid": (lambda: PulidLoader.fingerprint_inputs(*names), list(PLACES)),
+        "older pulid": (lambda: legacy.PulidModelLoader.fingerprint_inputs(names[0]), [names[0]]),
+        "older tower": (legacy.PulidEvaClipLoader.fingerprint_inputs, [names[1]]),
+        "older faces": (legacy.PulidInsightFaceLoader.fingerprint_inputs, list(PLACES)[2:]),
+    }
+    for of, its_files in loaders.values():
+        for name in PLACES:
+            before, place = of(), models / PLACES[name]
+            assert before == of()
+            again = place.with_name("again")
+            shutil.copyfile(place, again)
+            again.replace(place)
+            assert (of() != before) == (name in its_files), name
+
+
+def test_asking_whether_to_load_again_writes_nothing(models):
+    place = models / "insightface" / "models"
+    place.mkdir(parents=True)
+    with zipfile.ZipFile(place / "antelopev2.zip", "w") as zipped:
+        for name in ("scrfd_10g_bnkps.onnx", "glintr100.onnx"):
+            zipped.writestr(f"antelopev2/{name}", b"weights")
+    before = sorted(models.rglob("*"))
+    PulidLoader.fingerprint_inputs(catalogue.V1_1.name, catalogue.EVA_CLIP.name)
+    legacy.PulidInsightFaceLoader.fingerprint_inputs()
+    assert sorted(models.rglob("*")) == before
 
 
 # ---- Packages that are missing or broken ----
