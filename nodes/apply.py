@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..pulid.attention import METHODS, Fusion, Sampling
 from ..pulid.errors import InputError, MismatchError
@@ -14,7 +14,7 @@ from ..pulid.schedule import CURVES, Schedule
 from ..pulid.sites import SITES
 from . import host
 from .patch import TokenMask, patch_model
-from .types import IdentitySocket, PulidSocket
+from .types import IdentitySocket, LoadedPulid, PulidSocket
 
 MODEL = io.Model.Input("model", tooltip="An SDXL model.")
 PULID = PulidSocket.Input("pulid", tooltip="From Load PuLID.")
@@ -56,7 +56,7 @@ PATCHED = io.Model.Output("patched_model", display_name="model")
 
 class PulidApply(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_Apply",
             display_name="Apply PuLID (SDXL)",
@@ -82,7 +82,17 @@ class PulidApply(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, pulid, identity, method, weight, start_at, end_at, attn_mask=None):
+    def execute(
+        cls,
+        model: ModelPatcher,
+        pulid: LoadedPulid,
+        identity: IdEmbedding,
+        method: str,
+        weight: float,
+        start_at: float,
+        end_at: float,
+        attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
         chosen = METHODS[method][identity.version]
         how = Application(
             chosen.fusion,
@@ -97,7 +107,7 @@ class PulidApply(io.ComfyNode):
 
 class PulidApplyAdvanced(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_ApplyAdvanced",
             display_name="Apply PuLID Advanced (SDXL)",
@@ -155,9 +165,24 @@ class PulidApplyAdvanced(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, pulid, identity, projection, zero_tokens, weight, weight_curve, start_at, end_at,
-        input_blocks, middle_block, output_blocks, uncond, noise, noise_seed, attn_mask=None,
-    ):  # fmt: skip
+        cls,
+        model: ModelPatcher,
+        pulid: LoadedPulid,
+        identity: IdEmbedding,
+        projection: str,
+        zero_tokens: int,
+        weight: float,
+        weight_curve: str,
+        start_at: float,
+        end_at: float,
+        input_blocks: float,
+        middle_block: float,
+        output_blocks: float,
+        uncond: str,
+        noise: float,
+        noise_seed: int,
+        attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
         fusion = Fusion(projection)
         if zero_tokens < 0:
             zero_tokens = METHODS[PROJECTIONS[fusion]][identity.version].zero_tokens
@@ -206,7 +231,7 @@ class Application:
     curve: str = "flat"
     start_at: float = 0.0
     end_at: float = 1.0
-    attn_mask: torch.Tensor | None = None
+    attn_mask: Tensor | None = None
     mask_sampling: Sampling = "area"
 
 
@@ -236,7 +261,7 @@ def check_pair(weights: PulidWeights, identity: IdEmbedding) -> None:
         )
 
 
-def read_mask(mask: torch.Tensor) -> torch.Tensor:
+def read_mask(mask: Tensor) -> Tensor:
     """A MASK as (M, H, W) float32 on the CPU, 0..1. Raises InputError for another shape, an empty mask and NaN."""
     mask = mask.detach().float().cpu()
     if mask.ndim == 2:

@@ -2,13 +2,14 @@
 
 from comfy_api.latest import io
 
+from ..pulid.identity import IdEmbedding
 from ..pulid.tokens import MODES, combine
 from .types import IdentitySocket
 
 
 class PulidCombineIdentities(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_CombineIdentities",
             display_name="PuLID Combine Identities",
@@ -39,5 +40,5 @@ class PulidCombineIdentities(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, identity_1, identity_2, mode, weight):
+    def execute(cls, identity_1: IdEmbedding, identity_2: IdEmbedding, mode: str, weight: float) -> io.NodeOutput:
         return io.NodeOutput(combine(identity_1, identity_2, mode, weight))

@@ -15,14 +15,15 @@ from ..pulid.faces import ORDERS
 from ..pulid.identity import IdEmbedding
 from ..pulid.photo import read_photo
 from ..pulid.preview import draw_selection
-from .types import IdentitySocket, PulidSocket
+from ..pulid.tokens import Photos
+from .types import IdentitySocket, LoadedPulid, PulidSocket
 
 CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
 
 
 class PulidEncode(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_Encode",
             display_name="PuLID Encode Identity",
@@ -77,7 +78,17 @@ class PulidEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pulid, image, face, face_index, photos, id_mix, no_face, mask=None):
+    def execute(
+        cls,
+        pulid: LoadedPulid,
+        image: Tensor,
+        face: str,
+        face_index: int,
+        photos: Photos,
+        id_mix: bool,
+        no_face: str,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
         taken = photographs(image, mask)
         settings = EncodeSettings(FaceChoice(face, face_index), photos, id_mix, skip=no_face == "skip photo")
         sources = pulid.weights.encoder.source, pulid.networks.source

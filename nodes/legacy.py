@@ -7,6 +7,7 @@ recognised chosen apart. That is kept here, out of this pack's own parts; what i
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -55,7 +56,7 @@ FaceAnalysis = io.Custom("FACEANALYSIS")  # an InsightFaceAnalyzer
 
 class PulidModelLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PulidModelLoader",
             display_name="Load PuLID Model",
@@ -73,16 +74,16 @@ class PulidModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pulid_file):
+    def validate_inputs(cls, pulid_file: str) -> bool:
         return True  # of a file that is not here, find says where to get it
 
     @classmethod
-    def fingerprint_inputs(cls, pulid_file):
+    def fingerprint_inputs(cls, pulid_file: str) -> str:
         folders = host.model_folders()
         return str(state_of(lambda: [find_pulid_file(pulid_file, folders)]))
 
     @classmethod
-    def execute(cls, pulid_file):
+    def execute(cls, pulid_file: str) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
             return io.NodeOutput(load_weights(find_pulid_file(pulid_file, folders)))
@@ -90,7 +91,7 @@ class PulidModelLoader(io.ComfyNode):
 
 class PulidInsightFaceLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PulidInsightFaceLoader",
             display_name="Load InsightFace (PuLID)",
@@ -109,12 +110,12 @@ class PulidInsightFaceLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_):
+    def fingerprint_inputs(cls, **_: Any) -> str:
         folders = host.model_folders()
         return str(state_of(lambda: face_files(folders)))
 
     @classmethod
-    def execute(cls, provider):
+    def execute(cls, provider: str) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
             providers, notes = _providers(provider)
@@ -133,7 +134,7 @@ def _providers(choice: str) -> tuple[list[str], list[str]]:
 
 class PulidEvaClipLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PulidEvaClipLoader",
             display_name="Load Eva Clip (PuLID)",
@@ -145,12 +146,12 @@ class PulidEvaClipLoader(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, **_):
+    def fingerprint_inputs(cls, **_: Any) -> str:
         folders = host.model_folders()
         return str(state_of(lambda: [find_tower(_tower_here(folders), folders)]))
 
     @classmethod
-    def execute(cls):
+    def execute(cls) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
             return io.NodeOutput(load_tower(find_tower(_tower_here(folders), folders)))
@@ -182,7 +183,7 @@ OUR_METHODS = {"fidelity": "fidelity", "style": "extreme style", "neutral": "neu
 
 class ApplyPulid(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ApplyPulid",
             display_name="Apply PuLID",
@@ -211,18 +212,28 @@ class ApplyPulid(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, pulid, eva_clip, face_analysis, image, method, weight, start_at, end_at, attn_mask=None
-    ):  # fmt: skip
-        networks = _networks(pulid, eva_clip, face_analysis)
-        chosen = METHODS[OUR_METHODS[method]][pulid.version]
+        cls,
+        model: ModelPatcher,
+        pulid: object,
+        eva_clip: object,
+        face_analysis: object,
+        image: Tensor,
+        method: str,
+        weight: float,
+        start_at: float,
+        end_at: float,
+        attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        weights, networks = _checked(pulid, eva_clip, face_analysis)
+        chosen = METHODS[OUR_METHODS[method]][weights.version]
         how = _application(chosen.fusion, chosen.zero_tokens, weight, start_at, end_at, attn_mask)
-        identity, notes = _identify(pulid, networks, image)
-        return _output(apply(model, pulid, identity, how), notes)
+        identity, notes = _identify(weights, networks, image)
+        return _output(apply(model, weights, identity, how), notes)
 
 
 class ApplyPulidAdvanced(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="ApplyPulidAdvanced",
             display_name="Apply PuLID Advanced",
@@ -267,13 +278,24 @@ class ApplyPulidAdvanced(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, pulid, eva_clip, face_analysis, image, weight, projection, fidelity, noise, start_at, end_at,
-        attn_mask=None,
-    ):  # fmt: skip
-        networks = _networks(pulid, eva_clip, face_analysis)
+        cls,
+        model: ModelPatcher,
+        pulid: object,
+        eva_clip: object,
+        face_analysis: object,
+        image: Tensor,
+        weight: float,
+        projection: str,
+        fidelity: int,
+        noise: float,
+        start_at: float,
+        end_at: float,
+        attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        weights, networks = _checked(pulid, eva_clip, face_analysis)
         how = _application(Fusion(projection), 0 if noise else fidelity, weight, start_at, end_at, attn_mask)
-        identity, notes = _identify(pulid, networks, image, noise, fidelity)
-        return _output(apply(model, pulid, identity, how), notes)
+        identity, notes = _identify(weights, networks, image, noise, fidelity)
+        return _output(apply(model, weights, identity, how), notes)
 
 
 NODES = (PulidModelLoader, PulidInsightFaceLoader, PulidEvaClipLoader, ApplyPulid, ApplyPulidAdvanced)
@@ -291,7 +313,7 @@ def not_taken() -> list[type[io.ComfyNode]]:
     return []
 
 
-def _networks(pulid: object, eva_clip: object, face_analysis: object) -> PhotoNetworks:
+def _checked(pulid: object, eva_clip: object, face_analysis: object) -> tuple[PulidWeights, PhotoNetworks]:
     """Raises MismatchError for what another pack's node put into one of the sockets."""
     sockets = (
         ("pulid", pulid, PulidWeights, "Load PuLID Model (PulidModelLoader)"),
@@ -305,8 +327,9 @@ def _networks(pulid: object, eva_clip: object, face_analysis: object) -> PhotoNe
                 f"{type(value).__qualname__} of another pack. Connect that node; where another pack has taken its id, "
                 "remove one of the two packs. run.py doctor names packs with the same nodes."
             )
-    assert isinstance(eva_clip, Managed) and isinstance(face_analysis, InsightFaceAnalyzer)
-    return PhotoNetworks(eva_clip, face_analysis)
+    assert isinstance(pulid, PulidWeights) and isinstance(eva_clip, Managed)
+    assert isinstance(face_analysis, InsightFaceAnalyzer)
+    return pulid, PhotoNetworks(eva_clip, face_analysis)
 
 
 def _application(

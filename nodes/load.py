@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
@@ -44,7 +45,7 @@ def _tower_choices() -> list[str]:
 
 class PulidLoader(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         pulid_files = pulid_choices()
         return io.Schema(
             node_id="PuLID_Loader",
@@ -87,12 +88,12 @@ class PulidLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pulid_file, eva_clip):
+    def validate_inputs(cls, pulid_file: str, eva_clip: str) -> bool:
         # Taking these two over from ComfyUI lets a shared workflow name a file that is not here; find says what to do.
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, pulid_file, eva_clip, **_):
+    def fingerprint_inputs(cls, pulid_file: str, eva_clip: str, **_: Any) -> str:
         # A file that is replaced under its name, and one that has come since, is loaded at the next run.
         folders = host.model_folders()
         return str(
@@ -104,7 +105,9 @@ class PulidLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pulid_file, eva_clip, face_analysis, provider, missing_files):
+    def execute(
+        cls, pulid_file: str, eva_clip: str, face_analysis: str, provider: str, missing_files: str
+    ) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders):
             notes = fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []

@@ -14,7 +14,7 @@ from .types import IdentitySocket
 
 class PulidSaveIdentity(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_SaveIdentity",
             display_name="PuLID Save Identity",
@@ -36,7 +36,7 @@ class PulidSaveIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, identity, filename_prefix):
+    def execute(cls, identity: IdEmbedding, filename_prefix: str) -> io.NodeOutput:
         folder = host.saved_identities()
         path = save(identity, folder, _expanded(filename_prefix), datetime.now(timezone.utc), pack_version())
         return io.NodeOutput(ui=_shown(cls, identity, f"Saved as {path.relative_to(folder).as_posix()}"))
@@ -44,7 +44,7 @@ class PulidSaveIdentity(io.ComfyNode):
 
 class PulidLoadIdentity(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_LoadIdentity",
             display_name="PuLID Load Identity",
@@ -62,19 +62,19 @@ class PulidLoadIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, identity_file):
+    def validate_inputs(cls, identity_file: str) -> bool:
         # Taking this over from ComfyUI lets a shared workflow name a file that is not here; find_identity says so.
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, identity_file):
+    def fingerprint_inputs(cls, identity_file: str) -> str | None:
         try:
             return content_digest(find_identity(identity_file, host.folders(host.IDENTITIES)))
         except (PulidError, OSError):  # execute says what is wrong
             return None
 
     @classmethod
-    def execute(cls, identity_file):
+    def execute(cls, identity_file: str) -> io.NodeOutput:
         stored = load(find_identity(identity_file, host.folders(host.IDENTITIES)))
         identity = stored.identity
         text = (

@@ -13,7 +13,7 @@ from ..pulid.faces import FaceAnalyzer, FoundFaces, find_faces, in_order
 from ..pulid.people import mean_direction, similarities
 from ..pulid.photo import Photo, read_photo
 from ..pulid.preview import draw_boxes
-from .types import PulidSocket
+from .types import LoadedPulid, PulidSocket
 
 FLATTERED = (
     "The recogniser that measures here also made the identity, so it flatters: compare scores with each other only."
@@ -22,7 +22,7 @@ FLATTERED = (
 
 class PulidFaceSimilarity(io.ComfyNode):
     @classmethod
-    def define_schema(cls):
+    def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PuLID_FaceSimilarity",
             display_name="PuLID Face Similarity",
@@ -53,7 +53,7 @@ class PulidFaceSimilarity(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pulid, reference, image):
+    def execute(cls, pulid: LoadedPulid, reference: Tensor, image: Tensor) -> io.NodeOutput:
         progress = ProgressBar(len(reference) + len(image))
         person = _person(pulid.networks.analyzer, reference, progress)
         drawn, scored = [], {}
