@@ -19,6 +19,7 @@ from ..pulid.encoders import ENCODERS, IdEncoder, IdFormer
 from ..pulid.errors import DamagedWeights, ForeignWeights
 from ..pulid.eva import EvaVisionTower, read_eva_state
 from ..pulid.identity import Version
+from ..pulid.operations import Operations
 from ..pulid.sites import SITES, file_index
 from .catalogue import EVA_CLIP, EVA_CLIP_TIMM, V1, V1_1, V1_PICKLE, WeightFile
 from .tensors import damaged, label, map_tensors, read_tensors, reading
@@ -63,7 +64,7 @@ PULID_V1_1 = _kind(
 )
 EVA = _kind("EVA02-CLIP", "Choose it as eva_clip.", r"(visual\.)?(trunk\.)?blocks\.\d+\.attn\.(inner_attn_ln|norm)\.")
 
-PULID_VERSIONS: dict[Kind | None, Version] = {PULID_V1: "v1", PULID_V1_1: "v1.1"}
+PULID_VERSIONS: dict[Kind, Version] = {PULID_V1: "v1", PULID_V1_1: "v1.1"}
 
 EXPECTED = {V1: PULID_V1, V1_PICKLE: PULID_V1, V1_1: PULID_V1_1, EVA_CLIP: EVA, EVA_CLIP_TIMM: EVA}
 
@@ -93,7 +94,7 @@ PROJECTION_NAME = re.compile(
 )
 
 
-def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None) -> PulidCheckpoint:
+def load_pulid(path: Path | str, operations: Operations = nn, dtype: torch.dtype | None = None) -> PulidCheckpoint:
     """Load PuLID v1 or v1.1, as the authors published it or converted, from safetensors or a pickle.
 
     operations  provides Linear, LayerNorm and Conv2d: `torch.nn` or the host's casting layers
@@ -104,7 +105,7 @@ def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None
     path = Path(path)
     state = map_tensors(path)
     kind = recognise(state)
-    if kind not in PULID_VERSIONS:
+    if kind is None or kind not in PULID_VERSIONS:
         raise _foreign(path, "PuLID for SDXL", kind, state)
     version = PULID_VERSIONS[kind]
 
@@ -125,7 +126,9 @@ def load_pulid(path: Path | str, operations=nn, dtype: torch.dtype | None = None
     )
 
 
-def load_vision_tower(path: Path | str, operations=nn, dtype: torch.dtype | None = None) -> EvaVisionTower:
+def load_vision_tower(
+    path: Path | str, operations: Operations = nn, dtype: torch.dtype | None = None
+) -> EvaVisionTower:
     """Load the vision tower of an EVA02-CLIP file, published or timm's; its text tower is never built.
 
     Arguments and errors as for `load_pulid`. The tower is as large as the file has it: see its `config`.
@@ -174,7 +177,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _split(path: Path, kind: Kind | None, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
+def _split(path: Path, kind: Kind, state: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, str]]:
     """The encoder's and the projections' tensors: their names in our networks -> in the file.
 
     Raises DamagedWeights unless all 70 sites are there, and nothing beside them and the encoder.
@@ -204,7 +207,7 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str,
     return {own: state[name] for own, name in names.items()}
 
 
-def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Kind | None) -> None:
+def _check(network: nn.Module, state: Mapping[str, Tensor], path: Path, kind: Kind) -> None:
     """Raises DamagedWeights, before anything is read, unless names, shapes and kinds of number all fit."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     faults = [f"{name} is missing" for name in shapes if name not in state]

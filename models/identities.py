@@ -15,7 +15,7 @@ import re
 import reprlib
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PureWindowsPath
@@ -33,19 +33,17 @@ from ..pulid.errors import IdentityFileError, InputError
 from ..pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, Version
 from .checkpoints import recognise
 from .locate import not_weights
-from .tensors import SAFETENSORS, label, system_trouble
+from .tensors import SAFETENSORS, label, system_trouble, unread
 
 FORMAT, FORMAT_VERSION = "PuLID-SDXL identity", "1"
 SUFFIX = ".safetensors"
-MAX_BYTES = 256 << 20  # about a thousand identities of 32 tokens
+LARGEST = 256 << 20  # bytes; about a thousand identities of 32 tokens
+LARGEST_HEADER = 2 << 20  # bytes; ours has 0.6 MB with eight pictures. Parsed, it takes up to 30 times as much
 DIGEST, COVERS = "sha256", "ssmd_cover_images"
 # What the metadata must say, as regular expressions, and what to know if it does not.
 FIELDS = {
-    "format_version": (re.escape(FORMAT_VERSION), f"this pack reads {FORMAT_VERSION!r}, a newer pack may read it"),
-    "pulid_version": (
-        "|".join(map(re.escape, get_args(Version))),
-        f"this pack knows {' and '.join(get_args(Version))}",
-    ),
+    "format_version": (FORMAT_VERSION, f"this pack reads {FORMAT_VERSION!r}, a newer pack may read it"),
+    "pulid_version": (r"v1|v1\.1", f"this pack knows {' and '.join(get_args(Version))}"),
     "encoder": (r"[\w.-]{1,64}", "expected the fingerprint of an encoder"),
     "pack_version": (r"[\w.+-]{1,64}", "expected the version of a pack"),
     "created": (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", "expected a time"),
@@ -60,8 +58,7 @@ NAME_FAULTS = (
     (r"^\s|[\s.]$", "begins or ends with a space, or ends with a dot"),
     (r"(?i)^(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\.|$)", "is reserved by Windows"),
 )
-LONGEST_NAME = 255  # bytes in UTF-8, as file systems have it
-LONGEST_STEM = 200  # leaves room for the number and the ending
+LONGEST_NAME, LONGEST_STEM = 255, 200  # bytes in UTF-8: of a name, and of one that gets a number and an ending
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,31 +74,24 @@ class StoredIdentity:
     created: datetime
 
 
-# ---- Names ----
-
-
 def relative_name(name: str, longest: int = LONGEST_NAME) -> Path:
     """A name, perhaps with folders, as a path below an identity folder. Either kind of slash separates.
 
     Raises InputError for a name that is empty, leads elsewhere, or that some system cannot hold.
     """
     path = PureWindowsPath(name)  # reads both kinds of slash, on every system
-    if fault := next(_name_faults(path, longest), None):
+    faults = [f"{part!r} {fault}" for part in path.parts for pattern, fault in NAME_FAULTS if re.search(pattern, part)]
+    if not path.parts:
+        faults = ["it is empty"]
+    elif path.anchor or ".." in path.parts:
+        faults = ["it leads out of the folder"]
+    elif any(len(part.encode("utf-8", "surrogatepass")) > longest for part in path.parts):
+        faults.append(f"a part of it is longer than {longest} bytes")
+    if faults:
         raise InputError(
-            f"{name!r} cannot name an identity file: {fault}. Use a plain name such as 'anna', or 'family/anna'."
+            f"{name!r} cannot name an identity file: {faults[0]}. Use a plain name such as 'anna', or 'family/anna'."
         )
     return Path(*path.parts)
-
-
-def _name_faults(path: PureWindowsPath, longest: int) -> Iterator[str]:
-    if not path.parts:
-        yield "it is empty"
-    if path.anchor or ".." in path.parts:
-        yield "it leads out of the folder"
-    for part in path.parts:
-        yield from (f"{part!r} {fault}" for pattern, fault in NAME_FAULTS if re.search(pattern, part))
-        if len(part.encode("utf-8", "surrogatepass")) > longest:
-            yield f"{part!r} is longer than {longest} bytes"
 
 
 def find_identity(name: str, folders: Iterable[Path]) -> Path:
@@ -123,15 +113,11 @@ def find_identity(name: str, folders: Iterable[Path]) -> Path:
 
 def _refuse_links(folder: Path, relative: Path) -> None:
     """Raises InputError if what lies at `relative` below the folder lies elsewhere; the folder itself may be a link."""
-    found, meant = os.path.realpath(folder / relative), os.path.join(os.path.realpath(folder), relative)
-    if os.path.normcase(found) != os.path.normcase(os.path.normpath(meant)):
+    if Path(os.path.realpath(folder / relative)) != Path(os.path.realpath(folder), relative):
         raise InputError(
             f"{relative.as_posix()!r} in {label(folder)} is a link, or lies behind one, so it could be any file. Put "
             f"the file itself there, or name its folder in extra_model_paths.yaml, under {folder.name}."
         )
-
-
-# ---- Writing ----
 
 
 def save(identity: IdEmbedding, folder: Path, name: str, created: datetime, pack: str) -> Path:
@@ -181,16 +167,12 @@ def _give_name(part: Path, path: Path) -> None:
     """The whole file gets its name, in one step. Raises FileExistsError if the name is taken."""
     try:
         os.link(part, path)
+        return
     except FileExistsError:
         raise
     except OSError:  # exFAT and some network folders know no second name for a file
-        _rename(part, path)
-
-
-def _rename(part: Path, path: Path) -> None:
-    """As a renaming may overwrite, whichever of our processes made the claim first may look and rename."""
-    claim = path.with_name(f".{path.name}{PART}")
-    claim.open("xb").close()
+        claim = path.with_name(f".{path.name}{PART}")
+    claim.open("xb").close()  # a renaming may overwrite: whichever of our processes made the claim may look and rename
     try:
         if os.path.lexists(path):
             raise FileExistsError
@@ -214,10 +196,7 @@ def pack_version() -> str:
     return found[1] if found else "unknown"
 
 
-# ---- Content ----
-
-
-def pack_identity(identity: IdEmbedding, created: datetime, pack: str, limit: int = MAX_BYTES) -> bytes:
+def pack_identity(identity: IdEmbedding, created: datetime, pack: str, largest: int = LARGEST) -> bytes:
     """The content of an identity file. Raises InputError for an identity that `load` would refuse."""
     tensors = {"cond": identity.cond.contiguous(), "uncond": identity.uncond.contiguous()}
     metadata = {
@@ -230,50 +209,56 @@ def pack_identity(identity: IdEmbedding, created: datetime, pack: str, limit: in
     }
     if identity.preview is not None:
         metadata[COVERS] = json.dumps([_to_png(picture) for picture in identity.preview])
-    if fault := _tensor_fault(tensors):
+    if fault := _fault(tensors):
         raise InputError(f"The identity cannot be saved: {fault}.")
     metadata[DIGEST] = _digest(tensors, metadata)
     content = safetensors.torch.save(tensors, metadata)
-    if len(content) > limit:
-        raise InputError(f"The identity cannot be saved: it has more than {limit >> 20} MB.")
+    if len(content) > largest:
+        raise InputError(f"The identity cannot be saved: it has more than {largest >> 20} MB.")
     return content
 
 
-def load(path: Path, limit: int = MAX_BYTES) -> StoredIdentity:
-    """Read an identity file of at most `limit` bytes.
+def load(path: Path, largest: int = LARGEST) -> StoredIdentity:
+    """Read an identity file of at most `largest` bytes, allocating no more than it has and a hundred MB.
 
     Raises IdentityFileError with what the file is instead, what is wrong with it, or what kept it from being read.
     """
     try:
-        metadata, tensors = _read(path, limit)
+        metadata, tensors = _read(path, largest)
         return _unpack(path, metadata, tensors)
     except IdentityFileError:
         raise
     except Exception as error:  # whatever safetensors, json and Pillow make of bytes that are not what they were
-        reason = system_trouble(error)
-        verdict = f"cannot be read ({reason})" if reason else "is cut short or altered"
-        raise _refusal(path, verdict) from error
+        if trouble := system_trouble(error):
+            raise IdentityFileError(str(unread(path, trouble))) from error
+        raise _refusal(path, "is cut short or altered") from error
 
 
-def content_digest(path: Path, limit: int = MAX_BYTES) -> str:
+def content_digest(path: Path, largest: int = LARGEST) -> str:
     """A hash of the file's content, whatever its times say; of as many bytes as `load` would read."""
     with path.open("rb") as file:
-        return hashlib.sha256(file.read(limit)).hexdigest()
+        return hashlib.sha256(file.read(largest)).hexdigest()
 
 
-def _read(path: Path, limit: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path, largest: int) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors; of a file that is no identity, only the header is read."""
     with path.open("rb") as file:
         head = file.read(64)
     if not re.match(SAFETENSORS, head):
         raise _refusal(path, not_weights(head) or f"begins with {head[:12]!r}, which is not safetensors")
+    if (header := int.from_bytes(head[:8], "little")) > LARGEST_HEADER:
+        raise _refusal(path, f"has a header of {header} bytes, which no identity has")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict); mapped, not read
         if metadata.get("format") != FORMAT:
-            raise _foreign(path, tensors)
-        if path.stat().st_size > limit:
-            raise _refusal(path, f"has more than {limit >> 20} MB, which no identity has")
+            kind = recognise(tensors)
+            found = f"{kind.title}. {kind.remedy}" if kind else "tensors of something else. Choose another file."
+            raise IdentityFileError(
+                f"Expected an identity that PuLID Save Identity saved, but {label(path)} holds {found}"
+            )
+        if path.stat().st_size > largest:
+            raise _refusal(path, f"has more than {largest >> 20} MB, which no identity has")
         return metadata, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -284,7 +269,7 @@ def _unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
             raise _refusal(path, f"has {reprlib.repr(found)} for {field}; {meaning}")
     if metadata[DIGEST] != _digest(tensors, metadata):
         raise _refusal(path, "was altered after it was saved: its content does not have the checksum it states")
-    if fault := _tensor_fault(tensors):
+    if fault := _fault(tensors):
         raise _refusal(path, f"holds no whole identity: {fault}")
     preview = None
     if COVERS in metadata:
@@ -294,13 +279,6 @@ def _unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
     return StoredIdentity(identity, metadata["pack_version"], datetime.fromisoformat(metadata["created"]))
 
 
-def _foreign(path: Path, tensors: Mapping[str, Tensor]) -> IdentityFileError:
-    """The error for another kind of safetensors, told by the names and shapes of its tensors."""
-    kind = recognise(tensors)
-    found = f"{kind.title}. {kind.remedy}" if kind else "tensors of something else. Choose another file."
-    return IdentityFileError(f"Expected an identity that PuLID Save Identity saved, but {label(path)} holds {found}")
-
-
 def _refusal(path: Path, verdict: str) -> IdentityFileError:
     return IdentityFileError(
         f"Expected an identity that PuLID Save Identity saved, but {label(path)} {verdict}. Choose another file, or "
@@ -308,19 +286,19 @@ def _refusal(path: Path, verdict: str) -> IdentityFileError:
     )
 
 
-def _tensor_fault(tensors: Mapping[str, Tensor]) -> str | None:
+def _fault(tensors: Mapping[str, Tensor]) -> str | None:
     """Why these are not `cond` (R, T, D) and `uncond` (1, T, D) of an identity, or None."""
-    if set(tensors) != {"cond", "uncond"}:
-        return f"expected the tensors cond and uncond, found {reprlib.repr(sorted(tensors))}"
-    shape = tensors["cond"].shape
-    if len(shape) != 3 or 0 in shape or shape[2] != TOKEN_WIDTH:
-        return f"expected cond of shape (identities, tokens, {TOKEN_WIDTH}), found {tuple(shape)}"
-    if tensors["uncond"].shape != (1, *shape[1:]):
-        return f"expected uncond of shape {(1, *shape[1:])}, found {tuple(tensors['uncond'].shape)}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    cond = shapes.get("cond", ())
+    if shapes != {"cond": cond, "uncond": (1, *cond[1:])} or len(cond) != 3 or 0 in cond or cond[2] != TOKEN_WIDTH:
+        return (
+            f"expected cond (identities, tokens, {TOKEN_WIDTH}) and uncond (1, tokens, {TOKEN_WIDTH}), "
+            f"found {reprlib.repr(shapes)}"
+        )
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             return f"expected {name} in float32, found {tensor.dtype}"
-        if not tensor.isfinite().all():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN is both; no copy is made
             return f"{name} holds NaN or infinite values"
     return None
 

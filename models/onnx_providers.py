@@ -66,7 +66,7 @@ def provider_in_use(providers: Sequence[str]) -> tuple[str, str | None]:
 
 def why_not(provider: str) -> str:
     """The system's own words on why a provider's library cannot be loaded."""
-    folder = Path(import_package("onnxruntime").__file__).parent / "capi"
+    folder = Path(str(import_package("onnxruntime").__file__)).parent / "capi"
     for library in (SHARED, LIBRARIES.get(provider)):
         if library is None:
             return "ONNX Runtime gives no reason"

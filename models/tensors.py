@@ -93,10 +93,11 @@ def system_trouble(error: Exception) -> str | None:
     """What the system said, if memory, a disk or a device failed; None for an error that tells of a file's content."""
     if isinstance(error, MemoryError):
         return "there is not enough memory"
-    # Pillow's have no number; EINVAL is zipfile's, for a place before the beginning.
+    # EINVAL is zipfile's, for a place before the beginning. Pillow's damaged pictures have no number, nor have the
+    # errors of Rust, which say "os error".
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return error.strerror or describe(error)
-    if isinstance(error, RuntimeError | pickle.UnpicklingError) and SYSTEM.search(str(error)):
+    if isinstance(error, OSError | RuntimeError | pickle.UnpicklingError) and SYSTEM.search(str(error)):
         return describe(error)
     return None
 

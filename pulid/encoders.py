@@ -138,4 +138,4 @@ class IdFormer(nn.Module):
         return latents[:, : self.QUERIES] @ self.proj_out.to(latents)
 
 
-ENCODERS = {"v1": IdEncoder, "v1.1": IdFormer}
+ENCODERS: dict[str, type[IdEncoder] | type[IdFormer]] = {"v1": IdEncoder, "v1.1": IdFormer}

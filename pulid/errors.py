@@ -1,4 +1,4 @@
-"""Every error this pack raises on purpose.
+"""Every error this pack raises on purpose; those of the hosted service are drawn in hosted/errors.py.
 
     PulidError
     ├── InputError            a value from the graph cannot be used (shape, range, NaN, empty)
@@ -10,18 +10,6 @@
     │   ├── DamagedWeights    truncated, altered, or not a weight file at all
     │   └── DownloadError     it could not be fetched whole
     ├── IdentityFileError     an identity file: not there, something else, truncated, altered, or not to be written
-    ├── HostedError           the hosted service, or the way to it
-    │   ├── MissingKey        there is no key that could be used
-    │   ├── Unreachable       no connection came about: nothing was sent
-    │   ├── AnswerLost        sent, but no whole answer came back
-    │   ├── BadAnswer         an answer that means nothing (not JSON, fields missing, not a picture)
-    │   ├── Refused           the service said no, and nothing runs
-    │   ├── AmbiguousSubmit   a request may have been accepted and billed, and nobody knows
-    │   ├── JobFailed         accepted, and then it failed
-    │   │   └── JobCancelled  it ended because somebody asked for it
-    │   ├── HostedLimit       a limit of time, or of pictures, that the user has set
-    │   ├── UnsafeAddress     an address that must not be read from or sent to
-    │   └── Interrupted       the user stopped waiting
     └── MissingPackage        a Python package that the node needs cannot be imported
 
 A message says what was expected, what was found, and what to do next.
@@ -70,51 +58,3 @@ class IdentityFileError(PulidError):
 
 class MissingPackage(PulidError, ImportError):
     """A Python package that is needed here cannot be imported."""
-
-
-class HostedError(PulidError):
-    """The hosted service, or the way to it."""
-
-
-class MissingKey(HostedError):
-    """There is no key that could be used."""
-
-
-class Unreachable(HostedError, ConnectionError):
-    """No connection came about, so nothing was sent."""
-
-
-class AnswerLost(HostedError, ConnectionError):
-    """A request was sent, wholly or in part, and no whole answer came back."""
-
-
-class BadAnswer(HostedError, ValueError):
-    """An answer that means nothing."""
-
-
-class Refused(HostedError):
-    """The service said no, and nothing runs."""
-
-
-class AmbiguousSubmit(HostedError):
-    """A request may have been accepted and billed, and nobody knows."""
-
-
-class JobFailed(HostedError):
-    """A request was accepted, and then failed."""
-
-
-class JobCancelled(JobFailed):
-    """A request was accepted, and ended because somebody asked for it."""
-
-
-class HostedLimit(HostedError):
-    """A limit of time, or of pictures, that the user has set."""
-
-
-class UnsafeAddress(HostedError, ValueError):
-    """An address that must not be read from or sent to."""
-
-
-class Interrupted(HostedError):
-    """The user stopped waiting."""

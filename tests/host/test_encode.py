@@ -19,7 +19,6 @@ from pulid_sdxl.nodes import encode as encode_node
 from pulid_sdxl.nodes import host
 from pulid_sdxl.nodes.encode import PulidEncode
 from pulid_sdxl.pulid.cache import ResultCache
-from pulid_sdxl.pulid.encode import BATCH
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.tools.fakes import networks as fakes
 
@@ -89,16 +88,6 @@ def test_a_mask_chooses_the_face_it_covers():
         encode(photograph((40, 60)), mask=mask)
 
 
-def test_no_face_stops_and_names_every_photograph_without_one():
-    batch = torch.cat((photograph((100, 100)), photograph(), photograph((90, 90)), photograph()))
-    with pytest.raises(NoFaceError) as caught:
-        encode(batch)
-    assert [line[:36] for line in str(caught.value).splitlines()] == [
-        "Photograph 2 of 4: No face found in ",
-        "Photograph 4 of 4: No face found in ",
-    ]
-
-
 def test_no_face_can_be_skipped_and_is_said():
     batch = torch.cat((photograph(), photograph((100, 100)), photograph()))
     pulid, out = encode(batch, no_face="skip photo")
@@ -111,52 +100,12 @@ def test_no_face_can_be_skipped_and_is_said():
         encode(photograph(), no_face="skip photo")
 
 
-def test_an_index_beyond_the_last_says_how_many_faces_there_are():
-    with pytest.raises(InputError, match=r"Photograph 1 of 1: There is no face with index 2: .*2 faces"):
-        encode(photograph((40, 60), (200, 140)), face_index=2, no_face="skip photo")
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_grey_and_transparent_photographs_are_taken(channels):
-    pulid, out = encode(photograph((100, 100), channels=channels))
-    assert pulid.lefts == [80] and out.args[1].shape == (1, 336, 336, 3)
-
-
-def test_a_photograph_8000_px_wide_is_taken():
-    wide = photograph(height=2000, width=8000)
-    wide[0, 960:1040, 3960:4040] = 1  # survives shrinking to 1024
-    _, out = encode(wide)
-    assert out.args[2].shape == (1, 256, 1024, 3)
-
-
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (photograph(width=15, height=15), "too small"),
-        (torch.full((1, 64, 64, 3), float("nan")), "NaN"),
-        (torch.zeros(0, 64, 64, 3), "empty"),
-        (torch.zeros(1, 64, 64, 2), "channels"),
-    ],
-)
-def test_what_cannot_be_a_photograph_is_refused_in_words(image, words):
-    with pytest.raises(InputError, match=words):
-        encode(image)
-
-
 def test_choices_reach_the_encoder():
     two = torch.cat((photograph((100, 100)), photograph((50, 100))))
     cond = {photos: encode(two, photos=photos)[1].args[0].cond for photos in ("average", "one identity per photo")}
     assert cond["average"][0, 0, 0] == (80 + 30) / 2
     assert cond["one identity per photo"][:, 0, 0].tolist() == [80, 30]
     assert [encode(two, id_mix=mix)[1].args[0].tokens for mix in (False, True)] == [15, 20]
-
-
-def test_one_mask_serves_all_photographs_and_several_serve_one_each():
-    batch = torch.cat([photograph((40, 60), (200, 140))] * 3)
-    left, right = torch.zeros(2, 200, 300)
-    left[40:80, 20:60], right[120:160, 180:220] = 1, 1
-    assert encode(batch, mask=right[None])[0].lefts == [180] * 3
-    assert encode(batch, mask=torch.stack((left, right)))[0].lefts == [20, 180, 180]
 
 
 def test_two_hundred_faces_are_all_shown_and_the_last_can_be_taken():
@@ -171,14 +120,6 @@ def test_faces_cut_by_the_frame_are_taken_and_drawn(spot):
     pulid, out = encode(photograph(spot))
     assert len(pulid.lefts) == 1
     assert out.args[0].preview.shape == (1, 128, 128, 3)
-
-
-@pytest.mark.parametrize("content", [0.0, 1e9, -1.0])
-def test_a_black_or_wild_picture_has_no_face_and_harms_nothing(content):
-    picture = torch.full((1, 64, 64, 3), content)
-    picture[0, :, :, 0] = 0.0  # one white picture would be all faces to this analyzer
-    with pytest.raises(NoFaceError):
-        encode(picture)
 
 
 # ---- The face networks under the host's memory management ----
@@ -220,56 +161,12 @@ def test_the_same_photograph_is_not_looked_at_again():
     assert out.ui == repeated.ui
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"image": photograph((101, 100))},
-        {"face": "center"},
-        {"face_index": 1},
-        {"mask": torch.ones(1, 8, 8)},
-        {"pulid": Noting(source="other weights")},
-    ],
-    ids=["another photograph", "another order", "another index", "a mask", "other weights"],
-)
-def test_whatever_changes_what_is_seen_looks_again(changed):
-    two = photograph((40, 60), (200, 140))
-    encode(two, Noting(source="these weights"))
-    pulid, _ = encode(**{"image": two, "pulid": Noting(source="these weights"), **changed})
-    assert pulid.analyzer.looks == 1 and len(pulid.lefts) == 1
-
-
 @pytest.mark.parametrize("changed", [{"photos": "average"}, {"id_mix": True}, {"no_face": "skip photo"}])
 def test_what_is_made_of_the_same_photographs_looks_at_none_again(changed):
     batch = torch.cat((photograph((40, 60)), photograph((90, 60))))
     encode(batch, Noting(source=str(changed)))
     pulid, out = encode(batch, Noting(source=str(changed)), **changed)
     assert pulid.analyzer.looks == 0 and len(out.args[1]) == 2
-
-
-def test_of_a_batch_only_the_new_photograph_is_looked_at():
-    pulid = Noting()
-    encode(torch.cat((photograph((40, 60)), photograph((90, 60)))), pulid)
-    _, out = encode(torch.cat((photograph((40, 60)), photograph((50, 60)), photograph((90, 60)))), pulid)
-    assert pulid.lefts == [20, 70, 30]
-    assert out.args[0].cond[0, [0, 10, 15], 0].tolist() == [20, 30, 70]
-
-
-def test_that_a_photograph_shows_no_face_is_kept_too():
-    pulid = Noting()
-    for _ in range(2):
-        with pytest.raises(NoFaceError, match="Photograph 1 of 1"):
-            encode(photograph(), pulid)
-    looks = pulid.analyzer.looks
-    encode(torch.cat((photograph(), photograph((40, 60)))), pulid, no_face="skip photo")
-    assert pulid.analyzer.looks == looks + 1
-
-
-def test_photographs_go_through_the_networks_a_few_at_a_time():
-    batch = torch.cat([photograph((40 + shift, 60)) for shift in range(10)])
-    pulid, out = encode(batch)
-    assert pulid.tower.batches == [BATCH, BATCH, 2]
-    assert pulid.lefts == [20 + shift for shift in range(10)]
-    assert out.args[1].shape[0] == out.args[2].shape[0] == 10
 
 
 def test_what_is_kept_stays_within_its_limit(monkeypatch):

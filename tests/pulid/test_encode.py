@@ -186,3 +186,31 @@ def test_the_cache_is_asked_before_anybody_looks_and_knows_the_circumstances():
         given = {"weights": of, "networks": fakes.photo_networks(), **circumstances}
         run(images(3), cache=cache, **given)
         assert given["networks"].analyzer.looks == 3
+
+
+@torch.inference_mode()
+def test_of_several_photographs_only_the_new_ones_are_looked_at_a_few_at_a_time():
+    cache, of = ResultCache(2**30), fakes.weights(source="file")
+    tower, analyzer = fakes.NotingTower(), fakes.SpotAnalyzer()
+    networks = fakes.photo_networks(analyzer, tower)
+    ten, blank = images(10), torch.zeros(64, 64, 3)
+    run(ten, of, networks, cache)
+    assert tower.batches == [encoding.BATCH, encoding.BATCH, 2]
+    run([*images(11)[8:], blank], of, networks, cache, skip=True)
+    assert tower.batches[3:] == [1] and len(analyzer.lefts) == 11
+    looks = analyzer.looks
+    run([blank, *ten], of, networks, cache, skip=True)  # that a photograph shows no face is kept too
+    assert analyzer.looks == looks
+
+
+@torch.inference_mode()
+def test_each_mask_serves_its_photograph_and_the_last_one_all_that_follow():
+    two = torch.full((100, 200, 3), 0.5)
+    two[50, 40] = two[50, 150] = 1
+    left, right = torch.zeros(2, 100, 200)
+    left[40:60, 20:60], right[40:60, 130:170] = 1, 1
+    for masks, lefts in (((right,), [130] * 3), ((left, right), [20, 130, 130])):
+        analyzer = fakes.SpotAnalyzer()
+        taken = photographs([two, two, two], masks)
+        encode(taken, fakes.weights(), fakes.photo_networks(analyzer), EncodeSettings(), ResultCache(0))
+        assert analyzer.lefts == lefts

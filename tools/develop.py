@@ -1,0 +1,234 @@
+"""What run.py's commands for developers do: make their environment, run tools, tests and gates in it.
+
+Standard library only, since it runs before there is an environment.
+"""
+
+import argparse
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from collections import Counter
+from pathlib import Path
+
+from ..run import CACHE, ROOT, Command, Failure
+
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = VENV / "pulid-sdxl.json"
+
+HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
+HOST_TAG = "v0.3.64"
+CLONE_SECONDS = 300
+# Only ComfyUI's audio nodes want torchaudio; our own list pins the other two. ComfyUI starts without its templates and
+# docs, and no version of the templates serves old and new hosts alike.
+HOST_REQUIREMENTS_LEFT_OUT = {
+    "torchaudio",
+    "torch",
+    "torchvision",
+    "comfyui-workflow-templates",
+    "comfyui-embedded-docs",
+}
+
+
+def clone_host() -> list[Path]:
+    print(f"No ComfyUI found; cloning {HOST_TAG} of {HOST_URL}", flush=True)
+    partial = CACHE / "ComfyUI.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    CACHE.mkdir(exist_ok=True)
+    stall = ["-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=15"]
+    clone = ["git", *stall, "clone", "--quiet", "--depth", "1", "--branch", HOST_TAG, HOST_URL, str(partial)]
+    try:
+        subprocess.run(
+            clone,
+            check=True,
+            timeout=CLONE_SECONDS,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
+        )
+        partial.rename(CACHE / "ComfyUI")
+    except (OSError, subprocess.SubprocessError) as problem:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()[-1]
+        print(f"  could not clone it: {reason}")
+        print("  Going on without. To use one you have: --comfyui FOLDER, or the environment variable COMFYUI_PATH.")
+        return []
+    return [CACHE / "ComfyUI"]
+
+
+def host_version(host: Path) -> str:
+    text = (host / "comfyui_version.py").read_text(encoding="utf-8")
+    [version] = re.findall(r'__version__ = "(.+?)"', text)
+    return version
+
+
+# --- The environment -------------------------------------------------------------------------------------------------
+
+
+def own_requirements() -> list[str]:
+    """`dependencies` and the extra `test` of pyproject.toml. Python 3.10 has no tomllib; the lists read as Python."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = re.findall(r"^(?:dependencies|test) = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
+    return [line for found in lists for line in ast.literal_eval(found)]
+
+
+def host_requirements(host: Path) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (host / "requirements.txt").read_text("utf-8").splitlines())
+    return [line for line in lines if line and re.split(r"[^\w.-]", line)[0] not in HOST_REQUIREMENTS_LEFT_OUT]
+
+
+def ensure_environment(hosts: list[Path]) -> None:
+    """Make .venv hold our requirements and each host's. What is already there costs one look at the stamp file."""
+    layers = [own_requirements()]
+    # Old hosts first: each pins the frontend, and a newer frontend serves an older host better than the reverse.
+    for host in sorted(hosts, key=lambda host: [int(n) for n in re.findall(r"\d+", host_version(host))]):
+        layers.append(own_requirements() + host_requirements(host))  # ours again, so that pip keeps to its pins
+
+    installed = read_stamp()
+    if not PYTHON.exists():
+        print("Setting up .venv (once; torch alone is some gigabytes)", flush=True)
+        create_venv()
+        installed = []
+    for layer in layers:
+        key = hashlib.sha256(json.dumps(layer).encode()).hexdigest()
+        if key not in installed:
+            pip_install(layer)
+            installed.append(key)
+            STAMP.write_text(json.dumps(installed))
+
+
+def read_stamp() -> list[str]:
+    try:
+        return list(json.loads(STAMP.read_text()))
+    except (OSError, ValueError):
+        return []
+
+
+def create_venv() -> None:
+    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+    if made.returncode:
+        shutil.rmtree(VENV, ignore_errors=True)
+        raise Failure(f"Could not make {VENV}.\n{made.stdout}{made.stderr}On Debian: apt install python3-venv")
+
+
+def pip_install(requirements: list[str]) -> None:
+    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+    lines = []
+    with subprocess.Popen(
+        [*command, *requirements], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as pip:
+        for line in pip.stdout or ():
+            lines.append(line)
+            if line.startswith(("Collecting", "Downloading", "  Downloading", "Installing collected")):
+                print(" ", line.strip()[:110], flush=True)
+    if pip.returncode:
+        raise Failure(f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}")
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+def tool(name: str, arguments: list[str]) -> int:
+    return subprocess.call([str(PYTHON), str(ROOT / "tools"), name, *arguments])
+
+
+def on_first(name: str) -> Command:
+    """The command that runs a tool on the first host, or on none."""
+    return lambda hosts, rest: tool(name, [*(["--comfyui", str(hosts[0])] if hosts else []), *rest])
+
+
+def conformance(hosts: list[Path], rest: list[str]) -> int:
+    return tool("conformance", [*(f"--comfyui={host}" for host in hosts), *rest])
+
+
+def test(hosts: list[Path], rest: list[str]) -> int:
+    """pytest without a host, then tests/host once per host. Paths in `rest` narrow that down; options go to both."""
+    tests = ROOT / "tests"
+    paths = {argument: Path(argument.split("::")[0]).resolve() for argument in rest}
+    chosen = [argument for argument in rest if paths[argument].exists() and paths[argument].is_relative_to(tests)]
+    options = [argument for argument in rest if argument not in chosen]
+    on_host = [argument for argument in chosen if paths[argument].is_relative_to(tests / "host")]
+    without_host = [argument for argument in chosen if argument not in on_host]
+
+    runs = []
+    if without_host or not chosen:
+        everything = [str(tests), f"--ignore={tests / 'host'}"]
+        runs.append(pytest("without ComfyUI", [*(without_host or everything), *options]))
+    if on_host or not chosen:
+        for host in hosts:
+            title = f"on ComfyUI {host_version(host)} ({host})"
+            runs.append(pytest(title, [*(on_host or [str(tests / "host")]), *options], COMFYUI=str(host)))
+        if not hosts:
+            print(f"\n{'!' * 100}\nNO COMFYUI: the tests on a host (tests/host) did NOT run.\n{'!' * 100}")
+
+    counts = sum((count for _, count in runs), Counter[str]())
+    print(f"\n{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", flush=True)
+    codes = [code for code, _ in runs if code not in (0, NO_TESTS)]
+    return codes[0] if codes else 0 if counts else NO_TESTS
+
+
+NO_TESTS = 5  # pytest's exit code when its arguments leave none
+
+
+def pytest(title: str, arguments: list[str], **variables: str) -> tuple[int, Counter[str]]:
+    """Run pytest in .venv; returns its exit code and how many tests passed, failed and were skipped."""
+    print(f"\n=== {title}", flush=True)
+    report = CACHE / "pytest.xml"
+    CACHE.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    # A PYTHONPATH would reach into .venv, a COMFYUI into the tests that are to run without one.
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMFYUI")}
+    code = subprocess.call([str(PYTHON), "-m", "pytest", *arguments, f"--junitxml={report}"], env={**kept, **variables})
+    suite = xml.parse(report).find("testsuite") if report.is_file() else None
+    if suite is None:
+        return code, Counter()
+    count = Counter({key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")})
+    failed = count["failures"] + count["errors"]
+    return code, Counter(passed=count["tests"] - failed - count["skipped"], failed=failed, skipped=count["skipped"])
+
+
+def lint(_: list[Path], rest: list[str]) -> int:
+    """ruff and mypy with the settings of pyproject.toml. All of them run; 1 if any finds something."""
+    argparse.ArgumentParser(prog="run.py lint", description="Runs ruff and mypy.").parse_args(rest)
+    checks = (["check"], ["format", "--check"])
+    codes = [subprocess.call([str(PYTHON), "-m", "ruff", *check], cwd=ROOT) for check in checks]
+    prefix = f"{link_for_mypy().relative_to(ROOT)}{os.sep}"
+    mypy = subprocess.run([str(PYTHON), "-m", "mypy"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(mypy.stdout.replace(prefix, ""), end="", flush=True)
+    return int(any([*codes, mypy.returncode]))
+
+
+def link_for_mypy() -> Path:
+    """A link to this folder under the package's name, where pyproject.toml lets mypy look for it."""
+    link = ROOT / ".cache" / "mypy" / "pulid_sdxl"
+    if not link.is_dir():
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(ROOT, link.parent), target_is_directory=True)
+        except OSError as error:
+            raise Failure(f"Could not make the link {link}: {error}. Windows needs Developer Mode for it.") from error
+    return link
+
+
+def run(name: str, hosts: list[Path], rest: list[str]) -> int:
+    """A command for developers, in an environment that is made if need be; without a host, one is cloned."""
+    if not hosts and name not in ("conformance", "lint"):
+        hosts = clone_host()
+    ensure_environment(hosts)
+    return COMMANDS[name](hosts, rest)
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": on_first("demo"),
+    "test": test,
+    "lint": lint,
+    "conformance": conformance,
+    "bench": on_first("bench"),
+}
