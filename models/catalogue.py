@@ -59,13 +59,11 @@ class WeightFile:
 
     @property
     def checked_by(self) -> str:
-        """What a download of it is checked by, in the user's words."""
+        """What a download is checked by, in the user's words."""
         if self.sha256:
             return "sha256"
-        by = "size" if self.size else "content"
-        if all(copy.pinned for copy in self.copies):
-            return f"{by}, at a fixed commit (no hash is published)"
-        return f"not pinned: no hash is published, checked by {by} only"
+        pin = "at a fixed commit" if all(copy.pinned for copy in self.copies) else "not pinned"
+        return f"{'size and ' if self.size else ''}content, {pin}: no hash is published"
 
 
 @dataclass(frozen=True)
@@ -86,21 +84,20 @@ ANTELOPEV2 = ("insightface/models/antelopev2",)
 FACEXLIB = ("facexlib",)
 
 RESEARCH_ONLY = "non-commercial research only"
+TIMM_NAME = "eva02_large_patch14_clip_336.merged2b_s6b_b61k"
+FACEXLIB_RELEASES = "https://github.com/xinntao/facexlib/releases/download"
 
 # The commits are those that public code pins and has fetched these bytes from.
+V1_COMMIT = "810eab2a6746efb73ed7f2502bf46b1c453d5cf1"
 PULID_COMMIT = "d58b3ba191be1280c37ace0656a2e65cd9b8c8d8"
+EVA_CLIP_COMMIT = "11afd202f2ae80869d6cef18b1ec775e79bd8d12"
+TIMM_COMMIT = "4f62907359c8506be7021582f360564693b22c15"
 ANTELOPEV2_COMMIT = "ba0c3e10f4548361eb9a63265d87ce1140ab5a05"
 
 V1 = WeightFile(
     name="ip-adapter_pulid_sdxl_fp16.safetensors",
     folders=PULID,
-    copies=(
-        Copy(
-            "huchenlei/ipadapter_pulid",
-            "ip-adapter_pulid_sdxl_fp16.safetensors",
-            "810eab2a6746efb73ed7f2502bf46b1c453d5cf1",
-        ),
-    ),
+    copies=(Copy("huchenlei/ipadapter_pulid", "ip-adapter_pulid_sdxl_fp16.safetensors", V1_COMMIT),),
     licence="Apache-2.0",
     needed_for="PuLID v1, converted to safetensors: the better choice on SDXL-Lightning with 4 steps",
     size=791372856,
@@ -124,22 +121,16 @@ V1_PICKLE = WeightFile(
 EVA_CLIP = WeightFile(
     name="EVA02_CLIP_L_336_psz14_s6B.pt",
     folders=VISION,
-    copies=(Copy("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", "11afd202f2ae80869d6cef18b1ec775e79bd8d12"),),
+    copies=(Copy("QuanSun/EVA-CLIP", "EVA02_CLIP_L_336_psz14_s6B.pt", EVA_CLIP_COMMIT),),
     licence="MIT",
     needed_for="the vision tower that looks at the face",
     size=856461210,
     sha256="84c3a17a228c567a155259b2245b0b59072bf7da510260a0a02ec54de6d50b05",
 )
 EVA_CLIP_TIMM = WeightFile(
-    name="eva02_large_patch14_clip_336.merged2b_s6b_b61k.safetensors",
+    name=f"{TIMM_NAME}.safetensors",
     folders=VISION,
-    copies=(
-        Copy(
-            "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",
-            "open_clip_model.safetensors",
-            "4f62907359c8506be7021582f360564693b22c15",
-        ),
-    ),
+    copies=(Copy(f"timm/{TIMM_NAME}", "open_clip_model.safetensors", TIMM_COMMIT),),
     licence="MIT",
     needed_for="the same vision tower without a pickle",
     size=856239456,
@@ -190,7 +181,7 @@ RETINAFACE = WeightFile(
     needed_for="the five landmarks that a face is aligned by",
     size=109497761,
     sha256="6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d",
-    by_hand="https://github.com/xinntao/facexlib/releases/download/v0.1.0/detection_Resnet50_Final.pth",
+    by_hand=f"{FACEXLIB_RELEASES}/v0.1.0/detection_Resnet50_Final.pth",
 )
 BISENET = WeightFile(
     name="parsing_bisenet.pth",
@@ -203,7 +194,7 @@ BISENET = WeightFile(
     needed_for="telling the face from its background",
     size=53289463,
     sha256="468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567",
-    by_hand="https://github.com/xinntao/facexlib/releases/download/v0.2.0/parsing_bisenet.pth",
+    by_hand=f"{FACEXLIB_RELEASES}/v0.2.0/parsing_bisenet.pth",
 )
 
 NEEDS = (

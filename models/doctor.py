@@ -9,6 +9,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -23,12 +24,10 @@ from .onnx_providers import available_providers, provider_in_use
 PACK = Path(__file__).absolute().parents[1]
 RUN = PACK / "run.py"
 FLOOR = (0, 3, 64)  # the oldest ComfyUI that serves
-# What the pack imports, with what pip calls it; those of ComfyUI first.
-PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "PIL", "cv2", "onnxruntime", "insightface", "facexlib")
-SUBMODULES = {
-    "insightface": "insightface.model_zoo",
-    "facexlib": "facexlib.detection.retinaface",
-}  # what is used of them
+# What the pack imports.
+HOSTS_PACKAGES = ("torch", "torchvision", "numpy", "safetensors", "PIL", "huggingface_hub")
+PACKAGES = (*HOSTS_PACKAGES, "cv2", "onnxruntime", "insightface", "facexlib")
+SUBMODULES = {"insightface": "insightface.model_zoo", "facexlib": "facexlib.detection.retinaface"}  # what is used
 ONNXRUNTIMES = re.compile(r"(onnxruntime|ort)(-\w+)*", re.IGNORECASE)
 NO_RUNTIMES = {"onnxruntime-extensions", "onnxruntime-tools", "onnxruntime-genai"}
 OPENCVS = re.compile(r"opencv(-contrib)?-python(-headless)?", re.IGNORECASE)
@@ -37,8 +36,6 @@ VARIABLES = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
 # Nodes that older shared workflows name: ours step back where another pack has one.
 LEGACY_IDS = {"PulidModelLoader", "PulidInsightFaceLoader", "PulidEvaClipLoader", "ApplyPulid", "ApplyPulidAdvanced"}
 NODE_IDS = re.compile(rf"""["']({"|".join(LEGACY_IDS)}|ApplyPulidFlux|PuLID_\w+)["']""".encode())
-LONGEST_SOURCE = 1 << 20  # bytes read of a file of another pack
-MOST_SOURCES = 200  # files read of another pack
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,6 @@ class Finding:
     topic: str
     text: str
     remedy: str = ""
-
-
-Fact = Callable[[], list[Finding]]
 
 
 def report(
@@ -65,10 +59,10 @@ def report(
     ask  tries a package and says what it found; by default in this process, which a broken library can end
     """
     findings = [*system(), *comfyui_version(comfyui), *network(environment), *builds()]
-    packages = PACKAGES if version_of("torch") else ()
-    for package in packages:
-        findings += (ask or try_package)(package)
-    if not packages:
+    if version_of("torch"):
+        for package in PACKAGES:
+            findings += (ask or try_package)(package)
+    else:
         portable = f'python_embeded\\python.exe -s "{RUN}" doctor'
         remedy = f"Run this with the Python that starts ComfyUI; in the portable build: {portable}"
         findings.append(Finding("packages", "no torch here, so this is not ComfyUI's Python", remedy))
@@ -195,18 +189,14 @@ def onnx_providers() -> list[Finding]:
     return findings
 
 
-MORE: dict[str, Fact] = {"torch": torch_devices, "onnxruntime": onnx_providers}
+MORE: dict[str, Callable[[], list[Finding]]] = {"torch": torch_devices, "onnxruntime": onnx_providers}
 
 
 def files(folders: ModelFolders) -> list[Finding]:
     """Where the files lie, by their sizes; `run.py models` compares the hashes."""
     entries = inventory(folders)
     findings = [
-        Finding(
-            "file",
-            f"{entry.verdict}, {shown(entry.path)}",
-            "Delete it and get it again." if entry.fault else "",
-        )
+        Finding("file", f"{entry.verdict}, {shown(entry.path)}", "Delete it and get it again." if entry.fault else "")
         for entry in entries
         if entry.path
     ]
@@ -225,7 +215,7 @@ def neighbours(custom_nodes: Path) -> list[Finding]:
     for pack in sorted(path for path in custom_nodes.iterdir() if path.is_dir()):
         if pack.name.startswith((".", "__")) or pack.name.endswith(".disabled") or pack.resolve() == PACK.resolve():
             continue
-        ids = sorted(set().union(*map(_node_ids, _sources(pack))))
+        ids = sorted(_node_ids(pack))
         copies = [node_id for node_id in ids if node_id.startswith("PuLID_")]
         if ids:
             remedy = f"It has nodes of this pack ({', '.join(copies[:3])}): keep one of the two." if copies else ""
@@ -254,15 +244,10 @@ def from_json(text: str) -> list[Finding]:
     return [Finding(**entry) for entry in json.loads(text)]
 
 
-def _sources(pack: Path) -> list[Path]:
-    """Python files of a pack, as far down as packs keep their nodes."""
-    found = [path for pattern in ("*.py", "*/*.py", "*/*/*.py") for path in pack.glob(pattern)]
-    return found[:MOST_SOURCES]
-
-
-def _node_ids(path: Path) -> set[str]:
-    try:
-        with path.open("rb") as file:
-            return {found.decode() for found in NODE_IDS.findall(file.read(LONGEST_SOURCE))}
-    except OSError:
-        return set()
+def _node_ids(pack: Path) -> set[str]:
+    """Those that its Python files name, as far down as packs keep their nodes."""
+    found: set[str] = set()
+    for path in (path for pattern in ("*.py", "*/*.py", "*/*/*.py") for path in pack.glob(pattern)):
+        with suppress(OSError):
+            found |= {name.decode() for name in NODE_IDS.findall(path.read_bytes())}
+    return found

@@ -11,9 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ..pulid.errors import DownloadError, WeightsError
@@ -71,12 +71,12 @@ def fetch(
     Raises DownloadError, then nothing new lies under the file's name; MissingPackage without huggingface_hub.
     """
     import_package("huggingface_hub")
-    target = folder / record.name
+    target, staging = folder / record.name, folder.absolute() / STAGING
     before = _state(target)
     try:
-        with _alone(folder / STAGING / f"{record.name}.lock", lambda: progress(0, record.size)):
+        with _alone(staging / f"{record.name}.lock", lambda: progress(0, record.size)):
             if _state(target) in (None, before):  # else somebody fetched it while this one waited
-                os.replace(_Download(record, folder, progress, recognise, environment).part(), target)
+                os.replace(_Download(record, staging, progress, recognise, environment).part(), target)
         return target
     except DownloadError as error:
         by_hand = f"By hand: download {record.url} and put it at {shown(target)}."
@@ -88,35 +88,34 @@ def fetch(
         ) from error
 
 
+@dataclass
 class _Download:
-    """One file on its way; see `fetch`."""
+    """One file on its way into the folder for what is not whole yet; the rest as for `fetch`."""
 
-    def __init__(
-        self,
-        record: WeightFile,
-        folder: Path,
-        progress: Progress,
-        recognise: Recognise | None,
-        environment: Mapping[str, str],
-    ):
-        self.record, self.progress, self.recognise, self.environment = record, progress, recognise, environment
-        endpoint = environment.get("HF_ENDPOINT") or HUGGING_FACE
-        self.host = urlsplit(endpoint).hostname or "an address without a host"  # the rest may hold a password
-        self.mirror = " Unset HF_ENDPOINT to ask huggingface.co." if endpoint.rstrip("/") != HUGGING_FACE else ""
-        self.folder = folder.absolute() / STAGING
+    record: WeightFile
+    staging: Path
+    progress: Progress
+    recognise: Recognise | None
+    environment: Mapping[str, str]
+
+    @property
+    def host(self) -> str:
+        """Who is asked; the rest of an address may hold a password."""
+        return urlsplit(self.environment.get("HF_ENDPOINT") or HUGGING_FACE).hostname or "an address without a host"
 
     def part(self) -> Path:
         """The whole file, checked, under a temporary name. Asks one copy after the other."""
         refusals = []
         for copy in _in_order(self.record):
             # What it is the beginning of: bytes of one hash come from any copy, those of a commit from there alone.
-            part = self.folder / f"{self.record.name}.{(self.record.sha256 or copy.revision)[:12]}.part"
+            part = self.staging / f"{self.record.name}.{(self.record.sha256 or copy.revision)[:12]}.part"
             try:
                 self._receive_whole(copy, part)
                 return part
             except _Refused as error:
-                refusals.append(f"{error}{self.mirror}")
-        raise DownloadError(" ".join(dict.fromkeys(refusals)) or "It is to be had by hand only.")
+                refusals.append(str(error))
+        mirror = " Unset HF_ENDPOINT to ask huggingface.co." if self.host != urlsplit(HUGGING_FACE).hostname else ""
+        raise DownloadError(" ".join(dict.fromkeys(refusals)) + mirror if refusals else "It is to be had by hand only.")
 
     def _receive_whole(self, copy: Copy, part: Path) -> None:
         began = _size(part)
@@ -130,6 +129,16 @@ class _Download:
         return None
 
     def _receive(self, copy: Copy, part: Path) -> None:
+        """Ask again while each try brings more: until version 2, huggingface_hub gives up where a connection is cut."""
+        before = _size(part)
+        while answer := self._ask(copy, part):
+            cut = not answer.get("status") and answer.get("kinds") and answer.get("errno") not in NO_ROOM
+            if not cut or _size(part) <= before:
+                self._tell(answer, part)
+            before = _size(part)
+
+    def _ask(self, copy: Copy, part: Path) -> dict[str, Any]:
+        """What hub_process.py reports: nothing if all went well."""
         alone = ["-s"] if sys.flags.no_user_site else []  # how ComfyUI's portable Python is started
         names = [copy.repo_id, copy.path, copy.revision, str(part), str(self.record.size or 0)]
         with subprocess.Popen(
@@ -149,13 +158,12 @@ class _Download:
                 process.kill()
                 raise
             said = process.stdout.read() if process.stdout else b""
-        answer = json.loads(said or json.dumps({"kinds": [f"exit code {process.returncode}"]}))
-        if answer:
-            self._tell(answer, part)
+        return json.loads(said) if said else {"kinds": [f"exit code {process.returncode}"]}
 
-    def _tell(self, answer: dict[str, Any], part: Path) -> None:
-        """Raise what hub_process.py reports, in words."""
-        status, kinds, room = answer.get("status"), answer.get("kinds", ()), f"Make room at {shown(self.folder.parent)}"
+    def _tell(self, answer: dict[str, Any], part: Path) -> NoReturn:
+        """Raise it in words."""
+        status, kinds = answer.get("status"), answer.get("kinds", ())
+        room = f"Make room at {shown(self.staging.parent)}"
         kept = f" {_size(part)} bytes are kept, and the next try goes on from there." if _size(part) else ""
         if "offered" in answer:
             raise _Refused(
@@ -195,18 +203,14 @@ def _in_order(record: WeightFile) -> Iterator[Copy]:
         yield from (replace(copy, revision="main") for copy in record.copies if copy.pinned)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _state(path: Path) -> tuple[str, int, int] | None:
-    try:
+    with suppress(OSError):
         return file_state(path)
-    except OSError:
-        return None
+    return None
+
+
+def _size(path: Path) -> int:
+    return (_state(path) or ("", 0, 0))[1]
 
 
 @contextmanager

@@ -4,15 +4,15 @@ Source of the format: ComfyUI's utils/extra_config.py and extra_model_paths.yaml
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..pulid.errors import InputError
 from ..pulid.packages import describe, import_package
 from .catalogue import CATALOGUE
 from .locate import shown
 
-LARGEST = 64 << 10  # bytes of a yaml file
 NAMES = tuple(dict.fromkeys(folder.partition("/")[0] for file in CATALOGUE for folder in file.folders))
 LEGACY = {"clip": "text_encoders"}  # as ComfyUI maps them; it looks for the latter in both folders
 
@@ -38,34 +38,27 @@ def model_paths(models: Path, yamls: Iterable[Path] = ()) -> dict[str, list[Path
     return {name: known for name, known in paths.items() if name in NAMES}
 
 
-def _entries(file: Path) -> Iterable[tuple[str, Path, bool]]:
+def _entries(file: Path) -> Iterator[tuple[str, Path, bool]]:
     """Name, path, and whether it comes before those already there, of each line of each section."""
-    config = _read(file)
-    for section in config.values():
+    for section in _read(file).values():
         if not isinstance(section, Mapping):
             continue
-        base = _absolute(str(section.get("base_path", "")), file.parent)
+        base = file.parent.absolute() / os.path.expandvars(os.path.expanduser(str(section.get("base_path", ""))))
         first = str(section.get("is_default", "")).lower() in ("true", "yes", "on")
         for name, lines in section.items():
             if name not in ("base_path", "is_default") and isinstance(lines, str):
                 yield from ((name, Path(os.path.normpath(base / line)), first) for line in lines.split("\n") if line)
 
 
-def _read(file: Path) -> Mapping:
+def _read(file: Path) -> Mapping[str, Any]:
     yaml = import_package("yaml")
     try:
-        if file.stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} bytes")
         # The base loader makes texts, lists and mappings alone: no objects, no numbers, no merged copies.
-        config = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        config = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+        if not isinstance(config, Mapping):
+            raise ValueError("it holds no sections")
     except (yaml.YAMLError, OSError, ValueError, RecursionError, TypeError) as error:
         raise InputError(
             f"{shown(file)} cannot be read ({describe(error)}). Expected yaml as in extra_model_paths.yaml.example."
         ) from error
-    if config is not None and not isinstance(config, Mapping):
-        raise InputError(f"{shown(file)} holds no sections. Expected yaml as in extra_model_paths.yaml.example.")
-    return config or {}
-
-
-def _absolute(path: str, folder: Path) -> Path:
-    return folder.absolute() / os.path.expandvars(os.path.expanduser(path))
+    return config

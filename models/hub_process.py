@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
 
 CHUNK = 1 << 20  # bytes: how far the progress bar moves, and the most that is fetched twice
 Answer = dict[str, object]
@@ -42,15 +41,13 @@ def fetch(repo_id: str, path: str, revision: str, part: str, size: int | None) -
 
 def what_happened(error: BaseException) -> Answer:
     """The error by its kinds and numbers; its words stay here, since they may hold a signed address or a folder."""
+    kinds: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        kinds += [kind.__name__ for kind in type(cause).__mro__[:2]]
+        cause = cause.__cause__ or cause.__context__
     status = getattr(getattr(error, "response", None), "status_code", None)
-    kinds = [kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__[:2]]
     return {"status": status, "errno": getattr(error, "errno", None), "kinds": kinds}
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _end_with_parent() -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .catalogue import ANTELOPEV2_ZIP, CATALOGUE, NEEDS, RESEARCH_ONLY, WeightFile
-from .locate import ANTELOPEV2_FILES, ModelFolders, fault_of, shown
+from .catalogue import ANTELOPEV2, ANTELOPEV2_ZIP, CATALOGUE, NEEDS, RESEARCH_ONLY, Need, WeightFile
+from .locate import ModelFolders, fault_of, shown
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,9 @@ class Entry:
     """A file of the catalogue, where it lies, and what is wrong with it as far as that was looked at."""
 
     file: WeightFile
-    path: Path | None
-    fault: str | None
-    hashed: bool
+    path: Path | None = None
+    fault: str | None = None
+    hashed: bool = False
 
     @property
     def whole(self) -> bool:
@@ -32,32 +32,38 @@ class Entry:
         return "size right" if self.file.size else "nothing to check by"
 
 
-def inventory(folders: ModelFolders, progress: Callable[[WeightFile, int], None] | None = None) -> list[Entry]:
+def inventory(
+    folders: ModelFolders,
+    progress: Callable[[WeightFile, int], None] | None = None,
+    files: Iterable[WeightFile] = CATALOGUE,
+) -> list[Entry]:
     """An entry for every file. With `progress`, which hears the bytes read, hashes are compared; else sizes alone."""
-    return [_entry(file, folders.locate(file), progress) for file in CATALOGUE]
+    return [_entry(file, folders.locate(file), progress) for file in files]
 
 
-def lacking(entries: Iterable[Entry]) -> list[WeightFile]:
+def lacking(entries: Iterable[Entry], needs: Iterable[Need] = NEEDS) -> list[WeightFile]:
     """What has to be fetched before the loader can run."""
     whole = {entry.file for entry in entries if entry.whole}
-    if ANTELOPEV2_ZIP in whole:
-        whole |= set(ANTELOPEV2_FILES)
-    return [need.files[0] for need in NEEDS if not whole.intersection(need.files)]
+    zipped = ANTELOPEV2_ZIP in whole
+    wanted = [need.files[0] for need in needs if not whole.intersection(need.files)]
+    return [file for file in wanted if not (zipped and file.folders == ANTELOPEV2)]
 
 
 def table(entries: Sequence[Entry]) -> str:
     """One paragraph for each file: what it is, where it lies or comes from, and whether it is whole."""
-    inputs = {file: f"PuLID_Loader: {need.input}" for need in NEEDS for file in need.files}
+    inputs = {file.name: f"PuLID_Loader: {need.input}" for need in NEEDS for file in need.files}
     rows = [("file", "size", "state", "needed by", "licence")]
     for entry in entries:
         size = entry.path.stat().st_size if entry.path else entry.file.size
         size_words = f"{size / 1e6:.0f} MB" if size else ""
-        needed = inputs.get(entry.file, "in place of the two above it")
+        needed = inputs.get(entry.file.name, "in place of the two of antelopev2")
         rows.append((entry.file.name, size_words, entry.verdict.partition(":")[0], needed, entry.file.licence))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for number, entry in enumerate(entries, start=1):
         lines[number] += f"\n    {shown(entry.path) if entry.path else entry.file.url}"
+        if not entry.file.sha256:
+            lines[number] += f"\n    checked by {entry.file.checked_by}"
         if entry.fault:
             lines[number] += f"\n    {entry.fault}: delete it, or let --download replace it"
     return "\n".join(lines)
@@ -70,9 +76,8 @@ def asks_consent(file: WeightFile) -> bool:
 
 def _entry(file: WeightFile, path: Path | None, progress: Callable[[WeightFile, int], None] | None) -> Entry:
     if path is None:
-        return Entry(file, None, None, False)
-    if progress is None:
-        size = path.stat().st_size
-        fault = f"{size} bytes instead of {file.size}" if file.size not in (None, size) else None
-        return Entry(file, path, fault, False)
-    return Entry(file, path, fault_of(file, path, lambda done: progress(file, done)), True)
+        return Entry(file)
+    if progress is not None:
+        return Entry(file, path, fault_of(file, path, lambda done: progress(file, done)), hashed=True)
+    size = path.stat().st_size
+    return Entry(file, path, f"{size} bytes instead of {file.size}" if file.size not in (None, size) else None)

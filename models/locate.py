@@ -15,12 +15,7 @@ from .catalogue import ANTELOPEV2, ANTELOPEV2_ZIP, BY_NAME, CATALOGUE, GLINTR100
 
 # Where people and programs put antelopev2, below an InsightFace folder. The published zip holds a folder of its own
 # name, so unpacking it where the files belong nests it once more.
-ANTELOPEV2_PLACES = (
-    "models/antelopev2",
-    "antelopev2",
-    "models/antelopev2/antelopev2",
-    "antelopev2/antelopev2",
-)
+ANTELOPEV2_PLACES = ("models/antelopev2", "antelopev2", "models/antelopev2/antelopev2", "antelopev2/antelopev2")
 ANTELOPEV2_FILES = (SCRFD, GLINTR100)
 ZIP_PLACES = ("models", "", *ANTELOPEV2_PLACES[:2])
 
@@ -59,6 +54,7 @@ class ModelFolders:
 
     def locate(self, file: WeightFile) -> Path | None:
         """Where the file lies, if it does."""
+        candidates: Iterator[Path]
         if file.name == ANTELOPEV2_ZIP.name:
             candidates = (folder / place / file.name for folder in self.of(file) for place in ZIP_PLACES)
         elif file.folders == ANTELOPEV2:
@@ -101,16 +97,16 @@ def find(file: WeightFile | str, folders: Iterable[Path | str], elsewhere: Itera
 
     Raises MissingWeights when none does, InputError when the name leads out of the folders.
     """
-    folders = [Path(folder) for folder in folders]
+    places = list(map(Path, folders))
     name = file if isinstance(file, str) else file.name
     relative = PureWindowsPath(name)  # reads both kinds of slash, on every system
     if relative.anchor or ".." in relative.parts or not relative.parts:
         raise InputError(f"Expected a file name inside the model folders, found {name!r}. Choose a file from the list.")
     record = BY_NAME.get(relative.name)
-    for candidate in _candidates(Path(*relative.parts), record, folders, elsewhere):
+    for candidate in _candidates(Path(*relative.parts), record, places, elsewhere):
         if _is_file(candidate):
             return candidate
-    raise MissingWeights(_missing(name, record, folders))
+    raise MissingWeights(_missing(name, record, places))
 
 
 def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = ()) -> Path:
@@ -127,10 +123,9 @@ def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = (
             return place
     target = places[0] if places else Path("models", *ANTELOPEV2)
     raise MissingWeights(
-        f"Expected {SCRFD.name} and {GLINTR100.name} together in a folder antelopev2, found no such folder. "
-        f"Looked in: {_listed(places)}. "
-        f"Download {ANTELOPEV2_ZIP.url} and put it, or the two files in it, in {shown(target)}; or choose "
-        f"missing_files: download. Licence: {ANTELOPEV2_ZIP.licence}."
+        f"Expected {SCRFD.name} and {GLINTR100.name} together in a folder antelopev2, found no such folder. Looked in: "
+        f"{_listed(places)}. Download {ANTELOPEV2_ZIP.url} and put it, or the two files in it, in {shown(target)}; or "
+        f"choose missing_files: download. Licence: {ANTELOPEV2_ZIP.licence}."
     )
 
 
@@ -186,24 +181,23 @@ def other_programs(environment: Mapping[str, str], home: Path) -> tuple[Path, ..
 
 
 def fault_of(file: WeightFile, path: Path, progress: Callable[[int], None] = lambda done: None) -> str | None:
-    """How the file at `path` differs in size or hash from what was published; None if in nothing that is known."""
+    """How the file at `path` differs in size or hash from what was published; None if in nothing that is known.
+
+    `progress` hears how many bytes are read.
+    """
     size = path.stat().st_size
     if file.size not in (None, size):
         return f"{size} bytes instead of {file.size}"
-    if file.sha256 and (found := sha256_of(path, progress)) != file.sha256:
-        return f"sha256 {found} instead of {file.sha256}"
-    return None
-
-
-def sha256_of(path: Path, progress: Callable[[int], None] = lambda done: None) -> str:
-    """Lower-case hex; `progress` hears how many bytes are read."""
+    if file.sha256 is None:
+        return None
     digest, done = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+    with path.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
             digest.update(chunk)
             done += len(chunk)
             progress(done)
-    return digest.hexdigest()
+    found = digest.hexdigest()
+    return f"sha256 {found} instead of {file.sha256}" if found != file.sha256 else None
 
 
 def not_weights(head: bytes) -> str | None:

@@ -14,71 +14,40 @@ from ..pulid.schedule import CURVES, Schedule
 from ..pulid.sites import SITES
 from . import host
 from .patch import TokenMask, patch_model
+from .texts import described
 from .types import IdentitySocket, LoadedPulid, PulidSocket
 
-MODEL = io.Model.Input("model", tooltip="An SDXL model.")
-PULID = PulidSocket.Input("pulid", tooltip="From Load PuLID.")
-IDENTITY = IdentitySocket.Input("identity", tooltip="The person, from PuLID Encode Identity.")
-WEIGHT = io.Float.Input(
-    "weight",
-    default=0.8,
-    min=-1.0,
-    max=5.0,
-    step=0.05,
-    tooltip="How strongly the picture takes on the person. 0 leaves the model as it is, below 0 pushes away.",
-)
-START = io.Float.Input(
-    "start_at",
-    default=0.0,
-    min=0.0,
-    max=1.0,
-    step=0.001,
-    tooltip="From which part of sampling on. A later start leaves composition and pose to the prompt.",
-)
-END = io.Float.Input(
-    "end_at",
-    default=1.0,
-    min=0.0,
-    max=1.0,
-    step=0.001,
-    tooltip="Up to which part of sampling. An earlier end leaves fine detail to the model.",
-)
-NOISE = io.Float.Input(
-    "noise", default=0.0, min=0.0, max=1.0, step=0.05, tooltip="How strong that noise is; only for noise."
-)
-MASK = io.Mask.Input(
-    "attn_mask",
-    optional=True,
-    tooltip="Where in the picture the person appears; white counts. For two people chain two nodes, a mask each.",
-)
+MODEL = io.Model.Input("model")
+PULID = PulidSocket.Input("pulid")
+IDENTITY = IdentitySocket.Input("identity")
+WEIGHT = io.Float.Input("weight", default=0.8, min=-1.0, max=5.0, step=0.05)
+START = io.Float.Input("start_at", default=0.0, min=0.0, max=1.0, step=0.001)
+END = io.Float.Input("end_at", default=1.0, min=0.0, max=1.0, step=0.001)
+NOISE = io.Float.Input("noise", default=0.0, min=0.0, max=1.0, step=0.05)
+MASK = io.Mask.Input("attn_mask", optional=True)
 PATCHED = io.Model.Output("patched_model", display_name="model")
 
 
 class PulidApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PuLID_Apply",
-            display_name="Apply PuLID (SDXL)",
-            category="PuLID",
-            description="Gives an SDXL model a person's identity. The model that goes in stays as it is.",
-            inputs=[
-                MODEL,
-                PULID,
-                IDENTITY,
-                io.Combo.Input(
-                    "method",
-                    options=list(METHODS),
-                    default="fidelity",
-                    tooltip="fidelity: closest likeness. extreme style: leaves more room to the prompt's style. "
-                    "neutral: adds the person without sparing anything.",
-                ),
-                WEIGHT,
-                START,
-                END,
-                MASK,
-            ],
-            outputs=[PATCHED],
+        return described(
+            io.Schema(
+                node_id="PuLID_Apply",
+                display_name="Apply PuLID (SDXL)",
+                category="PuLID",
+                inputs=[
+                    MODEL,
+                    PULID,
+                    IDENTITY,
+                    io.Combo.Input("method", options=list(METHODS), default="fidelity"),
+                    WEIGHT,
+                    START,
+                    END,
+                    MASK,
+                ],
+                outputs=[PATCHED],
+            )
         )
 
     @classmethod
@@ -108,59 +77,41 @@ class PulidApply(io.ComfyNode):
 class PulidApplyAdvanced(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PuLID_ApplyAdvanced",
-            display_name="Apply PuLID Advanced (SDXL)",
-            category="PuLID",
-            description="Apply PuLID with every choice in the open.",
-            inputs=[
-                MODEL,
-                PULID,
-                IDENTITY,
-                io.Combo.Input(
-                    "projection",
-                    options=[fusion.value for fusion in PROJECTIONS],
-                    default=Fusion.ORTHOGONAL_V2.value,
-                    tooltip="How the person joins the picture: ortho_v2 as in fidelity, ortho as in extreme style.",
-                ),
-                io.Int.Input(
-                    "zero_tokens",
-                    default=-1,
-                    min=-1,
-                    max=80,
-                    tooltip="More make the picture easier to edit and less alike. -1 takes the number that suits the "
-                    "projection and the PuLID version.",
-                ),
-                WEIGHT,
-                io.Combo.Input(
-                    "weight_curve",
-                    options=list(CURVES),
-                    default="flat",
-                    tooltip="How the weight runs over the range: flat, rising (ease in), falling (ease out), or both.",
-                ),
-                START,
-                END,
-                _part_weight("input_blocks", "the first half of the UNet: composition and large shapes"),
-                _part_weight("middle_block", "the middle of the UNet: what is in the picture"),
-                _part_weight("output_blocks", "the second half of the UNet: the face's features and texture"),
-                io.Combo.Input(
-                    "uncond",
-                    options=["zeros", "noise"],
-                    default="zeros",
-                    tooltip="What the negative branch sees: zeros as the authors do, or noise against burnt colours.",
-                ),
-                NOISE,
-                io.Int.Input(
-                    "noise_seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=False,  # the editor would change it, and with it the model, at every run
-                    tooltip="Another seed, another noise; only for noise.",
-                ),
-                MASK,
-            ],
-            outputs=[PATCHED],
+        return described(
+            io.Schema(
+                node_id="PuLID_ApplyAdvanced",
+                display_name="Apply PuLID Advanced (SDXL)",
+                category="PuLID",
+                inputs=[
+                    MODEL,
+                    PULID,
+                    IDENTITY,
+                    io.Combo.Input(
+                        "projection",
+                        options=[fusion.value for fusion in PROJECTIONS],
+                        default=Fusion.ORTHOGONAL_V2.value,
+                    ),
+                    io.Int.Input("zero_tokens", default=-1, min=-1, max=80),
+                    WEIGHT,
+                    io.Combo.Input("weight_curve", options=list(CURVES), default="flat"),
+                    START,
+                    END,
+                    _part_weight("input_blocks", "the first half of the UNet: composition and large shapes"),
+                    _part_weight("middle_block", "the middle of the UNet: what is in the picture"),
+                    _part_weight("output_blocks", "the second half of the UNet: the face's features and texture"),
+                    io.Combo.Input("uncond", options=["zeros", "noise"], default="zeros"),
+                    NOISE,
+                    io.Int.Input(
+                        "noise_seed",
+                        default=0,
+                        min=0,
+                        max=0xFFFFFFFF,
+                        control_after_generate=False,  # the editor would change it, and with it the model, at every run
+                    ),
+                    MASK,
+                ],
+                outputs=[PATCHED],
+            )
         )
 
     @classmethod
@@ -206,14 +157,7 @@ PROJECTIONS = {Fusion.ORTHOGONAL_V2: "fidelity", Fusion.ORTHOGONAL: "extreme sty
 
 
 def _part_weight(name: str, where: str) -> io.Input:
-    return io.Float.Input(
-        name,
-        default=1.0,
-        min=0.0,
-        max=2.0,
-        step=0.05,
-        tooltip=f"Times the weight in {where}. 0 leaves that part alone.",
-    )
+    return io.Float.Input(name, default=1.0, min=0.0, max=2.0, step=0.05)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from ..pulid.identity import IdEmbedding
 from ..pulid.photo import read_photo
 from ..pulid.preview import draw_selection
 from ..pulid.tokens import Photos
+from .texts import described
 from .types import IdentitySocket, LoadedPulid, PulidSocket
 
 CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
@@ -24,57 +25,30 @@ CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 rea
 class PulidEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PuLID_Encode",
-            display_name="PuLID Encode Identity",
-            category="PuLID",
-            description="Finds a face in each photograph and makes an identity. A batch is photographs of one person.",
-            inputs=[
-                PulidSocket.Input("pulid", tooltip="From Load PuLID."),
-                io.Image.Input("image", tooltip="Photographs. The first is the main one."),
-                io.Combo.Input(
-                    "face",
-                    options=list(ORDERS),
-                    default="largest",
-                    tooltip="How the faces in a photograph are ordered; face_index counts in this order.",
-                ),
-                io.Int.Input(
-                    "face_index", default=0, min=0, max=255, tooltip="Which face of each photograph, 0 is the first."
-                ),
-                io.Combo.Input(
-                    "photos",
-                    options=["one person", "average", "one identity per photo"],
-                    default="one person",
-                    tooltip="What several photographs are: one person as the authors do it, their mean, or an identity "
-                    "each (the first for the first picture of a batch, and so on).",
-                ),
-                io.Boolean.Input(
-                    "id_mix",
-                    default=False,
-                    tooltip="Mix different people into one (PuLID v1). Leave it off for photographs of one person.",
-                ),
-                io.Combo.Input(
-                    "no_face",
-                    options=["stop", "skip photo"],
-                    default="stop",
-                    tooltip="What to do when a photograph shows no face: stop, or go on with the others.",
-                ),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="Marks the face to take: the one that it covers best comes first."
-                ),
-            ],
-            outputs=[
-                IdentitySocket.Output("encoded", display_name="identity"),
-                io.Image.Output(
-                    "seen", display_name="faces", tooltip="What the vision tower sees, one per photograph."
-                ),
-                io.Image.Output(
-                    "found",
-                    display_name="detections",
-                    tooltip="The photographs with all faces found; the chosen one is marked.",
-                ),
-            ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        return described(
+            io.Schema(
+                node_id="PuLID_Encode",
+                display_name="PuLID Encode Identity",
+                category="PuLID",
+                inputs=[
+                    PulidSocket.Input("pulid"),
+                    io.Image.Input("image"),
+                    io.Combo.Input("face", options=list(ORDERS), default="largest"),
+                    io.Int.Input("face_index", default=0, min=0, max=255),
+                    io.Combo.Input(
+                        "photos", options=["one person", "average", "one identity per photo"], default="one person"
+                    ),
+                    io.Boolean.Input("id_mix", default=False),
+                    io.Combo.Input("no_face", options=["stop", "skip photo"], default="stop"),
+                    io.Mask.Input("mask", optional=True),
+                ],
+                outputs=[
+                    IdentitySocket.Output("encoded", display_name="identity"),
+                    io.Image.Output("seen", display_name="faces"),
+                    io.Image.Output("found", display_name="detections"),
+                ],
+                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            )
         )
 
     @classmethod

@@ -39,6 +39,7 @@ from .load import (
     pulid_choices,
     state_of,
 )
+from .texts import with_tooltips
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,7 @@ def _tower_here(folders: ModelFolders) -> str:
     return next((file.name for file in published if folders.locate(file)), catalogue.EVA_CLIP.name)
 
 
+MODEL, START, END, MASK = with_tooltips("PuLID_Apply", MODEL, START, END, MASK)
 PULID = PulidFile.Input("pulid", tooltip="From Load PuLID Model.")
 EVA_CLIP = EvaClip.Input("eva_clip", tooltip="From Load Eva Clip (PuLID).")
 FACE_ANALYSIS = FaceAnalysis.Input("face_analysis", tooltip="From Load InsightFace (PuLID).")

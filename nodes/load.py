@@ -22,6 +22,7 @@ from ..pulid.eva import EvaConfig, EvaVisionTower
 from ..pulid.faces import FaceAnalyzer
 from ..pulid.networks import Managed, PhotoNetworks, PulidWeights
 from . import host
+from .texts import described
 from .types import LoadedPulid, PulidSocket
 
 MISSING_FILES = ("stop", "download")
@@ -47,44 +48,20 @@ class PulidLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         pulid_files = pulid_choices()
-        return io.Schema(
-            node_id="PuLID_Loader",
-            display_name="Load PuLID (SDXL)",
-            category="PuLID",
-            description="Loads a PuLID file for SDXL with the networks that find and look at a face.",
-            inputs=[
-                io.Combo.Input(
-                    "pulid_file",
-                    options=pulid_files,
-                    default=pulid_files[0],
-                    tooltip="The PuLID file, in models/pulid. v1.1 suits most SDXL checkpoints, v1 SDXL-Lightning.",
-                ),
-                io.Combo.Input(
-                    "eva_clip",
-                    options=_choices(catalogue.choices("eva_clip"), _tower_choices()),
-                    tooltip="The EVA02-CLIP-L/14-336 vision tower that looks at the face, in models/clip_vision.",
-                ),
-                io.Combo.Input(
-                    "face_analysis",
-                    options=["antelopev2"],
-                    tooltip="The InsightFace models that find and recognise a face (non-commercial research only).",
-                ),
-                io.Combo.Input(
-                    "provider",
-                    options=["auto", *PROVIDERS],
-                    default="auto",
-                    tooltip="What runs the InsightFace models. auto takes the fastest that is installed.",
-                ),
-                io.Combo.Input(
-                    "missing_files",
-                    options=list(MISSING_FILES),
-                    default=MISSING_FILES[0],
-                    tooltip="What to do when a file is not there. stop says which file, and where to get it; download "
-                    "fetches it (2 GB for all) into your models folder. InsightFace's antelopev2 is for non-commercial "
-                    "research only: choose download if that is what you do.",
-                ),
-            ],
-            outputs=[PulidSocket.Output("loaded", display_name="pulid")],
+        return described(
+            io.Schema(
+                node_id="PuLID_Loader",
+                display_name="Load PuLID (SDXL)",
+                category="PuLID",
+                inputs=[
+                    io.Combo.Input("pulid_file", options=pulid_files, default=pulid_files[0]),
+                    io.Combo.Input("eva_clip", options=_choices(catalogue.choices("eva_clip"), _tower_choices())),
+                    io.Combo.Input("face_analysis", options=["antelopev2"]),
+                    io.Combo.Input("provider", options=["auto", *PROVIDERS], default="auto"),
+                    io.Combo.Input("missing_files", options=list(MISSING_FILES), default=MISSING_FILES[0]),
+                ],
+                outputs=[PulidSocket.Output("loaded", display_name="pulid")],
+            )
         )
 
     @classmethod

@@ -9,30 +9,23 @@ from ..models.identities import content_digest, find_identity, load, pack_versio
 from ..pulid.errors import PulidError
 from ..pulid.identity import IdEmbedding
 from . import host
+from .texts import described
 from .types import IdentitySocket
 
 
 class PulidSaveIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PuLID_SaveIdentity",
-            display_name="PuLID Save Identity",
-            category="PuLID",
-            description="Keeps an identity as a file, for Load Identity. Nothing is ever overwritten. The file shows "
-            "small pictures of the faces it was made of.",
-            inputs=[
-                IdentitySocket.Input("identity", tooltip="The person to keep."),
-                io.String.Input(
-                    "filename_prefix",
-                    default="person",
-                    tooltip="The name, to which a number is added; may have folders (family/anna) and ComfyUI's "
-                    "%year%, %month% and so on. The file goes into output/pulid_identities.",
-                ),
-            ],
-            outputs=[],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            is_output_node=True,
+        return described(
+            io.Schema(
+                node_id="PuLID_SaveIdentity",
+                display_name="PuLID Save Identity",
+                category="PuLID",
+                inputs=[IdentitySocket.Input("identity"), io.String.Input("filename_prefix", default="person")],
+                outputs=[],
+                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+                is_output_node=True,
+            )
         )
 
     @classmethod
@@ -45,20 +38,15 @@ class PulidSaveIdentity(io.ComfyNode):
 class PulidLoadIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PuLID_LoadIdentity",
-            display_name="PuLID Load Identity",
-            category="PuLID",
-            description="Loads an identity that Save Identity kept; no face models are needed.",
-            inputs=[
-                io.Combo.Input(
-                    "identity_file",
-                    options=host.file_names(host.IDENTITIES),
-                    tooltip="A file in output/pulid_identities or models/pulid_identities. Press R for new ones.",
-                )
-            ],
-            outputs=[IdentitySocket.Output("loaded", display_name="identity")],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+        return described(
+            io.Schema(
+                node_id="PuLID_LoadIdentity",
+                display_name="PuLID Load Identity",
+                category="PuLID",
+                inputs=[io.Combo.Input("identity_file", options=host.file_names(host.IDENTITIES))],
+                outputs=[IdentitySocket.Output("loaded", display_name="identity")],
+                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            )
         )
 
     @classmethod

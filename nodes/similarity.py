@@ -13,6 +13,7 @@ from ..pulid.faces import FaceAnalyzer, FoundFaces, find_faces, in_order
 from ..pulid.people import mean_direction, similarities
 from ..pulid.photo import Photo, read_photo
 from ..pulid.preview import draw_boxes
+from .texts import described
 from .types import LoadedPulid, PulidSocket
 
 FLATTERED = (
@@ -23,33 +24,20 @@ FLATTERED = (
 class PulidFaceSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PuLID_FaceSimilarity",
-            display_name="PuLID Face Similarity",
-            category="PuLID",
-            description=f"How alike the faces of pictures are to a person, from -1 to 1. {FLATTERED}",
-            inputs=[
-                PulidSocket.Input("pulid", tooltip="From Load PuLID."),
-                io.Image.Input(
-                    "reference", tooltip="Photographs of the person; the largest face of each, all of them together."
-                ),
-                io.Image.Input(
-                    "image", tooltip="Pictures to measure. Of several faces in one, the most similar counts."
-                ),
-            ],
-            outputs=[
-                io.Float.Output(
-                    "similarity", display_name="similarity", tooltip="The mean over the pictures that show a face."
-                ),
-                io.String.Output("scores", display_name="per image", tooltip="A line for each picture."),
-                io.Image.Output(
-                    "compared",
-                    display_name="annotated image",
-                    tooltip="The pictures with every face's score; the one that counts is green.",
-                ),
-            ],
-            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            is_output_node=True,
+        return described(
+            io.Schema(
+                node_id="PuLID_FaceSimilarity",
+                display_name="PuLID Face Similarity",
+                category="PuLID",
+                inputs=[PulidSocket.Input("pulid"), io.Image.Input("reference"), io.Image.Input("image")],
+                outputs=[
+                    io.Float.Output("similarity", display_name="similarity"),
+                    io.String.Output("scores", display_name="per image"),
+                    io.Image.Output("compared", display_name="annotated image"),
+                ],
+                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+                is_output_node=True,
+            )
         )
 
     @classmethod

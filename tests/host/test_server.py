@@ -179,7 +179,7 @@ def test_shipped_workflows_are_offered_as_templates(server):
 
 def test_translations_follow_the_nodes(info):
     ours = {name: node for name, node in info.items() if node["python_module"] == f"custom_nodes.{PACK}"}
-    assert english(ours) == read("en"), "run tools/translations.py, then translate what it names"
+    assert english(ours) == read("en"), "locales/en says something else"
 
 
 def test_translations_are_served(server):

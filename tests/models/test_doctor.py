@@ -14,7 +14,7 @@ from pulid_sdxl.models.doctor import Finding
 from pulid_sdxl.models.locate import ModelFolders
 from pulid_sdxl.pulid.errors import InputError, MissingPackage
 from pulid_sdxl.pulid.packages import import_package, pip_command
-from pulid_sdxl.tools.fakes.file_server import answer, serving
+from pulid_sdxl.tools.fakes.fake_hub import answer, serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -323,27 +323,20 @@ def run(monkeypatch):
     return module
 
 
+SMALL = b"small weights"
+
+
+def small(file):
+    return replace(file, size=len(SMALL), sha256=hashlib.sha256(SMALL).hexdigest())
+
+
 @pytest.fixture
-def published(monkeypatch):
-    """The catalogue's needs as six small files on a server of this machine."""
-    with serving(b"small weights") as server:
-        digest = hashlib.sha256(server.content).hexdigest()
-
-        def small(file):
-            return replace(file, address=f"{server.url}/{file.name}", size=len(server.content), sha256=digest)
-
-        needs = tuple(replace(need, files=(small(need.files[0]),)) for need in catalogue.NEEDS)
-        everything = tuple(file for need in needs for file in need.files)
-        antelope = tuple(file for file in everything if file.name.endswith(".onnx"))
-        for module in (catalogue, inventory):
-            monkeypatch.setattr(module, "NEEDS", needs)
-            monkeypatch.setattr(module, "CATALOGUE", everything)
-        monkeypatch.setattr(catalogue, "BY_NAME", {file.name: file for file in everything})
-        monkeypatch.setattr(locate, "ANTELOPEV2_FILES", antelope)
-        from pulid_sdxl.models import download
-
-        local = download.Connection(loopback=True, sleep=lambda seconds: None)
-        monkeypatch.setattr(download.Connection, "of_environment", lambda: local)
+def published(run, monkeypatch):
+    """The catalogue's needs as six small files on a hub of this machine; and `run.py models` with them."""
+    needs = tuple(replace(need, files=(small(need.files[0]),)) for need in catalogue.NEEDS)
+    with serving(SMALL) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        server.models = lambda folder, *more: run.models([], ["--models", str(folder), *more], needs)
         yield server
 
 
@@ -353,51 +346,64 @@ def test_models_lists_every_file_and_fails_while_some_are_missing(run, tmp_path,
     shown = capsys.readouterr().out
     for file in catalogue.CATALOGUE:
         assert file.name in shown and file.url in shown and file.licence in shown
+    assert shown.count("no hash is published") == 2
     assert "PuLID_Loader: pulid_file" in shown and "The loader lacks pulid_v1.1.safetensors" in shown
 
 
-def test_models_fetches_what_is_missing(run, tmp_path, capsys, published):
-    assert run.main(["models", "--models", str(tmp_path), "--download", "--accept-licence"]) == 0
+def test_models_fetches_what_is_missing(tmp_path, capsys, published):
+    assert published.models(tmp_path, "--download", "--accept-licence") == 0
 
-    assert len(published.requests) == 6
-    assert (tmp_path / "insightface/models/antelopev2/glintr100.onnx").read_bytes() == b"small weights"
+    assert len(published.fetched) == 6
+    assert (tmp_path / "insightface/models/antelopev2/glintr100.onnx").read_bytes() == SMALL
     shown = capsys.readouterr().out
     assert "Licence: non-commercial research only" in shown
-    assert run.main(["models", "--models", str(tmp_path)]) == 0
+    assert published.models(tmp_path) == 0
     assert capsys.readouterr().out.count("hash right") == 6
-    assert run.main(["models", "--models", str(tmp_path), "--download"]) == 0
-    assert len(published.requests) == 6
+    assert published.models(tmp_path, "--download") == 0
+    assert len(published.fetched) == 6
 
 
-@pytest.mark.parametrize(("typed", "fetched"), [("y", 6), ("", 4), ("n", 4), (None, 4)])
+@pytest.mark.parametrize(("typed", "fetched"), [("y", 6), ("n", 4), (None, 4)])
 def test_antelopev2_is_fetched_only_by_who_accepts_its_licence(
     run, tmp_path, capsys, monkeypatch, published, typed, fetched
 ):
     monkeypatch.setattr(run.sys, "stdin", type("Terminal", (), {"isatty": lambda self: typed is not None})())
     monkeypatch.setattr("builtins.input", lambda question: typed)
 
-    code = run.main(["models", "--models", str(tmp_path), "--download"])
+    code = published.models(tmp_path, "--download")
 
-    assert len(published.requests) == fetched
+    assert len(published.fetched) == fetched
     assert code == (0 if fetched == 6 else 1)
     assert ("this licence has to be accepted" in capsys.readouterr().out) is (fetched == 4)
 
 
-def test_models_fetches_what_is_named_and_replaces_what_is_altered(run, tmp_path, published):
+def test_models_fetches_what_is_named_and_replaces_what_is_altered(tmp_path, published):
     altered = write(tmp_path / "facexlib" / "parsing_bisenet.pth", b"small weighty")
 
-    assert run.main(["models", "--models", str(tmp_path), "--download", "parsing_bisenet.pth"]) == 1  # others lack
+    assert published.models(tmp_path, "--download", "parsing_bisenet.pth") == 1  # others lack
 
-    assert altered.read_bytes() == b"small weights"
-    assert [path for path, _ in published.requests] == ["/parsing_bisenet.pth"]
+    assert altered.read_bytes() == SMALL
+    assert published.fetched == ["camenduru/PuLID/facexlib/parsing_bisenet.pth"]
 
 
-def test_models_tells_why_a_download_failed(run, tmp_path, capsys, published):
-    published.plan.append(answer(403))
+def test_models_tells_why_a_download_failed(tmp_path, capsys, published):
+    published.plan += [answer(403)] * 2
 
-    assert run.main(["models", "--models", str(tmp_path), "--download", "pulid_v1.1.safetensors"]) == 1
+    assert published.models(tmp_path, "--download", "pulid_v1.1.safetensors") == 1
 
     assert "127.0.0.1 refuses to give it (HTTP 403)" in capsys.readouterr().out
+
+
+def test_models_lists_without_huggingface_hub_and_says_what_to_install_for_a_download(tmp_path):
+    """As on a machine where nothing is installed yet."""
+    (tmp_path / "pulid").mkdir()
+    command = [sys.executable, "-I", "-S", str(ROOT / "run.py"), "models", "--models", str(tmp_path)]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    asked = subprocess.run([*command, "--download", "pulid_v1.1.safetensors"], capture_output=True, text=True)
+
+    assert "The loader lacks pulid_v1.1.safetensors" in listed.stdout, listed.stderr
+    assert asked.returncode == 1 and "pip install --upgrade huggingface_hub" in asked.stdout, asked.stderr
+    assert not list((tmp_path / "pulid").iterdir())
 
 
 def test_models_knows_no_other_name(run, tmp_path, capsys):

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import re
-import struct
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
-from pulid_sdxl.models import archive, catalogue, locate
+from pulid_sdxl.models import catalogue, doctor, inventory, locate
 from pulid_sdxl.models.locate import ModelFolders
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, InputError, MissingWeights
 
@@ -30,21 +29,26 @@ def test_every_file_has_one_name_one_place_and_one_https_address():
     assert len(catalogue.BY_NAME) == len(catalogue.CATALOGUE)
     for file in catalogue.CATALOGUE:
         assert file.folders and not any(PurePosixPath(folder).is_absolute() for folder in file.folders)
-        assert file.url.startswith("https://") and f"/{file.revision}/" in file.url and "{" not in file.url
-        assert file.licence and file.needed_for
+        assert file.url.startswith("https://")
+        assert file.licence and file.needed_for and file.name == PurePosixPath(file.name).name
 
 
-def test_hashes_look_like_sha256():
+def test_every_file_of_the_loader_is_pinned_by_a_hash_or_a_commit():
     hashes = [file.sha256 for file in catalogue.CATALOGUE if file.sha256]
 
-    assert len(hashes) == len(set(hashes)) == 7
+    assert len(hashes) == len(set(hashes)) == 8
     assert all(re.fullmatch(r"[0-9a-f]{64}", text) for text in hashes)
-
-
-def test_every_file_of_the_loader_may_be_freely_told_from_the_others():
     for need in catalogue.NEEDS:
-        assert all(file.name == PurePosixPath(file.name).name for file in need.files)
         assert len({file.folders for file in need.files}) == 1
+        assert all(file.copies and (file.sha256 or all(copy.pinned for copy in file.copies)) for file in need.files)
+
+
+def test_a_file_that_nothing_pins_says_so():
+    loose = replace(catalogue.V1, copies=(catalogue.Copy("maker/weights", "file"),))
+
+    assert catalogue.V1_1.checked_by == "sha256"
+    assert catalogue.V1.checked_by == "size and content, at a fixed commit: no hash is published"
+    assert loose.checked_by == "size and content, not pinned: no hash is published"
 
 
 def test_readme_lists_the_catalogue():
@@ -173,131 +177,100 @@ def test_missing_antelopev2_is_told_with_places_address_and_licence(tmp_path):
 # ---- The zip of antelopev2 ----
 
 DETECTOR, RECOGNISER = b"detector" * 1000, b"recogniser" * 5000
+SMALL = tuple(
+    replace(file, size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    for file, content in ((catalogue.SCRFD, DETECTOR), (catalogue.GLINTR100, RECOGNISER))
+)
 
 
-@pytest.fixture
-def antelope(monkeypatch):
-    """The two files of antelopev2, small, and with hashes of their own."""
-    made = [
-        replace(file, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-        for file, content in ((catalogue.SCRFD, DETECTOR), (catalogue.GLINTR100, RECOGNISER))
-    ]
-    monkeypatch.setattr(locate, "ANTELOPEV2_FILES", tuple(made))
-    return made
+def unpack(models, zipped, **published):
+    """`unpack_antelopev2`, with the zip at this path as the published one."""
+    digest = hashlib.sha256(zipped.read_bytes()).hexdigest()
+    record = replace(catalogue.ANTELOPEV2_ZIP, **({"size": zipped.stat().st_size, "sha256": digest} | published))
+    locate.unpack_antelopev2(ModelFolders.below(models), SMALL, record)
 
 
-def make_zip(path, prefix="antelopev2/", detector=DETECTOR, recogniser=RECOGNISER, **more):
+def make_zip(path, recogniser=RECOGNISER):
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr(f"{prefix}scrfd_10g_bnkps.onnx", detector)
-        packed.writestr(f"{prefix}glintr100.onnx", recogniser)
-        packed.writestr(f"{prefix}genderage.onnx", b"not needed")
-        for name, content in more.items():
-            packed.writestr(name, content)
+        packed.writestr("antelopev2/scrfd_10g_bnkps.onnx", DETECTOR)
+        packed.writestr("antelopev2/glintr100.onnx", recogniser)
+        packed.writestr("antelopev2/genderage.onnx", b"not needed")
     return path
 
 
+def everything(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("place", ["models", ".", "models/antelopev2", "antelopev2"])
-@pytest.mark.parametrize("prefix", ["antelopev2/", "", "antelopev2\\", "a/b/c/"])
-def test_the_zip_is_unpacked_where_its_files_belong(tmp_path, antelope, place, prefix):
-    make_zip(tmp_path / place / "antelopev2.zip", prefix)
+def test_the_zip_is_unpacked_where_its_files_belong(tmp_path, place):
+    zipped = make_zip(tmp_path / "insightface" / place / "antelopev2.zip")
+    before = everything(tmp_path)
 
-    found = locate.find_antelopev2([tmp_path])
+    unpack(tmp_path, zipped)
 
-    assert found == tmp_path / "models" / "antelopev2"
+    found = locate.find_antelopev2([tmp_path / "insightface"])
+    assert found == tmp_path / "insightface" / "models" / "antelopev2"
     assert (found / "scrfd_10g_bnkps.onnx").read_bytes() == DETECTOR
     assert (found / "glintr100.onnx").read_bytes() == RECOGNISER
-    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
-        "antelopev2.zip",
-        "scrfd_10g_bnkps.onnx",
-        "glintr100.onnx",
-    }
+    new = {"insightface/models/antelopev2/scrfd_10g_bnkps.onnx", "insightface/models/antelopev2/glintr100.onnx"}
+    assert everything(tmp_path) - before - {"insightface/models", "insightface/models/antelopev2"} == new
 
 
-@pytest.mark.parametrize("prefix", ["../../", "/tmp/", "C:\\", "..\\..\\"])
-def test_no_entry_of_a_zip_leaves_its_folder(tmp_path, antelope, prefix):
-    root = tmp_path / "deep" / "down"
-    make_zip(root / "models" / "antelopev2.zip", prefix)
+def test_what_is_there_is_neither_unpacked_nor_replaced(tmp_path):
+    zipped = make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
+    mine = touch(tmp_path / "insightface" / "antelopev2" / "glintr100.onnx")
 
-    locate.find_antelopev2([root])
+    unpack(tmp_path, zipped)
+    assert mine.read_bytes() == b"" and mine.with_name("scrfd_10g_bnkps.onnx").read_bytes() == DETECTOR
+    before = everything(tmp_path)
+    unpack(tmp_path, zipped, sha256="0" * 64)  # not even looked at
 
-    assert {path.parent for path in tmp_path.rglob("*.onnx")} == {root / "models" / "antelopev2"}
-    assert not Path("/tmp/glintr100.onnx").exists()
-
-
-def last(path, signature, change):
-    content = bytearray(path.read_bytes())
-    change(content, content.rindex(signature))
-    path.write_bytes(content)
+    assert everything(tmp_path) == before
 
 
-def claim(offset, form, value):
-    return lambda content, at: struct.pack_into(form, content, at + offset, value)
+@pytest.mark.parametrize("verdict", [{"sha256": "0" * 64}, {"size": 5}])
+def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, verdict):
+    zipped = make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
+    before = everything(tmp_path)
+
+    with pytest.raises(DamagedWeights, match=r"models.antelopev2\.zip is not the zip that was published: .*instead of"):
+        unpack(tmp_path, zipped, **verdict)
+
+    assert everything(tmp_path) == before
 
 
-ALTERED = {
-    "another glintr100.onnx": lambda path: make_zip(path, recogniser=RECOGNISER[:-1] + b"x"),
-    "claims 60000 bytes": lambda path: make_zip(path, recogniser=RECOGNISER + b"x" * 10000),
-    "another scrfd": lambda path: make_zip(path, detector=b""),
-    "holds no scrfd": lambda path: make_zip(path).unlink() or make_empty(path),
-    "asks for a password": lambda path: encrypt(make_zip(path)),
-    "list of entries of 16777216 bytes": lambda path: last(make_zip(path), b"PK\5\6", claim(12, "<L", 1 << 24)),
-    "has no list of entries": lambda path: path.write_bytes(make_zip(path).read_bytes()[:-100]),
-    "cannot be read": lambda path: last(make_zip(path), b"PK\5\6", claim(16, "<L", 1 << 30)),
-    "in an unusual way": lambda path: everywhere(make_zip(path), b"PK\1\2", claim(10, "<H", 12)),
-}  # fmt: skip
+def test_a_zip_with_another_file_of_that_name_gives_none(tmp_path):
+    zipped = make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip", recogniser=RECOGNISER[:-1] + b"x")
+
+    with pytest.raises(DamagedWeights, match=r"holds another glintr100\.onnx"):
+        unpack(tmp_path, zipped)
+
+    assert {path.name for path in tmp_path.rglob("*.onnx")} == {"scrfd_10g_bnkps.onnx"}  # the one before it, whole
 
 
-def make_empty(path):
-    with zipfile.ZipFile(path, "w"):
-        pass
-
-
-def everywhere(path, signature, change):
-    content = bytearray(path.read_bytes())
-    for found in re.finditer(re.escape(signature), bytes(content)):
-        change(content, found.start())
-    path.write_bytes(content)
-
-
-def encrypt(path):
-    everywhere(path, b"PK\1\2", claim(8, "<H", 1))
-    everywhere(path, b"PK\3\4", claim(6, "<H", 1))
-
-
-@pytest.mark.parametrize("verdict", ALTERED)
-def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, antelope, verdict):
-    path = tmp_path / "models" / "antelopev2.zip"
-    path.parent.mkdir()
-    ALTERED[verdict](path)
-
-    with pytest.raises(DamagedWeights, match=verdict) as caught:
-        locate.find_antelopev2([tmp_path])
-
-    assert "models/antelopev2.zip" in str(caught.value) and "Delete it" in str(caught.value)
-    left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - {"antelopev2.zip"}
-    assert left <= {"scrfd_10g_bnkps.onnx"}  # the one before the fault may be there, whole
-    assert all(path.read_bytes() == DETECTOR for path in tmp_path.rglob("*.onnx"))
-
-
-def test_the_larger_of_a_zips_two_claims_counts(tmp_path):
-    """A 64-bit record in front of the usual end is what readers believe."""
-    path = make_zip(tmp_path / "a.zip")
-    content = path.read_bytes()
-    end = content.rindex(b"PK\5\6")
-    record = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, 3, 3, 1 << 40, 0)
-    locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
-    path.write_bytes(content[:end] + record + locator + content[end:])
-
-    assert archive.directory_bytes(path) == 1 << 40
-
-
-def test_a_folder_that_takes_nothing_is_told(tmp_path, antelope):
-    make_zip(tmp_path / "antelopev2.zip")
-    (tmp_path / "models").write_text("a file in place of the folder")
+def test_a_folder_that_takes_nothing_is_told(tmp_path):
+    zipped = make_zip(tmp_path / "insightface" / "antelopev2.zip")
+    (tmp_path / "insightface" / "models").write_text("a file in place of the folder")
 
     with pytest.raises(DownloadError, match="could not be unpacked"):
-        locate.find_antelopev2([tmp_path])
+        unpack(tmp_path, zipped)
+
+
+def test_looking_for_files_writes_nothing(tmp_path):
+    """What ComfyUI's cache, a list of files and the doctor ask; 361 MB were unpacked by it."""
+    make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
+    folders = ModelFolders.below(tmp_path)
+    before = everything(tmp_path)
+
+    with pytest.raises(MissingWeights):
+        locate.find_antelopev2(folders.of(catalogue.SCRFD))
+    assert folders.locate(catalogue.ANTELOPEV2_ZIP) and not folders.locate(catalogue.SCRFD)
+    doctor.files(folders)
+    inventory.table(inventory.inventory(folders, lambda file, done: None))
+
+    assert everything(tmp_path) == before
 
 
 # ---- Folders of other programs ----
@@ -329,6 +302,8 @@ def test_a_file_is_known_there_by_its_published_name(tmp_path):
     theirs = hub_file(tmp_path, repository, "open_clip_model.safetensors")
 
     assert locate.find(catalogue.EVA_CLIP_TIMM, [], locate.other_programs({}, tmp_path)) == theirs
+    theirs = hub_file(tmp_path, "camenduru--PuLID", "facexlib/parsing_bisenet.pth")
+    assert locate.find(catalogue.BISENET, [], locate.other_programs({}, tmp_path)) == theirs
 
 
 @pytest.mark.parametrize(

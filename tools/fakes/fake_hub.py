@@ -53,21 +53,21 @@ class FakeHub(ThreadingHTTPServer):
     def content_of(self, path: str) -> bytes:
         return self.content if isinstance(self.content, bytes) else self.content[path.rpartition("/")[2]]
 
-    def handle_error(self, request, client_address):
+    def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients that go away are what is tested
 
 
 class Handler(BaseHTTPRequestHandler):
     server: FakeHub
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         if self.path.startswith("/api/"):  # what huggingface_hub 2 asks for its User-Agent
             return self.head(404, Content_Length=0)
         self.note()
         behaviour = self.server.plan.pop(0) if self.server.plan else whole
         return behaviour(self)
 
-    def do_HEAD(self):
+    def do_HEAD(self) -> None:
         self.note()
         if self.server.plan and isinstance(self.server.plan[0], Answer):
             self.server.plan.pop(0)(self)
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         self.server.requests.append(Request(self.command, self.path, headers))
 
-    def log_message(self, *_):
+    def log_message(self, *_: object) -> None:
         pass
 
     @property
@@ -166,11 +166,6 @@ def slowly(pieces: int, seconds: float) -> Behaviour:
                 time.sleep(seconds)
 
     return behaviour
-
-
-def ignoring_ranges(handler: Handler) -> None:
-    handler.head(200, ETag='"whole"', Content_Length=len(handler.content))
-    handler.body(handler.content)
 
 
 @contextmanager
