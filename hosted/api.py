@@ -5,10 +5,14 @@ Names, defaults and literals are the service's own, to the letter; ranges are th
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, TypeVar
 
-from ..pulid.errors import BadAnswer, InputError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+
+from ..pulid.errors import InputError
+from .errors import BadAnswer
 
 ENDPOINT = "fal-ai/pulid"
 
@@ -33,19 +37,11 @@ IDEAL_REFERENCES = 4
 
 
 @dataclass(frozen=True)
-class Size:
-    """A size of one's own. Both are always sent: the service fills a missing one with 512."""
-
-    width: int = 768
-    height: int = 1024
-
-
-@dataclass(frozen=True)
 class HostedRequest:
     """The eleven fields. What is at the service's default in `seed` and `id_mix` is left to it, as its page does.
 
     reference_images  https addresses or data URIs, the main face first; placeholders until they are uploaded
-    image_size        a name of PRESETS, or a Size
+    image_size        a name of PRESETS, or width and height in pixels
     """
 
     reference_images: tuple[str, ...]
@@ -55,87 +51,75 @@ class HostedRequest:
     guidance_scale: float = 1.2
     num_inference_steps: int = 4
     seed: int | None = None
-    image_size: str | Size = Size()
+    image_size: str | tuple[int, int] = (768, 1024)
     id_scale: float = 0.8
     mode: str = "fidelity"
     id_mix: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.reference_images:
-            raise InputError(
-                "The hosted service needs at least one photograph of the person, found none. "
-                "Connect reference_images, or put addresses into reference_urls."
-            )
+            needed = "The hosted service needs at least one photograph of the person, found none."
+            raise InputError(f"{needed} Connect reference_images, or put addresses into reference_urls.")
         if not self.prompt.strip():
             raise InputError("The prompt is empty. Say what the picture shall show.")
 
     def body(self) -> dict[str, Any]:
         """The JSON of the request."""
         size = self.image_size
-        body = {
+        changed = {
             "reference_images": [{"image_url": url} for url in self.reference_images],
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "num_images": self.num_images,
-            "guidance_scale": self.guidance_scale,
-            "num_inference_steps": self.num_inference_steps,
-            "seed": self.seed,
-            "image_size": size if isinstance(size, str) else {"height": size.height, "width": size.width},
-            "id_scale": self.id_scale,
-            "mode": self.mode,
+            # Both numbers are always sent: the service fills a missing one with 512.
+            "image_size": size if isinstance(size, str) else {"height": size[1], "width": size[0]},
             "id_mix": self.id_mix or None,
         }
-        return {name: value for name, value in body.items() if value is not None}
+        return {name: value for name, value in (asdict(self) | changed).items() if value is not None}
 
     def digest(self, account: str) -> str:
-        """Names this request among all of an account; reference_images then hold hashes of what they show."""
+        """A name of this request within an account; reference_images then hold hashes of what they show."""
         text = json.dumps([ENDPOINT, account, self.body()], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class HostedImage:
+def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:
+    try:
+        return read(value)
+    except ValidationError:
+        return None
+
+
+UNREADABLE_IS_NONE = WrapValidator(_or_none)  # for what is no reason to lose pictures that were paid for
+Text = Annotated[str | None, UNREADABLE_IS_NONE]
+Number = Annotated[int | None, UNREADABLE_IS_NONE]
+
+
+class HostedImage(BaseModel):
     """One picture of an answer; `url` alone is certain."""
 
-    url: str
-    content_type: str | None = None
-    file_name: str | None = None
-    file_size: int | None = None
-    file_data: str | None = None
-    width: int | None = None
-    height: int | None = None
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    url: str = Field(min_length=1)
+    content_type: Text = None
+    file_name: Text = None
+    file_size: Number = None
+    file_data: Text = None
+    width: Number = None
+    height: Number = None
 
 
-@dataclass(frozen=True)
-class HostedAnswer:
+class HostedAnswer(BaseModel):
     """Pictures and the seed they were made with, as text: it can exceed 2^63."""
 
-    images: tuple[HostedImage, ...]
-    seed: str
+    images: tuple[HostedImage, ...] = Field(min_length=1)
+    seed: Annotated[str, BeforeValidator(lambda seed: str(seed) if type(seed) is int else "unknown")] = "unknown"
 
 
-def read_answer(data: Any) -> HostedAnswer:
-    """The JSON of a result; keys that nobody asked for are passed over. Raises BadAnswer."""
-    images = data.get("images") if isinstance(data, dict) else None
-    if not isinstance(images, list) or not images:
-        raise BadAnswer("The service answered without pictures where a list `images` was expected.")
-    return HostedAnswer(tuple(map(_read_image, images)), _seed_text(data.get("seed")))
+Answer = TypeVar("Answer", bound=BaseModel)
 
 
-def _read_image(entry: Any) -> HostedImage:
-    entry = entry if isinstance(entry, dict) else {}
-    if not isinstance(entry.get("url"), str) or not entry["url"]:
-        raise BadAnswer("The service named a picture without its address `url`.")
-
-    def known(name: str, kind: type):
-        value = entry.get(name)
-        return value if type(value) is kind else None
-
-    texts = {name: known(name, str) for name in ("content_type", "file_name", "file_data")}
-    numbers = {name: known(name, int) for name in ("file_size", "width", "height")}
-    return HostedImage(entry["url"], **texts, **numbers)
-
-
-def _seed_text(seed: Any) -> str:
-    """The seed, or "unknown": a missing seed is no reason to lose pictures that were paid for."""
-    return str(seed) if type(seed) is int else "unknown"
+def read_answer(kind: type[Answer], data: Any) -> Answer:
+    """The JSON of an answer; keys that nobody asked for are passed over. Raises BadAnswer."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise BadAnswer(f"The service's answer lacks what must be in it: {place or 'a JSON object'}.") from None

@@ -15,23 +15,21 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from ..pulid.errors import AmbiguousSubmit, HostedError, HostedLimit
-from .client import UNKNOWN, Ticket
+from .errors import OUTCOME_UNKNOWN, AmbiguousSubmit, HostedError, HostedLimit
+from .queue import Ticket
 
-PREPARED, SUBMITTED, COMPLETED, DOWNLOADED = "PREPARED", "SUBMITTED", "COMPLETED", "DOWNLOADED"
-FAILED, CANCEL_REQUESTED, AMBIGUOUS = "FAILED", "CANCEL_REQUESTED", "AMBIGUOUS"
-OPEN = (PREPARED, SUBMITTED, COMPLETED, CANCEL_REQUESTED, AMBIGUOUS)
-STANDS = f"(state IN {OPEN!r} OR (state = '{DOWNLOADED}' AND fixed))"
+Database = sqlite3.Connection
+State = Literal["PREPARED", "SUBMITTED", "COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED", "AMBIGUOUS"]
+OPEN = ("PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS")
+STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND fixed))"
 
 HEARTBEAT_SECONDS = 2.0  # between two signs of life of who is sending
-SILENCE_SECONDS = 15.0  # after which it has died while sending
 BUSY_SECONDS = 10  # to wait for another process's write
-LOCKED_SECONDS = 0.02  # between two tries where SQLite does not wait by itself
 DAY = 24 * 3600
-TICKET = ("request_id", "status_url", "response_url", "cancel_url")  # columns, in a Ticket's order
 
 SCHEMA = f"""CREATE TABLE IF NOT EXISTS jobs (
     id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, fixed INTEGER NOT NULL,
@@ -49,7 +47,7 @@ class Row:
 
     id: int
     digest: str
-    state: str
+    state: State
     ticket: Ticket | None
     fresh: bool = False
 
@@ -63,14 +61,19 @@ class Guard:
     lifted: bool = False
 
 
+@dataclass(frozen=True)
 class Journal:
-    """Opened anew for each step: a step is short, and any thread or process may take it."""
+    """Opened anew for each step: a step is short, and any thread or process may take it.
 
-    def __init__(self, path: Path, now: Callable[[], float] = time.time):
-        self.path, self.now = Path(path), now
+    silence  seconds without a sign of life after which who was sending has died
+    """
+
+    path: Path
+    now: Callable[[], float] = time.time
+    silence: float = 15.0
 
     @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
+    def _database(self) -> Iterator[Database]:
         """One step that is written wholly or not at all. Raises HostedError where the disk does not take it."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,7 +82,6 @@ class Journal:
             connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             try:
                 connection.row_factory = sqlite3.Row
-                _write_ahead(connection)
                 connection.execute("PRAGMA synchronous=FULL")  # on the disk before a byte leaves
                 connection.execute("BEGIN IMMEDIATE")
                 for statement in SCHEMA.split(";"):
@@ -102,9 +104,8 @@ class Journal:
     def by_request(self, request_id: str) -> Row | None:
         """The last row of a request id, if this machine sent it."""
         with self._database() as database:
-            return _row(
-                database.execute("SELECT * FROM jobs WHERE request_id = ? ORDER BY id DESC", [request_id]).fetchone()
-            )
+            query = "SELECT * FROM jobs WHERE request_id = ? ORDER BY id DESC"
+            return _row(database.execute(query, [request_id]).fetchone())
 
     def claim(self, digest: str, run: str, pictures: int, fixed: bool, guard: Guard, force: bool) -> Row:
         """The row of this request that stands, or a new one that makes the caller the one to send it.
@@ -116,15 +117,18 @@ class Journal:
         """
         with self._database() as database:
             row = self._standing(database, digest)
-            if row and force and row.state != PREPARED:
-                self._give_up(database, row)
+            if row and force and row.state != "PREPARED":
+                if row.state == "DOWNLOADED":
+                    database.execute("UPDATE jobs SET fixed = 0 WHERE id = ?", [row.id])
+                else:
+                    self._set(database, row, "FAILED", "given up for a new one")
                 row = None
             if row is None:
                 self._check(database, run, pictures, guard)
                 names = "digest, state, run, pictures, fixed, created, updated"
-                values = (digest, PREPARED, run, pictures, fixed, self.now(), self.now())
+                values = (digest, "PREPARED", run, pictures, fixed, self.now(), self.now())
                 cursor = database.execute(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-                return Row(cursor.lastrowid, digest, PREPARED, None, fresh=True)
+                return Row(cursor.lastrowid or 0, digest, "PREPARED", None, fresh=True)
         refuse_ambiguous(row)
         return row
 
@@ -136,9 +140,10 @@ class Journal:
     def alive(self, row: Row) -> None:
         """Say that a prepared row is still being sent."""
         with self._database() as database:
-            database.execute("UPDATE jobs SET updated = ? WHERE id = ? AND state = ?", (self.now(), row.id, PREPARED))
+            statement = "UPDATE jobs SET updated = ? WHERE id = ? AND state = 'PREPARED'"
+            database.execute(statement, (self.now(), row.id))
 
-    def move(self, row: Row, state: str, note: str = "", seed: str | None = None) -> None:
+    def move(self, row: Row, state: State, note: str = "", seed: str | None = None) -> None:
         """Note a step of a row, together with its ticket in case that an earlier write of it failed."""
         with self._database() as database:
             self._set(database, row, state, note, seed)
@@ -147,19 +152,16 @@ class Journal:
         """True for the one caller that shall ask the service to cancel."""
         with self._database() as database:
             state = database.execute("SELECT state FROM jobs WHERE id = ?", [row.id]).fetchone()["state"]
-            if state in (PREPARED, SUBMITTED):
-                self._set(database, row, CANCEL_REQUESTED)
+            if state in ("PREPARED", "SUBMITTED"):
+                self._set(database, row, "CANCEL_REQUESTED")
                 return True
             return False
-
-    # --- Uploads ---
 
     def uploaded(self, digest: str, at_least: float) -> str | None:
         """The address of a photograph that stays readable for so many seconds, if it was uploaded before."""
         with self._database() as database:
-            found = database.execute(
-                "SELECT url FROM uploads WHERE digest = ? AND expires > ?", (digest, self.now() + at_least)
-            ).fetchone()
+            query = "SELECT url FROM uploads WHERE digest = ? AND expires > ?"
+            found = database.execute(query, (digest, self.now() + at_least)).fetchone()
             return found["url"] if found else None
 
     def remember_upload(self, digest: str, url: str, seconds: float) -> None:
@@ -167,33 +169,29 @@ class Journal:
             database.execute("DELETE FROM uploads WHERE expires < ?", [self.now()])
             database.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (digest, url, self.now() + seconds))
 
-    # --- Inside a step ---
+    def _standing(self, database: Database, digest: str) -> Row | None:
+        found = database.execute(f"SELECT * FROM jobs WHERE digest = ? AND {STANDS}", [digest]).fetchone()
+        row = _row(found)
+        if row and row.state == "PREPARED" and self.now() - found["updated"] > self.silence:
+            row = replace(row, state="AMBIGUOUS")
+            self._set(database, row, row.state, "ended while it was being sent")
+        return row
 
-    def _standing(self, database: sqlite3.Connection, digest: str) -> Row | None:
-        query = f"SELECT * FROM jobs WHERE digest = ? AND {STANDS}"
-        found = database.execute(query, [digest]).fetchone()
-        if found and found["state"] == PREPARED and self.now() - found["updated"] > SILENCE_SECONDS:
-            self._set(database, _row(found), AMBIGUOUS, "ended while it was being sent")
-            found = database.execute(query, [digest]).fetchone()
-        return _row(found)
-
-    def _give_up(self, database: sqlite3.Connection, row: Row) -> None:
-        if row.state == DOWNLOADED:
-            database.execute("UPDATE jobs SET fixed = 0 WHERE id = ?", [row.id])
-        else:
-            self._set(database, row, FAILED, "given up for a new one")
-
-    def _set(self, database: sqlite3.Connection, row: Row, state: str, note: str = "", seed: str | None = None) -> None:
-        ticket = astuple(row.ticket) if row.ticket else (None,) * len(TICKET)
-        columns = "".join(f", {name} = COALESCE(?, {name})" for name in (*TICKET, "seed"))
+    def _set(self, database: Database, row: Row, state: State, note: str = "", seed: str | None = None) -> None:
+        given = {"seed": seed}
+        if row.ticket:
+            url = row.ticket.url
+            given |= {"request_id": row.ticket.request_id, "response_url": url}
+            given |= {"status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
+        columns = "".join(f", {name} = COALESCE(?, {name})" for name in given)
         database.execute(
             f"UPDATE jobs SET state = ?, updated = ?, note = ?{columns} WHERE id = ? AND state != ?",
-            (state, self.now(), note, *ticket, seed, row.id, FAILED),  # what has failed stays so
+            (state, self.now(), note, *given.values(), row.id, "FAILED"),  # what has failed stays so
         )
 
-    def _check(self, database: sqlite3.Connection, run: str, pictures: int, guard: Guard) -> None:
-        def asked(condition: str, value) -> int:
-            sent = f"(request_id IS NOT NULL OR state IN ('{PREPARED}', '{AMBIGUOUS}'))"
+    def _check(self, database: Database, run: str, pictures: int, guard: Guard) -> None:
+        def asked(condition: str, value: str | float) -> int:
+            sent = "(request_id IS NOT NULL OR state IN ('PREPARED', 'AMBIGUOUS'))"
             query = f"SELECT COALESCE(SUM(pictures), 0) FROM jobs WHERE {sent} AND {condition}"
             return database.execute(query, [value]).fetchone()[0]
 
@@ -210,27 +208,14 @@ class Journal:
                 )
 
 
-def _write_ahead(connection: sqlite3.Connection) -> None:
-    """Switch to write-ahead logging. Two may do so at once, on a new file, and SQLite does not wait by itself there."""
-    until = time.monotonic() + BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(LOCKED_SECONDS)
-
-
 def refuse_ambiguous(row: Row) -> None:
     """Raises AmbiguousSubmit where nobody knows what became of a request."""
-    if row.state == AMBIGUOUS:
-        raise AmbiguousSubmit(f"An earlier, equal request has no known outcome. {UNKNOWN}")
+    if row.state == "AMBIGUOUS":
+        raise AmbiguousSubmit(f"An earlier, equal request has no known outcome. {OUTCOME_UNKNOWN}")
 
 
 def _row(found: sqlite3.Row | None) -> Row | None:
     if found is None:
         return None
-    ticket = Ticket(*(found[name] for name in TICKET)) if found["request_id"] else None
+    ticket = Ticket(found["request_id"], found["response_url"]) if found["request_id"] else None
     return Row(found["id"], found["digest"], found["state"], ticket)

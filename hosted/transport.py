@@ -1,11 +1,12 @@
-"""One HTTP exchange, and what its failure proves: that nothing was sent, or that nobody knows.
+"""One HTTP exchange and what its failure proves, that nothing was sent or that nobody knows; and repeats of it.
 
-`Transport` is what the client needs; AiohttpTransport does it with the HTTP library that ComfyUI brings. No exchange
-follows a redirect, keeps a cookie or repeats itself, and no error of the library leaves this file, since its errors can
-hold the headers of a request.
+No exchange follows a redirect, keeps a cookie or repeats itself, and no error of the HTTP library leaves this file,
+since its errors can hold the headers of a request.
 """
 
 import asyncio
+import json
+import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,17 +14,21 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import aiohttp
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import ResolveResult
 from yarl import URL
 
-from ..pulid.errors import AnswerLost, BadAnswer, HostedError, Unreachable
+from .endpoints import is_public, refuse_private
+from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable, read_failure
 
 CONNECT_SECONDS = 10
 CHUNK = 64 * 1024  # bytes
 USER_AGENT = "pulid-sdxl (ComfyUI)"
+REPEATS = 6  # of a call that may be repeated
+LONGEST_PAUSE = 10.0  # seconds between two of them
+PASSING = (429, 502, 503, 504)  # statuses that may be over in a moment
 
-# Host -> the addresses that may be connected to; raises UnsafeAddress.
-Resolve = Callable[[str, int], Awaitable[list[str]]]
+Headers = Mapping[str, str] | None
+Sleep = Callable[[float], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,19 @@ class Reply:
     status: int
     headers: Mapping[str, str]
     body: bytes = field(repr=False)
+
+    @property
+    def json(self) -> Any:
+        """What the body holds as JSON; None where it holds none."""
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            return None
+
+    @property
+    def failure(self) -> Failure:
+        """What an answer that is none says about why."""
+        return read_failure(self.status, self.headers, self.body)
 
 
 @dataclass(frozen=True)
@@ -48,55 +66,41 @@ DEFAULT_TERMS = Terms()
 
 
 class Transport(Protocol):
+    """What the client needs of an HTTP library."""
+
     async def send(
-        self,
-        method: str,
-        url: URL,
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        terms: Terms = DEFAULT_TERMS,
+        self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
     ) -> Reply:
         """Raises Unreachable when nothing was sent, AnswerLost when something may have been, BadAnswer."""
         ...
 
 
-class CheckedResolver(AbstractResolver):
-    """Looks names up through `resolve`, so that connections go to addresses that were checked, and to no other."""
+class PublicResolver(aiohttp.ThreadedResolver):
+    """Looks names up, and refuses every one that leads to an address which is not on the public internet."""
 
-    def __init__(self, resolve: Resolve):
-        self._resolve = resolve
-
-    async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> list[dict[str, Any]]:
-        return [
-            {
-                "hostname": host,
-                "host": address,
-                "port": port,
-                "family": socket.AF_INET6 if ":" in address else socket.AF_INET,
-                "proto": 0,
-                "flags": socket.AI_NUMERICHOST,
-            }
-            for address in await self._resolve(host, port)
-        ]
-
-    async def close(self) -> None:
-        pass
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        found = await super().resolve(host, port, family)
+        if not all(is_public(entry["host"]) for entry in found):
+            refuse_private(host)
+        return found
 
 
 class AiohttpTransport:
     """An asynchronous context manager; belongs to the event loop it is entered in.
 
-    resolve  checks and looks up the hosts of all exchanges; the system does when it is None
+    public  let no exchange go to an address that is not on the public internet
     """
 
-    def __init__(self, resolve: Resolve | None = None):
-        self._resolve = resolve
+    def __init__(self, public: bool = False):
+        self._public = public
 
     async def __aenter__(self) -> "AiohttpTransport":
         trace = aiohttp.TraceConfig()
         trace.on_connection_create_start.append(_once)
         trace.on_connection_create_end.append(_connected)
-        resolver = CheckedResolver(self._resolve) if self._resolve else None
+        resolver = PublicResolver() if self._public else None
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -106,18 +110,13 @@ class AiohttpTransport:
         )
         return self
 
-    async def __aexit__(self, *_) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
     async def send(
-        self,
-        method: str,
-        url: URL,
-        headers: Mapping[str, str] | None = None,
-        body: bytes | None = None,
-        terms: Terms = DEFAULT_TERMS,
+        self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
     ) -> Reply:
-        progress = SimpleNamespace(connected=False)
+        connection = SimpleNamespace(connected=False)
         timeout = aiohttp.ClientTimeout(terms.seconds, sock_connect=CONNECT_SECONDS, sock_read=terms.idle)
         failure: HostedError
         try:
@@ -128,23 +127,23 @@ class AiohttpTransport:
                 data=body,
                 timeout=timeout,
                 allow_redirects=False,
-                trace_request_ctx=progress,
+                trace_request_ctx=connection,
             ) as response:
                 names = {name.lower(): value for name, value in response.headers.items()}
                 return Reply(response.status, names, await _read(response, url, terms.limit))
         except HostedError as error:
             failure = error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            failure = _failure(progress.connected, url, terms, error)
+            failure = _failure(connection.connected, url, terms, error)
         raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
 
 
-async def _once(session, context, params) -> None:
+async def _once(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:
     if context.trace_request_ctx.connected:  # the library repeats all calls but POST, on a second connection
         raise AnswerLost("The connection broke off before an answer came.")
 
 
-async def _connected(session, context, params) -> None:
+async def _connected(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:
     context.trace_request_ctx.connected = True
 
 
@@ -183,3 +182,34 @@ def _kind(error: Exception) -> str:
         aiohttp.ClientConnectorError: "refused",
     }
     return next((words for kind, words in kinds.items() if isinstance(error, kind)), type(error).__name__)
+
+
+async def repeated(
+    send: Callable[[], Awaitable[Reply]],
+    sleep: Sleep,
+    passing: Callable[[Reply], bool] = lambda reply: reply.status in PASSING,
+) -> Reply:
+    """The answer of a call that may be made several times; asks again after a lost one and after a passing failure."""
+    for attempt in range(REPEATS):
+        try:
+            reply = await send()
+            if not passing(reply):
+                return reply
+            pause = retry_after(reply, attempt)
+        except (Unreachable, AnswerLost):
+            pause = backoff(attempt)
+        await sleep(min(pause, LONGEST_PAUSE))
+    return await send()
+
+
+def retry_after(reply: Reply, attempt: int) -> float:
+    """Seconds that the service asks to wait, or our own where it does not say."""
+    try:
+        return max(0.0, float(reply.headers.get("retry-after", "")))
+    except ValueError:
+        return backoff(attempt)
+
+
+def backoff(attempt: int) -> float:
+    """0.5 s, doubled each time, with up to half of it left to chance so that many clients do not come at once."""
+    return min(LONGEST_PAUSE, 0.5 * 2**attempt) * random.uniform(0.5, 1)

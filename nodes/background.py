@@ -1,4 +1,4 @@
-"""Waiting for something slow beside ComfyUI's own work, so that other nodes keep running meanwhile.
+"""Runs something slow in a thread beside ComfyUI's own work, so that other nodes keep running meanwhile.
 
 A node that samples blocks the host's event loop, and each run of a workflow has a new one: so the waiting has a thread
 and a loop of its own. Facts of the host: `execution.py`, `comfy/model_management.py`.
@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from comfy.model_management import InterruptProcessingException, processing_interrupted
 from comfy_execution.progress import get_progress_state
 
-from ..hosted.service import STEPS, Progress
-from ..pulid.errors import Interrupted
+from ..hosted.errors import Interrupted
+from ..hosted.service import STEPS, JobProgress
 from . import host
 
 LOOK_SECONDS = 0.2  # between two looks at the thread's progress
@@ -23,23 +23,23 @@ GRACE_SECONDS = 0.2  # that an interrupted node waits for its thread, which then
 TEAR_DOWN_SECONDS = 10  # that it waits when the host tears everything down
 
 T = TypeVar("T")
-Report = Callable[[Progress], None]
+Report = Callable[[JobProgress], None]
 Work = Callable[[Callable[[], bool], Report], Coroutine[Any, Any, T]]
 
 
-async def aside(work: Work[T], node_id: str) -> T:
+async def run_in_background(work: Work[T], node_id: str) -> T:
     """Run `work(stop, report)` in a thread; show what it reports on the node; stop it when the user interrupts.
 
     The interrupt is looked at and never cleared, since other nodes look at it too. Raises InterruptProcessingException
     for an interrupt, and whatever `work` raises.
     """
-    left, shown = threading.Event(), _Shown(node_id)
+    left, display = threading.Event(), _Display(node_id)
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
     future.set_running_or_notify_cancel()  # from here on, nobody can cancel it but `left`
 
     def run() -> None:
         try:
-            future.set_result(asyncio.run(work(lambda: left.is_set() or processing_interrupted(), shown.report)))
+            future.set_result(asyncio.run(work(lambda: left.is_set() or processing_interrupted(), display.report)))
         except BaseException as error:
             future.set_exception(error)
 
@@ -49,10 +49,10 @@ async def aside(work: Work[T], node_id: str) -> T:
     try:
         while not waited.done() and not processing_interrupted():
             await asyncio.wait({waited}, timeout=LOOK_SECONDS)
-            shown.refresh()
+            display.refresh()
         if not waited.done():
             await asyncio.wait({waited}, timeout=GRACE_SECONDS)
-            shown.refresh()
+            display.refresh()
         return _outcome(waited)
     except asyncio.CancelledError:  # another node failed, and the host tears everything down
         left.set()
@@ -64,7 +64,7 @@ async def aside(work: Work[T], node_id: str) -> T:
             waited.exception()  # asyncio complains of an error that nobody has looked at
 
 
-def _outcome(waited: asyncio.Future):
+def _outcome(waited: asyncio.Future[T]) -> T:
     try:
         if waited.done():
             return waited.result()
@@ -73,13 +73,15 @@ def _outcome(waited: asyncio.Future):
     raise InterruptProcessingException()
 
 
-class _Shown:
+class _Display:
     """The newest progress, written by the thread and shown by the host's loop."""
 
-    def __init__(self, node_id: str):
-        self.node_id, self._newest, self._seen = node_id, None, None
+    def __init__(self, node_id: str) -> None:
+        self.node_id = node_id
+        self._newest: JobProgress | None = None
+        self._seen: JobProgress | None = None
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: JobProgress) -> None:
         self._newest = progress
 
     def refresh(self) -> None:

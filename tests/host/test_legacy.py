@@ -300,7 +300,7 @@ def test_a_photograph_without_a_face_stops_in_words(server, info):
     prompt = to_prompt(old_workflow(masked=False), info)
     set_inputs(prompt, "LoadImage", image="grey.png")
     with pytest.raises(
-        ServerError, match=r"(?s)Photograph 1 of 1 was left out\. InsightFace saw no face.*PuLID Encode"
+        ServerError, match=r"(?s)Photograph 1 of 1: InsightFace saw no face.*PuLID Encode"
     ):
         server.run(prompt)
 
@@ -567,7 +567,7 @@ def test_a_photograph_without_a_face_is_left_out_and_the_node_says_so(loaded):
     ]
     assert apply_advanced(three, whole).ui is None
     assert torch.allclose(applied[0][0].cond, applied[1][0].cond, atol=1e-6)
-    with pytest.raises(NoFaceError, match=r"(?s)Photograph 1 of 1 was left out.*PuLID Encode Identity also finds"):
+    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1: .*PuLID Encode Identity also finds"):
         apply_advanced(three, unseen)
 
 
@@ -625,12 +625,11 @@ NODE_CLASS_MAPPINGS = {node_id: type(node_id, (Other,), {}) for node_id in IDS}
 # Loads packs in the order given, as ComfyUI does at its start, and says whose each node is.
 LOAD = """
 import asyncio, json, logging, sys
-sys.path.insert(0, sys.argv[1])
 from pulid_sdxl.tools import comfy_host
-comfy_host.enter(sys.argv[2])
+comfy_host.enter(sys.argv[1])
 import nodes
 logging.basicConfig(level=logging.INFO, force=True)
-for folder in sys.argv[3:]:
+for folder in sys.argv[2:]:
     assert asyncio.run(nodes.load_custom_node(folder, set(), module_parent="custom_nodes"))
 print(json.dumps({name: node.RELATIVE_PYTHON_MODULE for name, node in nodes.NODE_CLASS_MAPPINGS.items()
                   if hasattr(node, "RELATIVE_PYTHON_MODULE")}))

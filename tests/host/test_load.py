@@ -312,9 +312,8 @@ BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"  # m
 
 LIST_AND_LOAD = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])  # the broken packages
 from pulid_sdxl.tools import comfy_host
-comfy_host.enter(sys.argv[2])
+comfy_host.enter(sys.argv[1])
 import pulid_sdxl
 extension = asyncio.run(pulid_sdxl.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
@@ -332,8 +331,9 @@ def test_broken_packages_never_keep_the_pack_from_loading_and_are_named_when_nee
         (tmp_path / "broken" / package).mkdir(parents=True)
         (tmp_path / "broken" / package / "__init__.py").write_text(BROKEN)
 
-    command = [sys.executable, TOOLS, "-c", LIST_AND_LOAD, tmp_path / "broken", comfyui]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, TOOLS, "-c", LIST_AND_LOAD, comfyui]
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
 
     assert done.returncode == 0, done.stderr[-2000:]
     assert "PuLID_Loader" in done.stdout and "PuLID_Encode" in done.stdout

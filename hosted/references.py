@@ -10,20 +10,20 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from yarl import URL
 
-from ..pulid.errors import BadAnswer, InputError, Refused
-from .addresses import is_loopback
-from .client import QueueClient, read_json
-from .download import check_address, decode_data_uri, is_public, read_url
+from ..pulid.errors import InputError
+from .endpoints import check_address, is_loopback, is_public
+from .errors import BadAnswer, Refused
 from .journal import Journal
-from .patience import repeated
-from .transport import Transport
-from .wording import read_failure
+from .pictures import decode_data_uri
+from .queue import QueueClient
+from .transport import Transport, repeated
 
 LONGEST_SIDE = 1024  # pixels
 LARGEST_PNG = 10**6  # bytes; beyond, a JPEG of high quality
@@ -70,7 +70,7 @@ def encode(image: Tensor, as_is: bool = False) -> Reference:
     return Reference(hashlib.sha256(data).hexdigest(), content_type=content_type, data=data, note=note)
 
 
-def _save(picture: Image.Image, **how) -> bytes:
+def _save(picture: Image.Image, **how: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, **how)
     return file.getvalue()
@@ -78,28 +78,26 @@ def _save(picture: Image.Image, **how) -> bytes:
 
 def read_lines(text: str) -> list[Reference]:
     """Addresses and data URIs, one a line, as references. Raises InputError."""
-    return [_read_line(line.strip(), number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [Reference(_digest_of(line, f"Line {number} of reference_urls"), url=line) for number, line in lines if line]
 
 
-def _read_line(line: str, number: int) -> Reference:
+def _digest_of(line: str, name: str) -> str:
+    """A hash of what a data URI holds, or of an address. Raises InputError."""
     if line.startswith("data:"):
         if not line.startswith("data:image/"):
-            raise InputError(f"Line {number} of reference_urls is a data URI, but not of a picture (data:image/...).")
+            raise InputError(f"{name} is a data URI, but not of a picture (data:image/...).")
         try:
-            content = decode_data_uri(line)
+            return hashlib.sha256(decode_data_uri(line)).hexdigest()
         except BadAnswer as error:
-            raise InputError(f"Line {number} of reference_urls: {error}") from None
-        return Reference(hashlib.sha256(content).hexdigest(), url=line)
+            raise InputError(f"{name}: {error}") from None
     try:
-        url = URL(line)
-        host = url.host or ""
+        sound = URL(line).scheme == "https" and bool(URL(line).host)
     except ValueError:
-        url, host = URL(), ""
-    if url.scheme != "https" or not host:
-        raise InputError(
-            f"Line {number} of reference_urls is neither an https:// address nor a data URI: {line[:60]!r}."
-        )
-    return Reference(hashlib.sha256(f"address {line}".encode()).hexdigest(), url=line)
+        sound = False
+    if not sound:
+        raise InputError(f"{name} is neither an https:// address nor a data URI: {line[:60]!r}.")
+    return hashlib.sha256(f"address {line}".encode()).hexdigest()
 
 
 def unreachable_for_service(reference: Reference) -> bool:
@@ -122,7 +120,7 @@ def inline(references: Sequence[Reference], how: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Storage:
+class ReferenceStorage:
     """Places photographs where the service can read them.
 
     client     for the call that needs a key
@@ -147,7 +145,7 @@ class Storage:
         seconds  after which the service deletes it
         needed   seconds for which an earlier upload must still be there to be used again
         """
-        name = hashlib.sha256(f"{self.client.addresses.rest} {reference.digest}".encode()).hexdigest()
+        name = hashlib.sha256(f"{self.client.endpoints.rest} {reference.digest}".encode()).hexdigest()
         if kept := self.journal.uploaded(name, needed + MARGIN):
             return kept
         upload_url, file_url = await self._initiate(reference, int(seconds))
@@ -156,19 +154,19 @@ class Storage:
         return file_url
 
     async def _initiate(self, reference: Reference, seconds: int) -> tuple[URL, str]:
-        url = self.client.addresses.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
+        url = self.client.endpoints.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
         lifecycle = json.dumps({"expiration_duration_seconds": seconds})
         headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
         suffix = reference.content_type.partition("/")[2]
         body = {"file_name": f"reference.{suffix}", "content_type": reference.content_type}
         reply = await self.client.repeat("POST", url, headers, json.dumps(body).encode())
         if reply.status >= 300:
-            raise Refused(read_failure(reply).words("Uploading a reference picture failed"))
-        answer = read_json(reply)
-        names = [answer.get(name) if isinstance(answer, dict) else None for name in ("upload_url", "file_url")]
-        if not all(isinstance(name, str) and name for name in names):
+            raise Refused(reply.failure.words("Uploading a reference picture failed"))
+        answer = reply.json if isinstance(reply.json, dict) else {}
+        upload_url, file_url = answer.get("upload_url"), answer.get("file_url")
+        if not (upload_url and isinstance(upload_url, str) and file_url and isinstance(file_url, str)):
             raise BadAnswer("The service named no place to upload a reference picture to.")
-        return check_address(read_url(names[0]), self.client.addresses), names[1]
+        return check_address(upload_url, self.client.endpoints), file_url
 
     async def _put(self, url: URL, reference: Reference) -> None:
         headers = {"Content-Type": reference.content_type}

@@ -1,0 +1,237 @@
+"""Where requests go, with which key, and which addresses that others name may be read from.
+
+The addresses are fal's own (https://fal.ai/docs/model-apis/model-endpoints/queue); FAL_RUN_HOST and FAL_QUEUE_RUN_HOST
+are those of fal's clients. The key comes from FAL_KEY, from FAL_KEY_ID with FAL_KEY_SECRET, or from a private file.
+"""
+
+import hashlib
+import ipaddress
+import logging
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from yarl import URL
+
+from .errors import MissingKey, UnsafeAddress
+
+QUEUE, BACKUP_QUEUE, REST = URL("https://queue.fal.run"), URL("https://queue.falrun.com"), URL("https://rest.fal.ai")
+PREFIX = "PULID_FAL_"
+
+
+# --- Where requests go ---
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """Origins of the service, and the address of a proxy that adds the key on its own."""
+
+    queue: URL = QUEUE
+    rest: URL = REST
+    proxy: URL | None = None
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> "Endpoints":
+        """PULID_FAL_QUEUE_URL, _REST_URL and _PROXY_URL, each checked; raises UnsafeAddress."""
+        run_host = environ.get("FAL_RUN_HOST", "")
+        queue_host = environ.get("FAL_QUEUE_RUN_HOST") or (run_host and f"queue.{run_host}")
+
+        def read(name: str, default: str | URL) -> URL:
+            return checked(environ.get(f"{PREFIX}{name}_URL") or default, f"{PREFIX}{name}_URL")
+
+        proxy = read("PROXY", "") if environ.get(f"{PREFIX}PROXY_URL") else None
+        return cls(read("QUEUE", f"https://{queue_host}" if queue_host else QUEUE), read("REST", REST), proxy)
+
+    @property
+    def backup_queue(self) -> URL | None:
+        """The second name of fal's own queue, which no proxy and no other queue has."""
+        return BACKUP_QUEUE if self.queue == QUEUE and self.proxy is None else None
+
+    def may_see_key(self, url: URL) -> bool:
+        """True for the queue and rest origins, and for nothing at all where a proxy adds the key."""
+        trusted = (self.queue, self.rest, self.backup_queue)
+        return self.proxy is None and url.origin() in {known.origin() for known in trusted if known}
+
+    def is_own_storage(self, url: URL) -> bool:
+        """True for plain http on this machine where the service itself is configured to be there, as in tests."""
+        return url.scheme == "http" and is_loopback(url) and url.host == self.queue.host == self.rest.host
+
+
+def checked(address: str | URL, name: str) -> URL:
+    """The address as a URL, or UnsafeAddress: https, or http to this machine, and nothing but host, port and path."""
+    try:
+        url = URL(str(address).strip().rstrip("/"))
+        safe = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
+        plain = bool(url.host) and not (url.user or url.password or url.query_string or url.fragment)
+    except ValueError:
+        safe = plain = False
+    if not (safe and plain):
+        raise UnsafeAddress(
+            f"{name} is not an address that a key may be sent to. Expected https://host, "
+            "or http:// for this machine alone (127.0.0.1), without user name or query."
+        )
+    return url
+
+
+def is_loopback(url: URL) -> bool:
+    """True when the host is this machine by its own name or number; no name is looked up."""
+    if url.host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(url.host or "").is_loopback
+    except ValueError:
+        return False
+
+
+# --- Which addresses that others name may be read from ---
+
+# Parts of the public IPv6 range that lead to IPv4 addresses, which may be private.
+TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo
+PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
+
+
+def is_public(address: str) -> bool:
+    """True for an address on the internet that cannot stand for another one. Raises ValueError for a name."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6 and (ip not in PUBLIC_IPV6 or any(ip in tunnel for tunnel in TUNNELS)):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
+def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -> URL:
+    """The address, which may be relative to `base`, or UnsafeAddress. A name is checked again when it is looked up."""
+    try:
+        url = base.join(URL(address)) if base else URL(address)
+    except ValueError:
+        raise UnsafeAddress("The service named an address that is none. It was not read.") from None
+    if endpoints.is_own_storage(url):
+        return url
+    if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
+        raise UnsafeAddress(
+            f"Expected a plain https address from the service, found one of scheme {url.scheme!r}, port {url.port}"
+            f"{', with a user name' if url.user else ''}. It was not read."
+        )
+    try:
+        public = is_public(url.host)
+    except ValueError:
+        return url  # a name
+    if not public:
+        refuse_private(url.host)
+    return url
+
+
+def refuse_private(host: str) -> NoReturn:
+    raise UnsafeAddress(f"{host} leads to a private address, where no picture of the service can be. It was not read.")
+
+
+# --- The key ---
+
+PLACEHOLDERS = {"YOUR_FAL_KEY", "YOUR_API_KEY"}  # as fal's page prints them
+LINE = re.compile(r"""^\s*FAL_KEY\s*=\s*["']?([^"'#]*)["']?\s*(?:#.*)?$""", re.MULTILINE)
+AUTHORIZATION = re.compile(
+    r"(?i)(authorization\W{1,4}(?:key |bearer )?|\bkey (?=[\w-]{6,}:)|\bbearer (?=[\w.-]{20,}))[^\s'\",]+"
+)
+HIDDEN = "[hidden]"
+LOGGERS = (__package__, "aiohttp.client", "aiohttp.internal", "asyncio")
+SHORTEST_PART = 6  # characters; hiding shorter parts would hide words
+
+
+class Key:
+    """A key that shows itself in one place alone, the header of a request."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str):
+        if not value.isascii() or not value.isprintable() or " " in value:
+            raise MissingKey(
+                "The key of the hosted service holds spaces or characters that no key has. Copy it again, as id:secret."
+            )
+        self._value = value
+
+    def __repr__(self) -> str:
+        return f"Key({HIDDEN})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A key is never written anywhere.")
+
+    @property
+    def header(self) -> dict[str, str]:
+        return {"Authorization": f"Key {self._value}"}
+
+    @property
+    def account(self) -> str:
+        """Differs between accounts, and gives nothing of the key away."""
+        return hashlib.sha256(f"pulid account {self._value.partition(':')[0]}".encode()).hexdigest()
+
+    def hide(self, text: str) -> str:
+        """The text without the key and its parts."""
+        for part in (self._value, *self._value.split(":")):
+            if len(part) >= SHORTEST_PART:
+                text = text.replace(part, HIDDEN)
+        return text
+
+
+class QuietFilter(logging.Filter):
+    """Takes the key, and whatever else looks like an authorization, out of every record of a logger."""
+
+    def __init__(self, key: Key):
+        super().__init__()
+        self.key = key
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self._hide(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = self._hide(logging.Formatter().formatException(record.exc_info))
+        return True
+
+    def _hide(self, text: str) -> str:
+        return AUTHORIZATION.sub(rf"\1{HIDDEN}", self.key.hide(text))
+
+
+def quieten(key: Key) -> None:
+    """Keep this key out of what this package and the HTTP library under it log; the key before it is forgotten."""
+    for logger in map(logging.getLogger, LOGGERS):
+        for known in [known for known in logger.filters if isinstance(known, QuietFilter)]:
+            logger.removeFilter(known)
+        logger.addFilter(QuietFilter(key))
+
+
+def find_key(environ: Mapping[str, str], file: Path) -> Key:
+    """The first usable key; a placeholder counts as none. Raises MissingKey, which says where a key was looked for.
+
+    environ  the environment; PULID_FAL_KEY_FILE in it names a file in place of `file`
+    file     where the key file is by default; nobody but its owner may be able to read it
+    """
+    file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
+    pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
+    for value in (environ.get("FAL_KEY", ""), ":".join(pair) if all(pair) else "", _read_key(file)):
+        if (value := value.strip()) and value not in PLACEHOLDERS:
+            return Key(value)
+    raise MissingKey(
+        "The hosted service needs a key, and none was found. Set the environment variable FAL_KEY before ComfyUI "
+        f'starts, or put the line FAL_KEY = "id:secret" into {_end_of(file)}, readable by you alone. '
+        "Keys are made at fal.ai/dashboard/keys; one of scope API is enough."
+    )
+
+
+def _read_key(file: Path) -> str:
+    if not file.is_file():
+        return ""
+    if os.name == "posix" and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise MissingKey(
+            f"Others on this machine can read {_end_of(file)}. Make it yours alone: chmod 600, then run again."
+        )
+    try:
+        found = LINE.search(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise MissingKey(f'{_end_of(file)} cannot be read. It is a text with the line FAL_KEY = "id:secret".') from None
+    return found[1] if found else ""
+
+
+def _end_of(file: Path) -> str:
+    """The end of a path: enough to find it, without the name of who is logged in."""
+    return "/".join(("…", *file.parts[-3:]))

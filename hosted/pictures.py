@@ -1,0 +1,211 @@
+"""Pictures of the hosted service: fetched without being led anywhere else, decoded, and kept on this disk.
+
+Fetching uses public https addresses only, checked again at every redirect, and no credentials; bytes, pixels and types
+are limited before anything is decoded. What was paid for is kept: an equal request with its own seed needs no network.
+(Same seed and same values give the same picture only as long as the service runs the same version of its model.)
+"""
+
+import asyncio
+import base64
+import binascii
+import io
+import itertools
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from .api import HostedImage
+from .endpoints import Endpoints, check_address
+from .errors import AnswerLost, BadAnswer, HostedError, Refused, UnsafeAddress
+from .transport import Reply, Sleep, Terms, Transport, repeated
+
+REDIRECTS = 3
+LARGEST_PIXELS = 64 * 2**20  # of one picture
+PICTURE_TERMS = Terms(seconds=120, limit=64 * 2**20, idle=30)
+Decoder = type[PngImageFile] | type[JpegImageFile] | type[WebPImageFile]
+MAGIC: dict[bytes, Decoder] = {
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"\xff\xd8\xff": JpegImageFile,
+    b"RIFF": WebPImageFile,
+}
+LARGEST_STORE = 512 * 2**20  # bytes of all kept pictures together
+EXPIRED = (
+    "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again. Switch "
+    "force_resubmit on to have new ones made."
+)
+
+logger = logging.getLogger(__package__)  # one logger, which keeps keys out
+
+
+@dataclass(frozen=True)
+class PictureFetcher:
+    """Fetches and decodes the pictures of an answer.
+
+    transport       one whose lookups go through `public_only`
+    terms           of one picture; its seconds are for all tries together
+    largest_answer  bytes of all pictures of an answer together
+    largest_pixels  of one picture
+    """
+
+    transport: Transport
+    endpoints: Endpoints
+    sleep: Sleep = asyncio.sleep
+    terms: Terms = PICTURE_TERMS
+    largest_answer: int = 256 * 2**20
+    largest_pixels: int = LARGEST_PIXELS
+
+    async def fetch_all(self, images: tuple[HostedImage, ...]) -> tuple[tuple[Image.Image, ...], list[str]]:
+        """RGB pictures in order, and notes on what differs from what the service announced."""
+        pictures: list[Image.Image] = []
+        notes: list[str] = []
+        total = 0
+        for number, image in enumerate(images, start=1):
+            data = decode_data_uri(image.url) if image.url.startswith("data:") else await self.fetch(image.url)
+            total += len(data)
+            if total > self.largest_answer:
+                limit = self.largest_answer // 2**20
+                raise BadAnswer(f"The pictures together are larger than {limit} MiB; the rest was not read.")
+            pictures.append(decode(data, self.largest_pixels))
+            notes += _differences(number, image, len(data), pictures[-1].size)
+        return tuple(pictures), notes
+
+    async def fetch(self, address: str) -> bytes:
+        """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
+        tries = repeated(lambda: self._follow(address), self.sleep)
+        try:
+            return _body(await asyncio.wait_for(tries, self.terms.seconds))
+        except asyncio.TimeoutError:
+            raise AnswerLost(f"A picture did not arrive within {self.terms.seconds:g} s.") from None
+
+    async def _follow(self, address: str) -> Reply:
+        url = check_address(address, self.endpoints)
+        for _ in range(REDIRECTS + 1):
+            reply = await self.transport.send("GET", url, {"Accept": "image/*"}, terms=self.terms)
+            if not 300 <= reply.status < 400 or "location" not in reply.headers:
+                return reply
+            url = check_address(reply.headers["location"], self.endpoints, base=url)
+        raise UnsafeAddress(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
+
+
+def _body(reply: Reply) -> bytes:
+    if reply.status in (404, 410):
+        raise Refused(EXPIRED)
+    if reply.status != 200:
+        raise Refused(f"The picture could not be read (HTTP {reply.status}). Queue the prompt again to fetch it anew.")
+    kind = reply.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+    if not kind.startswith("image/") and kind not in ("application/octet-stream", "binary/octet-stream"):
+        raise BadAnswer(f"Expected a picture, found content of type {kind[:60]!r}.")
+    return reply.body
+
+
+def decode_data_uri(uri: str) -> bytes:
+    """The bytes of a base64 data URI. Raises BadAnswer."""
+    head, _, data = uri.partition(",")
+    if not head.endswith(";base64"):
+        raise BadAnswer("Expected a data URI with ;base64, found another kind.")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error:
+        raise BadAnswer("A data URI is damaged: its base64 text cannot be read.") from None
+
+
+def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
+    """PNG, JPEG or WebP bytes -> an RGB picture. Raises BadAnswer, before decoding where the size is too large."""
+    kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), None)
+    if kind is None:
+        raise BadAnswer("Expected a PNG, JPEG or WebP picture, found something else.")
+    try:
+        # Not Image.open, whose own limit warns in some cases and says less in the others.
+        with kind(io.BytesIO(data)) as image:
+            if image.width * image.height > largest_pixels:
+                raise BadAnswer(
+                    f"A picture of {image.width} x {image.height} pixels is larger than this pack decodes "
+                    f"({largest_pixels // 2**20} million)."
+                )
+            return image.convert("RGB")
+    except HostedError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise BadAnswer(f"A picture is damaged: {kind.format} could not be read ({type(error).__name__}).") from None
+
+
+def _differences(number: int, image: HostedImage, length: int, size: tuple[int, int]) -> list[str]:
+    announced = (("bytes", image.file_size, length), ("width", image.width, size[0]), ("height", image.height, size[1]))
+    return [
+        f"Picture {number}: {expected} {what} were announced, {found} came."
+        for what, expected, found in announced
+        if expected is not None and expected != found
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a request gave. `info` can be written as JSON; it holds the seed as text, addresses, timings and notes."""
+
+    images: tuple[Image.Image, ...]
+    seed: str
+    request_id: str
+    info: dict[str, Any]
+
+
+class PictureStore:
+    """A folder with one folder of PNG files per request; the ones not used for longest go first."""
+
+    def __init__(self, folder: Path, largest: int = LARGEST_STORE):
+        self.folder, self.largest = Path(folder), largest
+
+    def get(self, name: str) -> Outcome | None:
+        """The kept outcome, or None also where its files are damaged."""
+        place = self.folder / name
+        try:
+            facts = json.loads((place / "outcome.json").read_text(encoding="utf-8"))
+            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(facts["images"]))
+            os.utime(place)
+        except (OSError, ValueError, KeyError):  # BadAnswer, of a damaged picture, is a ValueError
+            return None
+        return Outcome(images, facts["seed"], facts["request_id"], facts["info"])
+
+    def put(self, name: str, outcome: Outcome) -> bool:
+        """False where the disk does not take it: the pictures are there all the same."""
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            place = Path(tempfile.mkdtemp(dir=self.folder))
+            try:
+                for number, image in enumerate(outcome.images):
+                    image.save(place / f"{number}.png")
+                facts = {"images": len(outcome.images), "seed": outcome.seed, "request_id": outcome.request_id}
+                (place / "outcome.json").write_text(json.dumps({**facts, "info": outcome.info}), encoding="utf-8")
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                place.rename(self.folder / name)
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
+            self._shrink(keep=name)
+        except OSError as error:
+            logger.warning("The pictures of a hosted request could not be kept for later: %s", error)
+            return False
+        return True
+
+    def _shrink(self, keep: str) -> None:
+        places = [place for place in self.folder.iterdir() if place.is_dir()]
+        sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in places}
+        total = sum(sizes.values())
+        for place in sorted(places, key=lambda place: place.stat().st_mtime):
+            if total > self.largest and place.name != keep:
+                shutil.rmtree(place, ignore_errors=True)
+                total -= sizes[place]
+
+
+def as_batches(images: Sequence[Image.Image]) -> list[list[Image.Image]]:
+    """Neighbours of one size together, so that no picture is lost or stretched where sizes differ."""
+    return [list(batch) for _, batch in itertools.groupby(images, key=lambda image: image.size)]
