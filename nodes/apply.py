@@ -52,16 +52,9 @@ class PulidApply(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: ModelPatcher,
-        pulid: LoadedPulid,
-        identity: IdEmbedding,
-        method: str,
-        weight: float,
-        start_at: float,
-        end_at: float,
-        attn_mask: Tensor | None = None,
-    ) -> io.NodeOutput:
+        cls, model: ModelPatcher, pulid: LoadedPulid, identity: IdEmbedding, method: str, weight: float,
+        start_at: float, end_at: float, attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
         chosen = METHODS[method][identity.version]
         how = Application(
             chosen.fusion,
@@ -116,24 +109,10 @@ class PulidApplyAdvanced(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model: ModelPatcher,
-        pulid: LoadedPulid,
-        identity: IdEmbedding,
-        projection: str,
-        zero_tokens: int,
-        weight: float,
-        weight_curve: str,
-        start_at: float,
-        end_at: float,
-        input_blocks: float,
-        middle_block: float,
-        output_blocks: float,
-        uncond: str,
-        noise: float,
-        noise_seed: int,
-        attn_mask: Tensor | None = None,
-    ) -> io.NodeOutput:
+        cls, model: ModelPatcher, pulid: LoadedPulid, identity: IdEmbedding, projection: str, zero_tokens: int,
+        weight: float, weight_curve: str, start_at: float, end_at: float, input_blocks: float, middle_block: float,
+        output_blocks: float, uncond: str, noise: float, noise_seed: int, attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
         fusion = Fusion(projection)
         if zero_tokens < 0:
             zero_tokens = METHODS[PROJECTIONS[fusion]][identity.version].zero_tokens

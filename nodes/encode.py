@@ -53,16 +53,9 @@ class PulidEncode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        pulid: LoadedPulid,
-        image: Tensor,
-        face: str,
-        face_index: int,
-        photos: Photos,
-        id_mix: bool,
-        no_face: str,
+        cls, pulid: LoadedPulid, image: Tensor, face: str, face_index: int, photos: Photos, id_mix: bool, no_face: str,
         mask: Tensor | None = None,
-    ) -> io.NodeOutput:
+    ) -> io.NodeOutput:  # fmt: skip
         taken = photographs(image, mask)
         settings = EncodeSettings(FaceChoice(face, face_index), photos, id_mix, skip=no_face == "skip photo")
         sources = pulid.weights.encoder.source, pulid.networks.source

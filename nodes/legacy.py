@@ -39,13 +39,11 @@ from .load import (
     pulid_choices,
     state_of,
 )
-from .texts import with_tooltips
+from .texts import described
 
 log = logging.getLogger(__name__)
 
 CATEGORY = "PuLID/legacy"
-INSTEAD_OF_LOADERS = "For older shared workflows. In new ones, use Load PuLID (SDXL)."
-INSTEAD_OF_APPLY = "For older shared workflows. In new ones, use PuLID Encode Identity and Apply PuLID (SDXL)."
 NO_DOWNLOAD = (
     " This node has no missing_files: run Load PuLID (SDXL) once with it on download, and this one finds the files too."
 )
@@ -58,20 +56,15 @@ FaceAnalysis = io.Custom("FACEANALYSIS")  # an InsightFaceAnalyzer
 class PulidModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PulidModelLoader",
-            display_name="Load PuLID Model",
-            category=CATEGORY,
-            description=INSTEAD_OF_LOADERS,
-            is_deprecated=True,
-            inputs=[
-                io.Combo.Input(
-                    "pulid_file",
-                    options=pulid_choices(),
-                    tooltip="The PuLID file, in models/pulid. Older workflows were made with v1.",
-                )
-            ],
-            outputs=[PulidFile.Output("loaded", display_name="PULID")],
+        return described(
+            io.Schema(
+                node_id="PulidModelLoader",
+                display_name="Load PuLID Model",
+                category=CATEGORY,
+                is_deprecated=True,
+                inputs=[io.Combo.Input("pulid_file", options=pulid_choices())],
+                outputs=[PulidFile.Output("loaded", display_name="PULID")],
+            )
         )
 
     @classmethod
@@ -93,21 +86,15 @@ class PulidModelLoader(io.ComfyNode):
 class PulidInsightFaceLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PulidInsightFaceLoader",
-            display_name="Load InsightFace (PuLID)",
-            category=CATEGORY,
-            description=INSTEAD_OF_LOADERS,
-            is_deprecated=True,
-            inputs=[
-                io.Combo.Input(
-                    "provider",
-                    options=["CPU", "CUDA", "ROCM", "CoreML"],
-                    tooltip="What runs the InsightFace models. Where it is not installed, the CPU does, and the node "
-                    "says so.",
-                )
-            ],
-            outputs=[FaceAnalysis.Output("loaded", display_name="FACEANALYSIS")],
+        return described(
+            io.Schema(
+                node_id="PulidInsightFaceLoader",
+                display_name="Load InsightFace (PuLID)",
+                category=CATEGORY,
+                is_deprecated=True,
+                inputs=[io.Combo.Input("provider", options=["CPU", "CUDA", "ROCM", "CoreML"])],
+                outputs=[FaceAnalysis.Output("loaded", display_name="FACEANALYSIS")],
+            )
         )
 
     @classmethod
@@ -136,14 +123,15 @@ def _providers(choice: str) -> tuple[list[str], list[str]]:
 class PulidEvaClipLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="PulidEvaClipLoader",
-            display_name="Load Eva Clip (PuLID)",
-            category=CATEGORY,
-            description=INSTEAD_OF_LOADERS,
-            is_deprecated=True,
-            inputs=[],
-            outputs=[EvaClip.Output("loaded", display_name="EVA_CLIP")],
+        return described(
+            io.Schema(
+                node_id="PulidEvaClipLoader",
+                display_name="Load Eva Clip (PuLID)",
+                category=CATEGORY,
+                is_deprecated=True,
+                inputs=[],
+                outputs=[EvaClip.Output("loaded", display_name="EVA_CLIP")],
+            )
         )
 
     @classmethod
@@ -164,19 +152,11 @@ def _tower_here(folders: ModelFolders) -> str:
     return next((file.name for file in published if folders.locate(file)), catalogue.EVA_CLIP.name)
 
 
-MODEL, START, END, MASK = with_tooltips("PuLID_Apply", MODEL, START, END, MASK)
-PULID = PulidFile.Input("pulid", tooltip="From Load PuLID Model.")
-EVA_CLIP = EvaClip.Input("eva_clip", tooltip="From Load Eva Clip (PuLID).")
-FACE_ANALYSIS = FaceAnalysis.Input("face_analysis", tooltip="From Load InsightFace (PuLID).")
-IMAGE = io.Image.Input("image", tooltip="Photographs of one person; what is seen in them is averaged.")
-WEIGHT = io.Float.Input(
-    "weight",
-    default=1.0,
-    min=-1.0,
-    max=5.0,
-    step=0.05,
-    tooltip="How strongly the picture takes on the person. 0 leaves the model as it is, below 0 pushes away.",
-)
+PULID = PulidFile.Input("pulid")
+EVA_CLIP = EvaClip.Input("eva_clip")
+FACE_ANALYSIS = FaceAnalysis.Input("face_analysis")
+IMAGE = io.Image.Input("image")
+WEIGHT = io.Float.Input("weight", default=1.0, min=-1.0, max=5.0, step=0.05)
 PATCHED = io.Model.Output("patched_model", display_name="MODEL")
 
 # Their methods, by the names that ours have.
@@ -186,46 +166,33 @@ OUR_METHODS = {"fidelity": "fidelity", "style": "extreme style", "neutral": "neu
 class ApplyPulid(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ApplyPulid",
-            display_name="Apply PuLID",
-            category=CATEGORY,
-            description=INSTEAD_OF_APPLY,
-            is_deprecated=True,
-            inputs=[
-                MODEL,
-                PULID,
-                EVA_CLIP,
-                FACE_ANALYSIS,
-                IMAGE,
-                io.Combo.Input(
-                    "method",
-                    options=list(OUR_METHODS),
-                    tooltip="fidelity: closest likeness. style: leaves more room to the prompt's style. neutral: adds "
-                    "the person without sparing anything.",
-                ),
-                WEIGHT,
-                START,
-                END,
-                MASK,
-            ],
-            outputs=[PATCHED],
+        return described(
+            io.Schema(
+                node_id="ApplyPulid",
+                display_name="Apply PuLID",
+                category=CATEGORY,
+                is_deprecated=True,
+                inputs=[
+                    MODEL,
+                    PULID,
+                    EVA_CLIP,
+                    FACE_ANALYSIS,
+                    IMAGE,
+                    io.Combo.Input("method", options=list(OUR_METHODS)),
+                    WEIGHT,
+                    START,
+                    END,
+                    MASK,
+                ],
+                outputs=[PATCHED],
+            )
         )
 
     @classmethod
     def execute(
-        cls,
-        model: ModelPatcher,
-        pulid: object,
-        eva_clip: object,
-        face_analysis: object,
-        image: Tensor,
-        method: str,
-        weight: float,
-        start_at: float,
-        end_at: float,
-        attn_mask: Tensor | None = None,
-    ) -> io.NodeOutput:
+        cls, model: ModelPatcher, pulid: object, eva_clip: object, face_analysis: object, image: Tensor, method: str,
+        weight: float, start_at: float, end_at: float, attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
         weights, networks = _checked(pulid, eva_clip, face_analysis)
         chosen = METHODS[OUR_METHODS[method]][weights.version]
         how = _application(chosen.fusion, chosen.zero_tokens, weight, start_at, end_at, attn_mask)
@@ -236,64 +203,35 @@ class ApplyPulid(io.ComfyNode):
 class ApplyPulidAdvanced(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="ApplyPulidAdvanced",
-            display_name="Apply PuLID Advanced",
-            category=CATEGORY,
-            description=INSTEAD_OF_APPLY.replace("Apply PuLID", "Apply PuLID Advanced"),
-            is_deprecated=True,
-            inputs=[
-                MODEL,
-                PULID,
-                EVA_CLIP,
-                FACE_ANALYSIS,
-                IMAGE,
-                WEIGHT,
-                io.Combo.Input(
-                    "projection",
-                    options=["ortho_v2", "ortho", "none"],
-                    tooltip="How the person joins the picture: ortho_v2 as in fidelity, ortho as in style, none as in "
-                    "neutral.",
-                ),
-                io.Int.Input(
-                    "fidelity",
-                    default=8,
-                    min=0,
-                    max=32,
-                    step=1,
-                    tooltip="The number of zero tokens: more make the picture easier to edit and less alike.",
-                ),
-                io.Float.Input(
-                    "noise",
-                    default=0.0,
-                    min=-1.0,
-                    max=1.0,
-                    step=0.1,
-                    tooltip="Noise in place of zeros, in the negative branch and in the zero tokens.",
-                ),
-                START,
-                END,
-                MASK,
-            ],
-            outputs=[PATCHED],
+        return described(
+            io.Schema(
+                node_id="ApplyPulidAdvanced",
+                display_name="Apply PuLID Advanced",
+                category=CATEGORY,
+                is_deprecated=True,
+                inputs=[
+                    MODEL,
+                    PULID,
+                    EVA_CLIP,
+                    FACE_ANALYSIS,
+                    IMAGE,
+                    WEIGHT,
+                    io.Combo.Input("projection", options=["ortho_v2", "ortho", "none"]),
+                    io.Int.Input("fidelity", default=8, min=0, max=32, step=1),
+                    io.Float.Input("noise", default=0.0, min=-1.0, max=1.0, step=0.1),
+                    START,
+                    END,
+                    MASK,
+                ],
+                outputs=[PATCHED],
+            )
         )
 
     @classmethod
     def execute(
-        cls,
-        model: ModelPatcher,
-        pulid: object,
-        eva_clip: object,
-        face_analysis: object,
-        image: Tensor,
-        weight: float,
-        projection: str,
-        fidelity: int,
-        noise: float,
-        start_at: float,
-        end_at: float,
-        attn_mask: Tensor | None = None,
-    ) -> io.NodeOutput:
+        cls, model: ModelPatcher, pulid: object, eva_clip: object, face_analysis: object, image: Tensor, weight: float,
+        projection: str, fidelity: int, noise: float, start_at: float, end_at: float, attn_mask: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
         weights, networks = _checked(pulid, eva_clip, face_analysis)
         how = _application(Fusion(projection), 0 if noise else fidelity, weight, start_at, end_at, attn_mask)
         identity, notes = _identify(weights, networks, image, noise, fidelity)

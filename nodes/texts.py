@@ -15,14 +15,9 @@ def described(schema: io.Schema) -> io.Schema:
     """The schema with its description, and the tooltips of its inputs and outputs, which are shared between nodes."""
     texts = _english()[schema.node_id]
     schema.description = texts["description"]
-    schema.inputs = with_tooltips(schema.node_id, *schema.inputs)
+    schema.inputs = [_with_tooltip(one, texts["inputs"][one.id]) for one in schema.inputs]
     schema.outputs = [_with_tooltip(one, texts["outputs"][str(index)]) for index, one in enumerate(schema.outputs)]
     return schema
-
-
-def with_tooltips(node_id: str, *inputs: io.Input) -> list[io.Input]:
-    """The inputs with what is said of them at this node."""
-    return [_with_tooltip(one, _english()[node_id]["inputs"][one.id]) for one in inputs]
 
 
 def _with_tooltip(slot: io.Input | io.Output, texts: dict[str, str]) -> io.Input | io.Output:

@@ -2,26 +2,27 @@
 
 ComfyUI serves locales/*/nodeDefs.json to its editor, which looks a text up as nodeDefs.<node>.inputs.<name>.tooltip
 and shows the schema's own where a language has none (https://docs.comfy.org/custom-nodes/i18n). The options of a combo
-are values in saved workflows, and the editor translates none. Deprecated nodes are left out: they stay English.
+are values in saved workflows, and the editor translates none. Nodes of older workflows stay English.
 """
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from . import ROOT
 
 LOCALES = ROOT / "locales"
 ENGLISH = LOCALES / "en" / "nodeDefs.json"
 
-Texts = dict[str, dict]  # node id -> its texts, as in the files
+Texts = dict[str, Any]  # node id -> its texts, as in the files
 
 
-def english(object_info: dict[str, dict]) -> Texts:
+def english(object_info: dict[str, Any]) -> Texts:
     """The texts of nodes as ComfyUI's /object_info describes them."""
-    return {name: node_texts(node) for name, node in sorted(object_info.items()) if not node["deprecated"]}
+    return {name: node_texts(node) for name, node in sorted(object_info.items())}
 
 
-def node_texts(node: dict) -> dict:
+def node_texts(node: dict[str, Any]) -> Texts:
     declared = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
     outputs = zip(node["output_name"], node["output_tooltips"], strict=True)
     return {

@@ -12,7 +12,7 @@ from pulid_sdxl.tools.translations import LOCALES, flat, read
 
 # Codes of ComfyUI's editor. Its menu has no German (1.58), though it ships German texts; 1.27 takes the browser's.
 LANGUAGES = ("de", "es", "fr", "ja", "ko", "pt-BR", "ru", "zh", "zh-TW")
-ENGLISH = read("en")
+ENGLISH = {node_id: texts for node_id, texts in read("en").items() if node_id.startswith("PuLID_")}  # older ones stay
 SENTENCES = [path for path, _ in flat(ENGLISH) if path[-1] in ("tooltip", "description")]
 SCRIPTS = {  # of letters that are not Latin
     "ja": r"[\u3040-\u30ff]",
