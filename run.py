@@ -51,7 +51,7 @@ def is_comfyui(path: Path) -> bool:
     return (path / "main.py").is_file() and (path / "comfy" / "supported_models.py").is_file()
 
 
-def find_hosts(given: str | None) -> list[Path]:
+def find_hosts(given: str | None, here: Path = HERE, cache: Path = CACHE) -> list[Path]:
     """The ComfyUI folders to work with; empty when there is none."""
     asked = given or os.environ.get("COMFYUI_PATH")
     if asked:
@@ -60,7 +60,7 @@ def find_hosts(given: str | None) -> list[Path]:
             if not is_comfyui(host):
                 raise Failure(f"{host} is not a ComfyUI folder: it has no main.py with comfy/ beside it.")
         return list(dict.fromkeys(hosts))
-    for host in (HERE.parent.parent, Path.home() / "comfy" / "ComfyUI", CACHE / "ComfyUI"):
+    for host in (here.parent.parent, Path.home() / "comfy" / "ComfyUI", cache / "ComfyUI"):
         if is_comfyui(host):
             return [host]
     return []

@@ -203,8 +203,7 @@ def quieten(key: Key) -> None:
 def find_key(environ: Mapping[str, str], file: Path) -> Key:
     """The first usable key; a placeholder counts as none. Raises MissingKey, which says where a key was looked for.
 
-    environ  the environment; PULID_FAL_KEY_FILE in it names a file in place of `file`
-    file     where the key file is by default; nobody but its owner may be able to read it
+    PULID_FAL_KEY_FILE in `environ` names a file in place of `file`; nobody but its owner may be able to read it.
     """
     file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
     pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()

@@ -137,10 +137,7 @@ async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, 
         answer = read_answer(HostedAnswer, data)
         images, notes = await at.fetcher.fetch_all(answer.images)
     timings = {"waited": round(waited - began, 3), "fetched": round(at.now() - waited, 3), **(status.metrics or {})}
-    info = describe(ticket, answer, status, timings, notes)
-    if job is not None:
-        info["request"] = shown_request(job.request, job.references)
-        info["notes"] += remarks(job.request, job.references, len(images))
+    info = describe(ticket, answer, status, timings, notes, job)
     outcome = Outcome(images, answer.seed, ticket.request_id, info)
     if at.store.put(ticket.request_id, outcome):
         _move(row, "DOWNLOADED", at, seed=answer.seed)
@@ -198,9 +195,6 @@ async def _take_place(at: Service, place: ExitStack) -> None:
         await at.watch.pause(PEEK_SECONDS)
     place.callback(at.slots.release)
     at.watch.check()
-
-
-# --- Waiting ---
 
 
 async def wait(ticket: Ticket, limits: Limits, at: Service) -> tuple[Any, Status]:
@@ -326,13 +320,10 @@ def _move(row: Row | None, state: State, at: Service, note: str = "", seed: str 
         logger.warning("Request %s is %s, but: %s", row.ticket.request_id if row.ticket else "", state, error)
 
 
-# --- What a user is told about a request that went through ---
-
-
 def describe(
-    ticket: Ticket, answer: HostedAnswer, status: Status, timings: Mapping[str, Any], notes: Sequence[str]
+    ticket: Ticket, answer: HostedAnswer, status: Status, timings: Mapping[str, Any], notes: list[str], job: Job | None
 ) -> dict[str, Any]:
-    """What the service said, as JSON's values; the seed as text."""
+    """What a user is told about a request that went through, as JSON's values; the seed as text."""
     said = [image.model_dump(exclude_none=True) for image in answer.images]
     return {
         "seed": answer.seed,
@@ -340,30 +331,28 @@ def describe(
         "urls": [_shown(image.url) for image in answer.images],
         "images": [{name: _shown(value) for name, value in facts.items()} for facts in said],
         "timings": dict(timings),
-        "request": None,
+        "request": _shown_request(job) if job else None,
         "logs": list(status.logs),
-        "notes": list(notes),
+        "notes": notes + (_remarks(job.request, job.references, len(answer.images)) if job else []),
     }
 
 
-def remarks(request: HostedRequest, references: Sequence[Reference], came: int) -> list[str]:
-    """What a user should know about a request, although it went through; `came` is the number of pictures."""
+def _remarks(request: HostedRequest, references: Sequence[Reference], came: int) -> list[str]:
+    """What a user should know about it all the same; `came` is the number of pictures."""
     far = [number for number, reference in enumerate(references, 1) if unreachable_for_service(reference)]
     found = (
         (came != request.num_images, f"{request.num_images} pictures were asked for, {came} came."),
         (len(references) > IDEAL_REFERENCES, f"{len(references)} references were sent; {IDEAL_REFERENCES} are ideal."),
         (bool(far), f"The service cannot read addresses of a private network: reference {', '.join(map(str, far))}."),
     )
-    noted = [
-        f"Reference {number} {reference.note}." for number, reference in enumerate(references, 1) if reference.note
-    ]
-    return [text for holds, text in found if holds] + noted
+    noted = [(number, reference.note) for number, reference in enumerate(references, 1) if reference.note]
+    return [text for holds, text in found if holds] + [f"Reference {number} {note}." for number, note in noted]
 
 
-def shown_request(request: HostedRequest, references: Sequence[Reference]) -> dict[str, Any]:
+def _shown_request(job: Job) -> dict[str, Any]:
     """The request's JSON with addresses as they are and photographs as their type."""
-    shown = tuple(_shown(reference.url or reference.content_type) for reference in references)
-    return replace(request, reference_images=shown).body()
+    shown = tuple(_shown(reference.url or reference.content_type) for reference in job.references)
+    return replace(job.request, reference_images=shown).body()
 
 
 def _shown(value: Any) -> Any:

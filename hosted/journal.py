@@ -63,14 +63,11 @@ class Guard:
 
 @dataclass(frozen=True)
 class Journal:
-    """Opened anew for each step: a step is short, and any thread or process may take it.
-
-    silence  seconds without a sign of life after which who was sending has died
-    """
+    """Opened anew for each step: a step is short, and any thread or process may take it."""
 
     path: Path
     now: Callable[[], float] = time.time
-    silence: float = 15.0
+    silence: float = 15.0  # seconds without a sign of life, after which who was sending has died
 
     @contextmanager
     def _database(self) -> Iterator[Database]:

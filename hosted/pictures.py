@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,7 @@ from .transport import Reply, Sleep, Terms, Transport, repeated
 REDIRECTS = 3
 LARGEST_PIXELS = 64 * 2**20  # of one picture
 PICTURE_TERMS = Terms(seconds=120, limit=64 * 2**20, idle=30)
-Decoder = type[PngImageFile] | type[JpegImageFile] | type[WebPImageFile]
-MAGIC: dict[bytes, Decoder] = {
+MAGIC: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"\xff\xd8\xff": JpegImageFile,
     b"RIFF": WebPImageFile,
@@ -50,20 +49,14 @@ logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
 @dataclass(frozen=True)
 class PictureFetcher:
-    """Fetches and decodes the pictures of an answer.
+    """Fetches and decodes the pictures of an answer."""
 
-    transport       one whose lookups go through `public_only`
-    terms           of one picture; its seconds are for all tries together
-    largest_answer  bytes of all pictures of an answer together
-    largest_pixels  of one picture
-    """
-
-    transport: Transport
+    transport: Transport  # one that goes to public addresses only
     endpoints: Endpoints
     sleep: Sleep = asyncio.sleep
-    terms: Terms = PICTURE_TERMS
-    largest_answer: int = 256 * 2**20
-    largest_pixels: int = LARGEST_PIXELS
+    terms: Terms = PICTURE_TERMS  # of one picture; its seconds are for all tries together
+    largest_answer: int = 256 * 2**20  # bytes of all pictures of an answer together
+    largest_pixels: int = LARGEST_PIXELS  # of one picture
 
     async def fetch_all(self, images: tuple[HostedImage, ...]) -> tuple[tuple[Image.Image, ...], list[str]]:
         """RGB pictures in order, and notes on what differs from what the service announced."""
@@ -122,12 +115,12 @@ def decode_data_uri(uri: str) -> bytes:
 
 def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
     """PNG, JPEG or WebP bytes -> an RGB picture. Raises BadAnswer, before decoding where the size is too large."""
-    kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), None)
-    if kind is None:
+    read = next((read for magic, read in MAGIC.items() if data.startswith(magic)), None)
+    if read is None:
         raise BadAnswer("Expected a PNG, JPEG or WebP picture, found something else.")
     try:
         # Not Image.open, whose own limit warns in some cases and says less in the others.
-        with kind(io.BytesIO(data)) as image:
+        with read(io.BytesIO(data)) as image:
             if image.width * image.height > largest_pixels:
                 raise BadAnswer(
                     f"A picture of {image.width} x {image.height} pixels is larger than this pack decodes "
@@ -137,7 +130,7 @@ def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
     except HostedError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise BadAnswer(f"A picture is damaged: {kind.format} could not be read ({type(error).__name__}).") from None
+        raise BadAnswer(f"A picture is damaged and could not be read ({type(error).__name__}).") from None
 
 
 def _differences(number: int, image: HostedImage, length: int, size: tuple[int, int]) -> list[str]:

@@ -38,16 +38,13 @@ class Ticket:
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """What surrounds a request without changing its picture.
-
-    start_seconds  the service gives up when no machine has begun by then
-    """
+    """What surrounds a request without changing its picture."""
 
     webhook_url: str = ""
     priority: str = "normal"
     runner_hint: str = ""
     no_retry: bool = False
-    start_seconds: float | None = None
+    start_seconds: float | None = None  # the service gives up when no machine has begun by then
 
     def __post_init__(self) -> None:
         if self.webhook_url and not re.match(r"https?://[^/\s]+", self.webhook_url):
@@ -119,20 +116,14 @@ CANCEL_OUTCOMES = {  # by HTTP status
 
 @dataclass(frozen=True)
 class QueueClient:
-    """One account's way to one model.
-
-    key             None where a proxy adds it
-    terms           of one exchange
-    sleep           what a pause between two calls is
-    cancel_seconds  how long to wait for the answer to a cancel
-    """
+    """One account's way to one model."""
 
     transport: Transport
     endpoints: Endpoints
-    key: Key | None
-    terms: Terms = DEFAULT_TERMS
+    key: Key | None  # None where a proxy adds it
+    terms: Terms = DEFAULT_TERMS  # of one exchange
     sleep: Sleep = asyncio.sleep
-    cancel_seconds: float = 10
+    cancel_seconds: float = 10  # to wait for the answer to a cancel
 
     def ticket(self, request_id: str, url: Any = None) -> Ticket:
         """The ticket of a request, at the given address if the key may go there. Raises InputError for another id."""

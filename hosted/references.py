@@ -121,16 +121,11 @@ def inline(references: Sequence[Reference], how: str) -> bool:
 
 @dataclass(frozen=True)
 class ReferenceStorage:
-    """Places photographs where the service can read them.
+    """Places photographs where the service can read them."""
 
-    client     for the call that needs a key
-    transport  for the one that must not have it; its lookups go through `public_only`
-    journal    remembers uploads until shortly before they expire
-    """
-
-    client: QueueClient
-    transport: Transport
-    journal: Journal
+    client: QueueClient  # for the call that needs a key
+    transport: Transport  # for the one that must not have it; goes to public addresses only
+    journal: Journal  # remembers uploads until shortly before they expire
 
     async def place(self, references: Sequence[Reference], how: str = "auto", needed: float = 0) -> tuple[str, ...]:
         """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""

@@ -36,10 +36,7 @@ class JobProgress:
 
 
 class Watch:
-    """Waits for things as long as the user wants to.
-
-    stop  says whether the user wants to stop; it is asked often, and may be asked from any thread
-    """
+    """Waits for things as long as the user wants to; `stop` is asked often, and may be asked from any thread."""
 
     def __init__(self, stop: Callable[[], bool] = lambda: False):
         self._stop, self._finishing = stop, False
@@ -77,26 +74,19 @@ class Watch:
 
 @dataclass(frozen=True)
 class Service:
-    """All that a job needs, for one event loop.
-
-    account       differs between accounts, and so do the digests of their requests
-    slots         how many requests may be under way at once, over all threads
-    watch         sees when the user wants to stop
-    report        is told about progress, often
-    poll_seconds  pauses between two questions for the status; the last one stays
-    """
+    """All that a job needs, for one event loop."""
 
     client: QueueClient
     storage: ReferenceStorage
     fetcher: PictureFetcher
     journal: Journal
     store: PictureStore
-    account: str
-    slots: threading.Semaphore
+    account: str  # a name of it, for the digests of its requests
+    slots: threading.Semaphore  # for requests under way at once, over all threads
     watch: Watch
-    report: Callable[[JobProgress], None]
+    report: Callable[[JobProgress], None]  # is told about progress, often
     now: Callable[[], float] = time.monotonic
-    poll_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)
+    poll_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
 
 
 @asynccontextmanager

@@ -88,10 +88,7 @@ class PublicResolver(aiohttp.ThreadedResolver):
 
 
 class AiohttpTransport:
-    """An asynchronous context manager; belongs to the event loop it is entered in.
-
-    public  let no exchange go to an address that is not on the public internet
-    """
+    """An asynchronous context manager of one event loop; with `public`, nothing goes to private addresses."""
 
     def __init__(self, public: bool = False):
         self._public = public
@@ -185,15 +182,13 @@ def _kind(error: Exception) -> str:
 
 
 async def repeated(
-    send: Callable[[], Awaitable[Reply]],
-    sleep: Sleep,
-    passing: Callable[[Reply], bool] = lambda reply: reply.status in PASSING,
+    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] | None = None
 ) -> Reply:
     """The answer of a call that may be made several times; asks again after a lost one and after a passing failure."""
     for attempt in range(REPEATS):
         try:
             reply = await send()
-            if not passing(reply):
+            if not (may_pass(reply) if may_pass else reply.status in PASSING):
                 return reply
             pause = retry_after(reply, attempt)
         except (Unreachable, AnswerLost):

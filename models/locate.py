@@ -130,9 +130,7 @@ def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = (
 
 
 def unpack_antelopev2(
-    folders: ModelFolders,
-    files: Sequence[WeightFile] = ANTELOPEV2_FILES,
-    published: WeightFile = ANTELOPEV2_ZIP,
+    folders: ModelFolders, files: Sequence[WeightFile] = ANTELOPEV2_FILES, published: WeightFile = ANTELOPEV2_ZIP
 ) -> None:
     """Unpack the published zip, where somebody put it and its files are not there yet; else do nothing.
 

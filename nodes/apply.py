@@ -28,26 +28,25 @@ MASK = io.Mask.Input("attn_mask", optional=True)
 PATCHED = io.Model.Output("patched_model", display_name="model")
 
 
+@described
 class PulidApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_Apply",
-                display_name="Apply PuLID (SDXL)",
-                category="PuLID",
-                inputs=[
-                    MODEL,
-                    PULID,
-                    IDENTITY,
-                    io.Combo.Input("method", options=list(METHODS), default="fidelity"),
-                    WEIGHT,
-                    START,
-                    END,
-                    MASK,
-                ],
-                outputs=[PATCHED],
-            )
+        return io.Schema(
+            node_id="PuLID_Apply",
+            display_name="Apply PuLID (SDXL)",
+            category="PuLID",
+            inputs=[
+                MODEL,
+                PULID,
+                IDENTITY,
+                io.Combo.Input("method", options=list(METHODS), default="fidelity"),
+                WEIGHT,
+                START,
+                END,
+                MASK,
+            ],
+            outputs=[PATCHED],
         )
 
     @classmethod
@@ -67,44 +66,41 @@ class PulidApply(io.ComfyNode):
         return io.NodeOutput(apply(model, pulid.weights, identity, how))
 
 
+@described
 class PulidApplyAdvanced(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_ApplyAdvanced",
-                display_name="Apply PuLID Advanced (SDXL)",
-                category="PuLID",
-                inputs=[
-                    MODEL,
-                    PULID,
-                    IDENTITY,
-                    io.Combo.Input(
-                        "projection",
-                        options=[fusion.value for fusion in PROJECTIONS],
-                        default=Fusion.ORTHOGONAL_V2.value,
-                    ),
-                    io.Int.Input("zero_tokens", default=-1, min=-1, max=80),
-                    WEIGHT,
-                    io.Combo.Input("weight_curve", options=list(CURVES), default="flat"),
-                    START,
-                    END,
-                    _part_weight("input_blocks", "the first half of the UNet: composition and large shapes"),
-                    _part_weight("middle_block", "the middle of the UNet: what is in the picture"),
-                    _part_weight("output_blocks", "the second half of the UNet: the face's features and texture"),
-                    io.Combo.Input("uncond", options=["zeros", "noise"], default="zeros"),
-                    NOISE,
-                    io.Int.Input(
-                        "noise_seed",
-                        default=0,
-                        min=0,
-                        max=0xFFFFFFFF,
-                        control_after_generate=False,  # the editor would change it, and with it the model, at every run
-                    ),
-                    MASK,
-                ],
-                outputs=[PATCHED],
-            )
+        return io.Schema(
+            node_id="PuLID_ApplyAdvanced",
+            display_name="Apply PuLID Advanced (SDXL)",
+            category="PuLID",
+            inputs=[
+                MODEL,
+                PULID,
+                IDENTITY,
+                io.Combo.Input(
+                    "projection", options=[fusion.value for fusion in PROJECTIONS], default=Fusion.ORTHOGONAL_V2.value
+                ),
+                io.Int.Input("zero_tokens", default=-1, min=-1, max=80),
+                WEIGHT,
+                io.Combo.Input("weight_curve", options=list(CURVES), default="flat"),
+                START,
+                END,
+                _part_weight("input_blocks", "the first half of the UNet: composition and large shapes"),
+                _part_weight("middle_block", "the middle of the UNet: what is in the picture"),
+                _part_weight("output_blocks", "the second half of the UNet: the face's features and texture"),
+                io.Combo.Input("uncond", options=["zeros", "noise"], default="zeros"),
+                NOISE,
+                io.Int.Input(
+                    "noise_seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=False,  # the editor would change it, and with it the model, at every run
+                ),
+                MASK,
+            ],
+            outputs=[PATCHED],
         )
 
     @classmethod

@@ -8,22 +8,21 @@ from .texts import described
 from .types import IdentitySocket
 
 
+@described
 class PulidCombineIdentities(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_CombineIdentities",
-                display_name="PuLID Combine Identities",
-                category="PuLID",
-                inputs=[
-                    IdentitySocket.Input("identity_1"),
-                    IdentitySocket.Input("identity_2"),
-                    io.Combo.Input("mode", options=list(MODES), default="mix"),
-                    io.Float.Input("weight", default=0.5, min=0.0, max=1.0, step=0.05),
-                ],
-                outputs=[IdentitySocket.Output("combined", display_name="identity")],
-            )
+        return io.Schema(
+            node_id="PuLID_CombineIdentities",
+            display_name="PuLID Combine Identities",
+            category="PuLID",
+            inputs=[
+                IdentitySocket.Input("identity_1"),
+                IdentitySocket.Input("identity_2"),
+                io.Combo.Input("mode", options=list(MODES), default="mix"),
+                io.Float.Input("weight", default=0.5, min=0.0, max=1.0, step=0.05),
+            ],
+            outputs=[IdentitySocket.Output("combined", display_name="identity")],
         )
 
     @classmethod

@@ -22,33 +22,32 @@ from .types import IdentitySocket, LoadedPulid, PulidSocket
 CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
 
 
+@described
 class PulidEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_Encode",
-                display_name="PuLID Encode Identity",
-                category="PuLID",
-                inputs=[
-                    PulidSocket.Input("pulid"),
-                    io.Image.Input("image"),
-                    io.Combo.Input("face", options=list(ORDERS), default="largest"),
-                    io.Int.Input("face_index", default=0, min=0, max=255),
-                    io.Combo.Input(
-                        "photos", options=["one person", "average", "one identity per photo"], default="one person"
-                    ),
-                    io.Boolean.Input("id_mix", default=False),
-                    io.Combo.Input("no_face", options=["stop", "skip photo"], default="stop"),
-                    io.Mask.Input("mask", optional=True),
-                ],
-                outputs=[
-                    IdentitySocket.Output("encoded", display_name="identity"),
-                    io.Image.Output("seen", display_name="faces"),
-                    io.Image.Output("found", display_name="detections"),
-                ],
-                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            )
+        return io.Schema(
+            node_id="PuLID_Encode",
+            display_name="PuLID Encode Identity",
+            category="PuLID",
+            inputs=[
+                PulidSocket.Input("pulid"),
+                io.Image.Input("image"),
+                io.Combo.Input("face", options=list(ORDERS), default="largest"),
+                io.Int.Input("face_index", default=0, min=0, max=255),
+                io.Combo.Input(
+                    "photos", options=["one person", "average", "one identity per photo"], default="one person"
+                ),
+                io.Boolean.Input("id_mix", default=False),
+                io.Combo.Input("no_face", options=["stop", "skip photo"], default="stop"),
+                io.Mask.Input("mask", optional=True),
+            ],
+            outputs=[
+                IdentitySocket.Output("encoded", display_name="identity"),
+                io.Image.Output("seen", display_name="faces"),
+                io.Image.Output("found", display_name="detections"),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod

@@ -149,23 +149,22 @@ def _as_output(outcome: Outcome) -> io.NodeOutput:
 # ---- The nodes ----
 
 
+@described
 class PulidHosted(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_Hosted",
-                display_name="PuLID Hosted (fal.ai)",
-                category=CATEGORY,
-                inputs=[
-                    *_request_inputs(),
-                    *_reference_inputs(),
-                    *_limit_inputs("queue_limit", "run_limit", "total_limit"),
-                    *_money_inputs(),
-                ],
-                outputs=_result_outputs(),
-                hidden=[io.Hidden.unique_id],
-            )
+        return io.Schema(
+            node_id="PuLID_Hosted",
+            display_name="PuLID Hosted (fal.ai)",
+            category=CATEGORY,
+            inputs=[
+                *_request_inputs(),
+                *_reference_inputs(),
+                *_limit_inputs("queue_limit", "run_limit", "total_limit"),
+                *_money_inputs(),
+            ],
+            outputs=_result_outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -178,28 +177,27 @@ class PulidHosted(io.ComfyNode):
         return _as_output(await _with_service(work, cls))
 
 
+@described
 class PulidHostedSubmit(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_HostedSubmit",
-                display_name="PuLID Hosted Submit",
-                category=CATEGORY,
-                inputs=[
-                    *_request_inputs(),
-                    *_reference_inputs(),
-                    io.String.Input("webhook_url", optional=True, default=""),
-                    _choice("priority", ["normal", "low"]),
-                    io.String.Input("runner_hint", optional=True, default=""),
-                    io.Boolean.Input("no_retry", optional=True, default=False),
-                    *_limit_inputs("queue_limit"),
-                    *_money_inputs(),
-                ],
-                outputs=[io.String.Output("id_of_request", display_name="request_id")],
-                hidden=[io.Hidden.unique_id],
-                is_output_node=True,
-            )
+        return io.Schema(
+            node_id="PuLID_HostedSubmit",
+            display_name="PuLID Hosted Submit",
+            category=CATEGORY,
+            inputs=[
+                *_request_inputs(),
+                *_reference_inputs(),
+                io.String.Input("webhook_url", optional=True, default=""),
+                _choice("priority", ["normal", "low"]),
+                io.String.Input("runner_hint", optional=True, default=""),
+                io.Boolean.Input("no_retry", optional=True, default=False),
+                *_limit_inputs("queue_limit"),
+                *_money_inputs(),
+            ],
+            outputs=[io.String.Output("id_of_request", display_name="request_id")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -220,22 +218,18 @@ class PulidHostedSubmit(io.ComfyNode):
         return io.NodeOutput(ticket.request_id, ui={"text": [f"request {ticket.request_id}"]})
 
 
+@described
 class PulidHostedStatus(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_HostedStatus",
-                display_name="PuLID Hosted Status",
-                category=CATEGORY,
-                inputs=[REQUEST_ID, io.Boolean.Input("logs", default=True)],
-                outputs=[
-                    io.String.Output("state", display_name="status"),
-                    io.String.Output("facts", display_name="info"),
-                ],
-                hidden=[io.Hidden.unique_id],
-                is_output_node=True,
-            )
+        return io.Schema(
+            node_id="PuLID_HostedStatus",
+            display_name="PuLID Hosted Status",
+            category=CATEGORY,
+            inputs=[REQUEST_ID, io.Boolean.Input("logs", default=True)],
+            outputs=[io.String.Output("state", display_name="status"), io.String.Output("facts", display_name="info")],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -250,18 +244,17 @@ class PulidHostedStatus(io.ComfyNode):
         return io.NodeOutput(status.state, facts, ui={"text": text})
 
 
+@described
 class PulidHostedResult(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_HostedResult",
-                display_name="PuLID Hosted Result",
-                category=CATEGORY,
-                inputs=[REQUEST_ID, *_limit_inputs("queue_limit", "run_limit", "total_limit")],
-                outputs=_result_outputs(),
-                hidden=[io.Hidden.unique_id],
-            )
+        return io.Schema(
+            node_id="PuLID_HostedResult",
+            display_name="PuLID Hosted Result",
+            category=CATEGORY,
+            inputs=[REQUEST_ID, *_limit_inputs("queue_limit", "run_limit", "total_limit")],
+            outputs=_result_outputs(),
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -270,19 +263,18 @@ class PulidHostedResult(io.ComfyNode):
         return _as_output(await _with_service(lambda service: job.fetch(request_id, limits, service), cls))
 
 
+@described
 class PulidHostedCancel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_HostedCancel",
-                display_name="PuLID Hosted Cancel",
-                category=CATEGORY,
-                inputs=[REQUEST_ID],
-                outputs=[],
-                hidden=[io.Hidden.unique_id],
-                is_output_node=True,
-            )
+        return io.Schema(
+            node_id="PuLID_HostedCancel",
+            display_name="PuLID Hosted Cancel",
+            category=CATEGORY,
+            inputs=[REQUEST_ID],
+            outputs=[],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
         )
 
     @classmethod
@@ -295,24 +287,19 @@ class PulidHostedCancel(io.ComfyNode):
         return io.NodeOutput(ui={"text": [cancelled.value]})
 
 
+@described
 class PulidHostedUpload(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_HostedUpload",
-                display_name="PuLID Hosted Upload",
-                category=CATEGORY,
-                inputs=[
-                    io.Image.Input("image"),
-                    _choice("expires_in", list(LIFETIMES)),
-                    SIZE,
-                ],
-                outputs=[io.String.Output("addresses", display_name="urls")],
-                hidden=[io.Hidden.unique_id],
-                is_input_list=True,
-                is_output_node=True,
-            )
+        return io.Schema(
+            node_id="PuLID_HostedUpload",
+            display_name="PuLID Hosted Upload",
+            category=CATEGORY,
+            inputs=[io.Image.Input("image"), _choice("expires_in", list(LIFETIMES)), SIZE],
+            outputs=[io.String.Output("addresses", display_name="urls")],
+            hidden=[io.Hidden.unique_id],
+            is_input_list=True,
+            is_output_node=True,
         )
 
     @classmethod

@@ -53,18 +53,17 @@ EvaClip = io.Custom("EVA_CLIP")  # a managed EvaVisionTower
 FaceAnalysis = io.Custom("FACEANALYSIS")  # an InsightFaceAnalyzer
 
 
+@described
 class PulidModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PulidModelLoader",
-                display_name="Load PuLID Model",
-                category=CATEGORY,
-                is_deprecated=True,
-                inputs=[io.Combo.Input("pulid_file", options=pulid_choices())],
-                outputs=[PulidFile.Output("loaded", display_name="PULID")],
-            )
+        return io.Schema(
+            node_id="PulidModelLoader",
+            display_name="Load PuLID Model",
+            category=CATEGORY,
+            is_deprecated=True,
+            inputs=[io.Combo.Input("pulid_file", options=pulid_choices())],
+            outputs=[PulidFile.Output("loaded", display_name="PULID")],
         )
 
     @classmethod
@@ -83,18 +82,17 @@ class PulidModelLoader(io.ComfyNode):
             return io.NodeOutput(load_weights(find_pulid_file(pulid_file, folders)))
 
 
+@described
 class PulidInsightFaceLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PulidInsightFaceLoader",
-                display_name="Load InsightFace (PuLID)",
-                category=CATEGORY,
-                is_deprecated=True,
-                inputs=[io.Combo.Input("provider", options=["CPU", "CUDA", "ROCM", "CoreML"])],
-                outputs=[FaceAnalysis.Output("loaded", display_name="FACEANALYSIS")],
-            )
+        return io.Schema(
+            node_id="PulidInsightFaceLoader",
+            display_name="Load InsightFace (PuLID)",
+            category=CATEGORY,
+            is_deprecated=True,
+            inputs=[io.Combo.Input("provider", options=["CPU", "CUDA", "ROCM", "CoreML"])],
+            outputs=[FaceAnalysis.Output("loaded", display_name="FACEANALYSIS")],
         )
 
     @classmethod
@@ -120,18 +118,17 @@ def _providers(choice: str) -> tuple[list[str], list[str]]:
         return available_providers("CPU"), [f"{error} Going on with the CPU."]
 
 
+@described
 class PulidEvaClipLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PulidEvaClipLoader",
-                display_name="Load Eva Clip (PuLID)",
-                category=CATEGORY,
-                is_deprecated=True,
-                inputs=[],
-                outputs=[EvaClip.Output("loaded", display_name="EVA_CLIP")],
-            )
+        return io.Schema(
+            node_id="PulidEvaClipLoader",
+            display_name="Load Eva Clip (PuLID)",
+            category=CATEGORY,
+            is_deprecated=True,
+            inputs=[],
+            outputs=[EvaClip.Output("loaded", display_name="EVA_CLIP")],
         )
 
     @classmethod
@@ -163,29 +160,28 @@ PATCHED = io.Model.Output("patched_model", display_name="MODEL")
 OUR_METHODS = {"fidelity": "fidelity", "style": "extreme style", "neutral": "neutral"}
 
 
+@described
 class ApplyPulid(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="ApplyPulid",
-                display_name="Apply PuLID",
-                category=CATEGORY,
-                is_deprecated=True,
-                inputs=[
-                    MODEL,
-                    PULID,
-                    EVA_CLIP,
-                    FACE_ANALYSIS,
-                    IMAGE,
-                    io.Combo.Input("method", options=list(OUR_METHODS)),
-                    WEIGHT,
-                    START,
-                    END,
-                    MASK,
-                ],
-                outputs=[PATCHED],
-            )
+        return io.Schema(
+            node_id="ApplyPulid",
+            display_name="Apply PuLID",
+            category=CATEGORY,
+            is_deprecated=True,
+            inputs=[
+                MODEL,
+                PULID,
+                EVA_CLIP,
+                FACE_ANALYSIS,
+                IMAGE,
+                io.Combo.Input("method", options=list(OUR_METHODS)),
+                WEIGHT,
+                START,
+                END,
+                MASK,
+            ],
+            outputs=[PATCHED],
         )
 
     @classmethod
@@ -200,31 +196,30 @@ class ApplyPulid(io.ComfyNode):
         return _output(apply(model, weights, identity, how), notes)
 
 
+@described
 class ApplyPulidAdvanced(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="ApplyPulidAdvanced",
-                display_name="Apply PuLID Advanced",
-                category=CATEGORY,
-                is_deprecated=True,
-                inputs=[
-                    MODEL,
-                    PULID,
-                    EVA_CLIP,
-                    FACE_ANALYSIS,
-                    IMAGE,
-                    WEIGHT,
-                    io.Combo.Input("projection", options=["ortho_v2", "ortho", "none"]),
-                    io.Int.Input("fidelity", default=8, min=0, max=32, step=1),
-                    io.Float.Input("noise", default=0.0, min=-1.0, max=1.0, step=0.1),
-                    START,
-                    END,
-                    MASK,
-                ],
-                outputs=[PATCHED],
-            )
+        return io.Schema(
+            node_id="ApplyPulidAdvanced",
+            display_name="Apply PuLID Advanced",
+            category=CATEGORY,
+            is_deprecated=True,
+            inputs=[
+                MODEL,
+                PULID,
+                EVA_CLIP,
+                FACE_ANALYSIS,
+                IMAGE,
+                WEIGHT,
+                io.Combo.Input("projection", options=["ortho_v2", "ortho", "none"]),
+                io.Int.Input("fidelity", default=8, min=0, max=32, step=1),
+                io.Float.Input("noise", default=0.0, min=-1.0, max=1.0, step=0.1),
+                START,
+                END,
+                MASK,
+            ],
+            outputs=[PATCHED],
         )
 
     @classmethod

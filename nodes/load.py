@@ -44,24 +44,23 @@ def _tower_choices() -> list[str]:
     return list(dict.fromkeys((*likely, *host.file_names(*host.VISION_FOLDERS[:2]))))
 
 
+@described
 class PulidLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         pulid_files = pulid_choices()
-        return described(
-            io.Schema(
-                node_id="PuLID_Loader",
-                display_name="Load PuLID (SDXL)",
-                category="PuLID",
-                inputs=[
-                    io.Combo.Input("pulid_file", options=pulid_files, default=pulid_files[0]),
-                    io.Combo.Input("eva_clip", options=_choices(catalogue.choices("eva_clip"), _tower_choices())),
-                    io.Combo.Input("face_analysis", options=["antelopev2"]),
-                    io.Combo.Input("provider", options=["auto", *PROVIDERS], default="auto"),
-                    io.Combo.Input("missing_files", options=list(MISSING_FILES), default=MISSING_FILES[0]),
-                ],
-                outputs=[PulidSocket.Output("loaded", display_name="pulid")],
-            )
+        return io.Schema(
+            node_id="PuLID_Loader",
+            display_name="Load PuLID (SDXL)",
+            category="PuLID",
+            inputs=[
+                io.Combo.Input("pulid_file", options=pulid_files, default=pulid_files[0]),
+                io.Combo.Input("eva_clip", options=_choices(catalogue.choices("eva_clip"), _tower_choices())),
+                io.Combo.Input("face_analysis", options=["antelopev2"]),
+                io.Combo.Input("provider", options=["auto", *PROVIDERS], default="auto"),
+                io.Combo.Input("missing_files", options=list(MISSING_FILES), default=MISSING_FILES[0]),
+            ],
+            outputs=[PulidSocket.Output("loaded", display_name="pulid")],
         )
 
     @classmethod

@@ -13,19 +13,18 @@ from .texts import described
 from .types import IdentitySocket
 
 
+@described
 class PulidSaveIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_SaveIdentity",
-                display_name="PuLID Save Identity",
-                category="PuLID",
-                inputs=[IdentitySocket.Input("identity"), io.String.Input("filename_prefix", default="person")],
-                outputs=[],
-                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-                is_output_node=True,
-            )
+        return io.Schema(
+            node_id="PuLID_SaveIdentity",
+            display_name="PuLID Save Identity",
+            category="PuLID",
+            inputs=[IdentitySocket.Input("identity"), io.String.Input("filename_prefix", default="person")],
+            outputs=[],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
         )
 
     @classmethod
@@ -35,18 +34,17 @@ class PulidSaveIdentity(io.ComfyNode):
         return io.NodeOutput(ui=_shown(cls, identity, f"Saved as {path.relative_to(folder).as_posix()}"))
 
 
+@described
 class PulidLoadIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_LoadIdentity",
-                display_name="PuLID Load Identity",
-                category="PuLID",
-                inputs=[io.Combo.Input("identity_file", options=host.file_names(host.IDENTITIES))],
-                outputs=[IdentitySocket.Output("loaded", display_name="identity")],
-                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-            )
+        return io.Schema(
+            node_id="PuLID_LoadIdentity",
+            display_name="PuLID Load Identity",
+            category="PuLID",
+            inputs=[io.Combo.Input("identity_file", options=host.file_names(host.IDENTITIES))],
+            outputs=[IdentitySocket.Output("loaded", display_name="identity")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
         )
 
     @classmethod

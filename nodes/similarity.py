@@ -21,23 +21,22 @@ FLATTERED = (
 )
 
 
+@described
 class PulidFaceSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return described(
-            io.Schema(
-                node_id="PuLID_FaceSimilarity",
-                display_name="PuLID Face Similarity",
-                category="PuLID",
-                inputs=[PulidSocket.Input("pulid"), io.Image.Input("reference"), io.Image.Input("image")],
-                outputs=[
-                    io.Float.Output("similarity", display_name="similarity"),
-                    io.String.Output("scores", display_name="per image"),
-                    io.Image.Output("compared", display_name="annotated image"),
-                ],
-                hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
-                is_output_node=True,
-            )
+        return io.Schema(
+            node_id="PuLID_FaceSimilarity",
+            display_name="PuLID Face Similarity",
+            category="PuLID",
+            inputs=[PulidSocket.Input("pulid"), io.Image.Input("reference"), io.Image.Input("image")],
+            outputs=[
+                io.Float.Output("similarity", display_name="similarity"),
+                io.String.Output("scores", display_name="per image"),
+                io.Image.Output("compared", display_name="annotated image"),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
         )
 
     @classmethod

@@ -4,15 +4,23 @@ import json
 from copy import copy
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from comfy_api.latest import io
 
+Node = TypeVar("Node", bound=io.ComfyNode)
 ENGLISH = Path(__file__).parents[1] / "locales" / "en" / "nodeDefs.json"
 
 
-def described(schema: io.Schema) -> io.Schema:
-    """The schema with its description, and the tooltips of its inputs and outputs, which are shared between nodes."""
+def described(node: type[Node]) -> type[Node]:
+    """A class decorator: gives the node's schema its description, and its inputs and outputs their tooltips."""
+    define_schema = node.define_schema
+    node.define_schema = classmethod(lambda cls: _with_texts(define_schema()))
+    return node
+
+
+def _with_texts(schema: io.Schema) -> io.Schema:
+    """Inputs and outputs are shared between nodes, so they are copied."""
     texts = _english()[schema.node_id]
     schema.description = texts["description"]
     schema.inputs = [_with_tooltip(one, texts["inputs"][one.id]) for one in schema.inputs]
