@@ -21,6 +21,7 @@ tools/develop.py. A new command is a function that takes (hosts, rest) and a lin
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -44,9 +45,6 @@ class Failure(Exception):
     """Something the user has to know; the message is all that is printed."""
 
 
-# --- ComfyUI ---------------------------------------------------------------------------------------------------------
-
-
 def is_comfyui(path: Path) -> bool:
     return (path / "main.py").is_file() and (path / "comfy" / "supported_models.py").is_file()
 
@@ -64,9 +62,6 @@ def find_hosts(given: str | None, here: Path = HERE, cache: Path = CACHE) -> lis
         if is_comfyui(host):
             return [host]
     return []
-
-
-# --- Commands --------------------------------------------------------------------------------------------------------
 
 
 def mount_pack() -> None:
@@ -142,8 +137,8 @@ def file_named(name: str, files: "tuple[WeightFile, ...]") -> "WeightFile":
 
 def download(file: "WeightFile", folders: "ModelFolders", accepted: bool) -> bool:
     """Fetch one file into its folder, after its licence was shown; False, with the reason printed, if that failed."""
+    from pulid_sdxl.models.catalogue import RESEARCH_ONLY
     from pulid_sdxl.models.download import fetch
-    from pulid_sdxl.models.inventory import asks_consent
     from pulid_sdxl.pulid.errors import PulidError
 
     def check_file(path: Path) -> None:
@@ -152,21 +147,19 @@ def download(file: "WeightFile", folders: "ModelFolders", accepted: bool) -> boo
         checkpoints.check_file(file, path)
 
     print(f"{file.name}: {file.needed_for}. Licence: {file.licence}.", flush=True)
-    if asks_consent(file) and not accepted and not agrees(file):
+    if file.licence == RESEARCH_ONLY and not accepted and not agrees(file):
         print("  not fetched: this licence has to be accepted (--accept-licence)")
         return False
     if not file.sha256 and importlib.util.find_spec("torch") is None:
-        print(
-            "  not fetched: nobody published its hash, and without torch it cannot be recognised. Use ComfyUI's Python."
-        )
+        print("  not fetched: no hash is published, and without torch it cannot be recognised. Use ComfyUI's Python.")
         return False
     try:
-        fetch(file, folders.destination(file), lambda done, total: show_progress(file.name, done, total), check_file)
+        fetch(file, folders.destination(file), partial(show_progress, file.name), check_file)
     except PulidError as error:
-        show_progress("", 0, None)
-        print(f"  {error}")
+        print(f"\n  {error}")
         return False
-    show_progress("", 0, None)
+    finally:
+        show_progress("", 0, None)
     return True
 
 
@@ -196,7 +189,7 @@ def doctor(hosts: list[Path], rest: list[str]) -> int:
     except PulidError as error:
         raise Failure(str(error)) from error
     if known.package:
-        print(MARK + doctor.to_json(doctor.try_package(known.package)))
+        print(MARK + json.dumps([finding.__dict__ for finding in doctor.try_package(known.package)]))
         return 0
     around = HERE.parent if HERE.parent.name == "custom_nodes" else hosts[0] / "custom_nodes" if hosts else None
     host = hosts[0] if hosts else None
@@ -210,7 +203,7 @@ PACKAGE_SECONDS = 120
 
 def ask(package: str) -> list:
     """Try a package in a process of its own: a broken library can take the whole of Python with it."""
-    from pulid_sdxl.models.doctor import Finding, from_json, version_of
+    from pulid_sdxl.models.doctor import Finding, version_of
     from pulid_sdxl.pulid.packages import PIP_NAMES, pip_command
 
     command = [sys.executable, str(ROOT / "run.py"), "doctor", "--models", str(ROOT), "--package", package]
@@ -218,7 +211,7 @@ def ask(package: str) -> list:
         tried = subprocess.run(command, capture_output=True, text=True, timeout=PACKAGE_SECONDS, errors="replace")
         found = tried.stdout.rpartition(MARK)
         if tried.returncode == 0 and found[1]:
-            return from_json(found[2])
+            return [Finding(**entry) for entry in json.loads(found[2])]
         fate = f"ends Python (exit code {tried.returncode})"
     except subprocess.TimeoutExpired:
         fate = f"does not come to an end within {PACKAGE_SECONDS} s"
@@ -227,26 +220,22 @@ def ask(package: str) -> list:
     return [Finding(package, f"{version_of(package) or ''} {fate} when imported".strip(), f"Install it anew: {anew}")]
 
 
-def developer(name: str) -> Command:
+def developer(name: str, hosts: list[Path], rest: list[str]) -> int:
     """A command that only the repository has: what is installed from the registry has no tools/."""
+    if not (ROOT / "tools").is_dir():
+        raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here lacks it.")
+    mount_pack()
+    from pulid_sdxl.tools import develop
 
-    def command(hosts: list[Path], rest: list[str]) -> int:
-        if not (ROOT / "tools").is_dir():
-            raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here lacks it.")
-        mount_pack()
-        from pulid_sdxl.tools import develop
-
-        return develop.run(name, hosts, rest)
-
-    return command
+    return develop.run(name, hosts, rest)
 
 
-COMMANDS = {
-    "demo": (developer("demo"), "make a picture of the person in a photograph"),
-    "test": (developer("test"), "run all tests; further arguments go to pytest"),
-    "lint": (developer("lint"), "run ruff and mypy"),
-    "conformance": (developer("conformance"), "compare with the reference vectors in a folder"),
-    "bench": (developer("bench"), "measure what the pack costs"),
+COMMANDS: dict[str, tuple[Command, str]] = {
+    "demo": (partial(developer, "demo"), "make a picture of the person in a photograph"),
+    "test": (partial(developer, "test"), "run all tests; further arguments go to pytest"),
+    "lint": (partial(developer, "lint"), "run ruff and mypy"),
+    "conformance": (partial(developer, "conformance"), "compare with the reference vectors in a folder"),
+    "bench": (partial(developer, "bench"), "measure what the pack costs"),
     "models": (models, "list the weight files, and fetch what is missing"),
     "doctor": (doctor, "say what is installed and what is wrong"),
 }

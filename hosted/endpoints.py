@@ -23,9 +23,6 @@ QUEUE, BACKUP_QUEUE, REST = URL("https://queue.fal.run"), URL("https://queue.fal
 PREFIX = "PULID_FAL_"
 
 
-# --- Where requests go ---
-
-
 @dataclass(frozen=True)
 class Endpoints:
     """Origins of the service, and the address of a proxy that adds the key on its own."""

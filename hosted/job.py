@@ -145,9 +145,6 @@ async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, 
     return outcome
 
 
-# --- Sending, once ---
-
-
 async def _send(row: Row, request: HostedRequest, options: SubmitOptions, at: Service) -> tuple[Row, Ticket]:
     """The one place that spends money. It is not broken off by the user, so that its outcome is known."""
     beat = asyncio.ensure_future(_beat(row, at))
@@ -268,9 +265,6 @@ def _known(request_id: str, at: Service) -> tuple[Row | None, Ticket]:
     with suppress(errors.HostedError):
         row = at.journal.by_request(ticket.request_id)
     return row, (row and row.ticket) or ticket
-
-
-# --- Calling it off ---
 
 
 async def _call_off(row: Row, ticket: Ticket, stopped: BaseException, at: Service) -> Outcome:

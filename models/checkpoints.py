@@ -18,8 +18,7 @@ from ..pulid.attention import IdProjections
 from ..pulid.encoders import ENCODERS, IdEncoder, IdFormer
 from ..pulid.errors import DamagedWeights, ForeignWeights
 from ..pulid.eva import EvaVisionTower, read_eva_state
-from ..pulid.identity import Version
-from ..pulid.operations import Operations
+from ..pulid.identity import Operations, Version
 from ..pulid.sites import SITES, file_index
 from .catalogue import EVA_CLIP, EVA_CLIP_TIMM, V1, V1_1, V1_PICKLE, WeightFile
 from .tensors import damaged, label, map_tensors, read_tensors, reading

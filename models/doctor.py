@@ -3,14 +3,13 @@
 Collected without ComfyUI, from given folders; nothing is changed. The text holds no home folder and no key.
 """
 
-import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -234,14 +233,6 @@ def version_of(package: str) -> str | None:
             return None
         found = ((dist.metadata["Name"] or "", dist.version) for dist in distributions())
         return next((f"{number} ({name})" for name, number in found if pattern.fullmatch(name)), None)
-
-
-def to_json(findings: Iterable[Finding]) -> str:
-    return json.dumps([asdict(finding) for finding in findings])
-
-
-def from_json(text: str) -> list[Finding]:
-    return [Finding(**entry) for entry in json.loads(text)]
 
 
 def _node_ids(pack: Path) -> set[str]:

@@ -156,20 +156,10 @@ class MissingFaceNetworks:
     def __init__(self, error: PulidError):
         self._kind, self._words = type(error), str(error)
 
-    def detect(self, photo: Photo, side: int) -> NoReturn:
+    def _refuse(self, *_: object) -> NoReturn:
         raise self._kind(self._words)
 
-    def detect_for_alignment(self, photo: Photo) -> NoReturn:
-        raise self._kind(self._words)
-
-    def recognise(self, photo: Photo, face: Face) -> NoReturn:
-        raise self._kind(self._words)
-
-    def recognise_crop(self, crop: np.ndarray) -> NoReturn:
-        raise self._kind(self._words)
-
-    def parse(self, crops: Tensor) -> NoReturn:
-        raise self._kind(self._words)
+    detect = detect_for_alignment = recognise = recognise_crop = parse = _refuse
 
 
 def load_onnx(file: Path, task: str, providers: list[str]) -> OnnxModel:

@@ -63,15 +63,11 @@ LONGEST_NAME, LONGEST_STEM = 255, 200  # bytes in UTF-8: of a name, and of one t
 
 @dataclass(frozen=True, eq=False)
 class StoredIdentity:
-    """An identity with what its file says about itself.
-
-    pack     version of the pack that wrote it
-    created  day and time, UTC
-    """
+    """An identity with what its file says about itself."""
 
     identity: IdEmbedding
-    pack: str
-    created: datetime
+    pack: str  # version of the pack that wrote it
+    created: datetime  # UTC
 
 
 def relative_name(name: str, longest: int = LONGEST_NAME) -> Path:

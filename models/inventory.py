@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .catalogue import ANTELOPEV2, ANTELOPEV2_ZIP, CATALOGUE, NEEDS, RESEARCH_ONLY, Need, WeightFile
+from .catalogue import ANTELOPEV2, ANTELOPEV2_ZIP, CATALOGUE, NEEDS, Need, WeightFile
 from .locate import ModelFolders, fault_of, shown
 
 
@@ -67,11 +67,6 @@ def table(entries: Sequence[Entry]) -> str:
         if entry.fault:
             lines[number] += f"\n    {entry.fault}: delete it, or let --download replace it"
     return "\n".join(lines)
-
-
-def asks_consent(file: WeightFile) -> bool:
-    """Whether its licence forbids what somebody may want to do with it."""
-    return file.licence == RESEARCH_ONLY
 
 
 def _entry(file: WeightFile, path: Path | None, progress: Callable[[WeightFile, int], None] | None) -> Entry:

@@ -41,16 +41,14 @@ class ModelFolders:
     named: Mapping[str, Sequence[Path]]
     elsewhere: tuple[Path, ...] = ()
 
-    @classmethod
-    def below(cls, models: Path, elsewhere: tuple[Path, ...] = ()) -> "ModelFolders":
-        """The folders of a ComfyUI `models` folder."""
-        names = {folder.partition("/")[0] for file in CATALOGUE for folder in file.folders}
-        return cls({name: [models / name] for name in names}, elsewhere)
-
     def of(self, file: WeightFile) -> list[Path]:
         """All paths that may hold the file; for antelopev2 the InsightFace folders, which hold it somewhere below."""
         names = dict.fromkeys(folder.partition("/")[0] for folder in file.folders)
         return list(dict.fromkeys(Path(path) for name in names for path in self.named.get(name, ())))
+
+    def find(self, name: str, like: WeightFile) -> Path:
+        """The file of this name in the folders of that record; raises what `find` raises."""
+        return find(name, self.of(like), self.elsewhere)
 
     def locate(self, file: WeightFile) -> Path | None:
         """Where the file lies, if it does."""

@@ -23,6 +23,10 @@ IDENTITY = IdentitySocket.Input("identity")
 WEIGHT = io.Float.Input("weight", default=0.8, min=-1.0, max=5.0, step=0.05)
 START = io.Float.Input("start_at", default=0.0, min=0.0, max=1.0, step=0.001)
 END = io.Float.Input("end_at", default=1.0, min=0.0, max=1.0, step=0.001)
+PART_WEIGHTS = [
+    io.Float.Input(part, default=1.0, min=0.0, max=2.0, step=0.05)
+    for part in ("input_blocks", "middle_block", "output_blocks")
+]
 NOISE = io.Float.Input("noise", default=0.0, min=0.0, max=1.0, step=0.05)
 MASK = io.Mask.Input("attn_mask", optional=True)
 PATCHED = io.Model.Output("patched_model", display_name="model")
@@ -86,9 +90,7 @@ class PulidApplyAdvanced(io.ComfyNode):
                 io.Combo.Input("weight_curve", options=list(CURVES), default="flat"),
                 START,
                 END,
-                _part_weight("input_blocks", "the first half of the UNet: composition and large shapes"),
-                _part_weight("middle_block", "the middle of the UNet: what is in the picture"),
-                _part_weight("output_blocks", "the second half of the UNet: the face's features and texture"),
+                *PART_WEIGHTS,
                 io.Combo.Input("uncond", options=["zeros", "noise"], default="zeros"),
                 NOISE,
                 io.Int.Input(
@@ -129,10 +131,6 @@ class PulidApplyAdvanced(io.ComfyNode):
 
 # The projections a user can choose, and the method whose number of zero tokens suits each.
 PROJECTIONS = {Fusion.ORTHOGONAL_V2: "fidelity", Fusion.ORTHOGONAL: "extreme style", Fusion.PLAIN: "neutral"}
-
-
-def _part_weight(name: str, where: str) -> io.Input:
-    return io.Float.Input(name, default=1.0, min=0.0, max=2.0, step=0.05)
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,14 +90,12 @@ class Shown:
     def of(cls, encoded: Encoded, taken: Sequence[Photograph], settings: EncodeSettings) -> "Shown":
         drawn, notes = [], []
         for number, (photograph, seen) in enumerate(zip(taken, encoded.seen, strict=True), start=1):
-            name = f"Photograph {number} of {len(taken)}"
-            selection = None if isinstance(seen, NoFace) else seen.selection
-            drawn.append(draw_selection(read_photo(photograph.pixels), selection))
-            if isinstance(seen, NoFace):
-                notes.append(f"{name}: skipped. {seen.reason}")
-            else:
-                found = seen.selection
-                notes.append(f"{name}: face {found.index} of {len(found.faces)}, {settings.choice.order}; {found.how}.")
+            found = None if isinstance(seen, NoFace) else seen.selection
+            drawn.append(draw_selection(read_photo(photograph.pixels), found))
+            note = f"skipped. {seen.reason}" if isinstance(seen, NoFace) else ""
+            if found:
+                note = f"face {found.index} of {len(found.faces)}, {settings.choice.order}; {found.how}."
+            notes.append(f"Photograph {number} of {len(taken)}: {note}")
         identity = encoded.identity
         notes.append(
             f"{len(encoded.faces)} of {len(taken)} photographs used, PuLID {identity.version}, "

@@ -33,9 +33,6 @@ DAY = 24 * 3600  # seconds
 T = TypeVar("T")
 
 
-# ---- Inputs that several nodes share ----
-
-
 def _choice(name: str, options: Sequence[str], optional: bool = True) -> io.Input:
     """A choice whose first option is the default."""
     return io.Combo.Input(name, optional=optional, options=list(options), default=options[0])
@@ -90,9 +87,6 @@ def _result_outputs() -> list[io.Output]:
     ]
 
 
-# ---- From a node's values to the service's, and back ----
-
-
 def _with_defaults(node: type[io.ComfyNode], values: dict[str, Any]) -> dict[str, Any]:
     """The values that a run gave, and the schema's default for each input that it left out."""
     return {input.id: getattr(input, "default", None) for input in node.SCHEMA.inputs} | values
@@ -144,9 +138,6 @@ def _as_output(outcome: Outcome) -> io.NodeOutput:
     arrays = [np.stack([np.asarray(image) for image in batch]) for batch in as_batches(outcome.images)]
     batches = [torch.from_numpy(array).float() / 255 for array in arrays]  # (B, H, W, 3)
     return io.NodeOutput(batches, outcome.seed, outcome.request_id, info, ui={"text": notes})
-
-
-# ---- The nodes ----
 
 
 @described

@@ -28,17 +28,7 @@ from ..pulid.tokens import Photos, reads_together
 from . import host
 from .apply import END, MASK, MODEL, START, Application, apply
 from .encode import CACHE, step_of
-from .load import (
-    advised,
-    face_files,
-    find_pulid_file,
-    find_tower,
-    load_face_networks,
-    load_tower,
-    load_weights,
-    pulid_choices,
-    state_of,
-)
+from .load import advised, face_files, load_face_networks, load_tower, load_weights, pulid_choices, state_of
 from .texts import described
 
 log = logging.getLogger(__name__)
@@ -73,13 +63,13 @@ class PulidModelLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, pulid_file: str) -> str:
         folders = host.model_folders()
-        return str(state_of(lambda: [find_pulid_file(pulid_file, folders)]))
+        return str(state_of(lambda: [folders.find(pulid_file, like=catalogue.V1_1)]))
 
     @classmethod
     def execute(cls, pulid_file: str) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            return io.NodeOutput(load_weights(find_pulid_file(pulid_file, folders)))
+            return io.NodeOutput(load_weights(folders.find(pulid_file, like=catalogue.V1_1)))
 
 
 @described
@@ -134,13 +124,13 @@ class PulidEvaClipLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> str:
         folders = host.model_folders()
-        return str(state_of(lambda: [find_tower(_tower_here(folders), folders)]))
+        return str(state_of(lambda: [folders.find(_tower_here(folders), like=catalogue.EVA_CLIP)]))
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            return io.NodeOutput(load_tower(find_tower(_tower_here(folders), folders)))
+            return io.NodeOutput(load_tower(folders.find(_tower_here(folders), like=catalogue.EVA_CLIP)))
 
 
 def _tower_here(folders: ModelFolders) -> str:

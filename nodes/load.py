@@ -15,7 +15,7 @@ from ..models.checkpoints import check_file, load_pulid, load_vision_tower
 from ..models.doctor import advice
 from ..models.download import fetch
 from ..models.face_networks import InsightFaceAnalyzer, MissingFaceNetworks
-from ..models.locate import ANTELOPEV2_FILES, ModelFolders, file_state, find, find_antelopev2, unpack_antelopev2
+from ..models.locate import ANTELOPEV2_FILES, ModelFolders, file_state, find_antelopev2, unpack_antelopev2
 from ..models.onnx_providers import PROVIDERS, available_providers, provider_in_use
 from ..pulid.errors import ForeignWeights, InputError, MissingPackage, MissingWeights, WeightsError
 from ..pulid.eva import EvaConfig, EvaVisionTower
@@ -74,8 +74,8 @@ class PulidLoader(io.ComfyNode):
         folders = host.model_folders()
         return str(
             [
-                state_of(lambda: [find_pulid_file(pulid_file, folders)]),
-                state_of(lambda: [find_tower(eva_clip, folders)]),
+                state_of(lambda: [folders.find(pulid_file, like=catalogue.V1_1)]),
+                state_of(lambda: [folders.find(eva_clip, like=catalogue.EVA_CLIP)]),
                 state_of(lambda: face_files(folders)),
             ]
         )
@@ -87,9 +87,9 @@ class PulidLoader(io.ComfyNode):
         folders = host.model_folders()
         with advised(folders):
             notes = fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
-            path = find_pulid_file(pulid_file, folders)
+            path = folders.find(pulid_file, like=catalogue.V1_1)
             weights = load_weights(path)
-            tower = load_tower(find_tower(eva_clip, folders))
+            tower = load_tower(folders.find(eva_clip, like=catalogue.EVA_CLIP))
             analyzer, about_faces = _face_analyzer(provider, folders)
         notes += [f"PuLID {weights.version}, {path.name}.", *about_faces]
         host.say("\n".join(notes))
@@ -142,17 +142,6 @@ def advised(folders: ModelFolders, if_missing: str = "") -> Iterator[None]:
     except (WeightsError, MissingPackage) as error:
         more = if_missing if isinstance(error, MissingWeights) else ""
         raise type(error)(f"{error}{more}\n\n{advice(folders)}") from error
-
-
-# --- One file each: where it lies, its state for the cache, what it holds ---
-
-
-def find_pulid_file(name: str, folders: ModelFolders) -> Path:
-    return find(name, folders.of(catalogue.V1_1), folders.elsewhere)
-
-
-def find_tower(name: str, folders: ModelFolders) -> Path:
-    return find(name, folders.of(catalogue.EVA_CLIP), folders.elsewhere)
 
 
 def state_of(paths: Callable[[], Iterable[Path]]) -> Hashable:
@@ -209,8 +198,8 @@ def _face_folders(folders: ModelFolders) -> tuple[Path, Path, Path]:
     """antelopev2's folder, RetinaFace and BiSeNet."""
     return (
         find_antelopev2(folders.of(catalogue.SCRFD), folders.elsewhere),
-        find(catalogue.RETINAFACE, folders.of(catalogue.RETINAFACE), folders.elsewhere),
-        find(catalogue.BISENET, folders.of(catalogue.BISENET), folders.elsewhere),
+        folders.find(catalogue.RETINAFACE.name, like=catalogue.RETINAFACE),
+        folders.find(catalogue.BISENET.name, like=catalogue.BISENET),
     )
 
 

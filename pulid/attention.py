@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .encoders import FACE_TOKENS, TOKEN_WIDTH
-from .identity import Version
-from .operations import Device, Operations
+from .identity import Device, Operations, Version
 
 TINY = 1e-30  # keeps 0 / 0 out of the projection of a channel that is zero everywhere
 

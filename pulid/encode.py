@@ -38,9 +38,6 @@ VISION_STD = (0.26862954, 0.26130258, 0.27577711)
 Step = Callable[[int], None]  # hears how many photographs are looked at; may raise, to stop
 
 
-# --- What goes in ---
-
-
 @dataclass(frozen=True, eq=False)
 class Photograph:
     """pixels (H, W, C) float 0..1, as `read_photo` takes them; mask (H, W) over the face to take, or None."""
@@ -56,9 +53,8 @@ class Photograph:
 
 def photographs(images: Iterable[Tensor], masks: Sequence[Tensor] | Tensor | None = None) -> list[Photograph]:
     """Images (H, W, C), of any sizes, with a mask (H, W) each; the last mask serves for all that follow."""
-    if masks is None:
-        return [Photograph(image) for image in images]
-    return [Photograph(image, masks[min(row, len(masks) - 1)]) for row, image in enumerate(images)]
+    last = -1 if masks is None else len(masks) - 1
+    return [Photograph(image, None if masks is None else masks[min(row, last)]) for row, image in enumerate(images)]
 
 
 @dataclass(frozen=True)
@@ -67,26 +63,22 @@ class FaceChoice:
 
     order: str = "largest"
     index: int = 0
+    antialias: bool = False  # when the face is shrunk for the vision tower
 
     def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
         """Raises NoFaceError, InputError."""
         return find_face(read_photo(photograph.pixels), analyzer, self.order, self.index, photograph.mask)
-
-    def shrink(self, faces: Tensor) -> Tensor:
-        """Faces (P, 3, H, W) at the vision tower's size."""
-        return shrink(faces)
 
 
 @dataclass(frozen=True)
 class OlderChoice(FaceChoice):
     """How the pack of older shared workflows looks at a photograph: whole, and at two faces where there are several."""
 
+    antialias: bool = True
+
     def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
         pixels = (photograph.pixels * 255).floor() / 255  # it cuts off where ours rounds
         return find_largest_and_central(read_photo(pixels, max(pixels.shape[:2])), analyzer)
-
-    def shrink(self, faces: Tensor) -> Tensor:
-        return shrink(faces, antialias=True)
 
 
 @dataclass(frozen=True)
@@ -101,9 +93,6 @@ class EncodeSettings:
     photos: Photos = "one person"
     id_mix: bool = False
     skip: bool = False
-
-
-# --- What comes out ---
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +141,6 @@ class Encoded:
     @property
     def faces(self) -> list[SeenFace]:
         return [one for one in self.seen if isinstance(one, SeenFace)]
-
-
-# --- The way ---
 
 
 def encode(
@@ -232,7 +218,7 @@ def _through_networks(
     """Sends chosen faces through the networks together. Rows are copied, so that one kept keeps no others alive."""
     crops = torch.stack([crop.pixels for _, crop in found])
     arcface = torch.stack([crop.arcface for _, crop in found])
-    grey = choice.shrink(grey_on_white(crops, networks.analyzer.parse(crops)))
+    grey = shrink(grey_on_white(crops, networks.analyzer.parse(crops)), antialias=choice.antialias)
     device = networks.tower.load()
     with quick_linear(device):
         features = networks.tower.module.features(to_vision_input(grey).to(device))
@@ -265,9 +251,6 @@ def identify(faces: Sequence[SeenFace], weights: PulidWeights, photos: Photos, i
         tokens = torch.stack([face.encoded for face in faces if isinstance(face.encoded, Tensor)])
     identity = identity_of(tokens, weights.zeros, weights.version, weights.fingerprint, photos, id_mix)
     return replace(identity, preview=torch.stack([face.thumbnail for face in faces[:PREVIEWS]]))
-
-
-# --- Pixels for the vision tower ---
 
 
 def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .operations import Device, Operations
+from .identity import Device, Operations
 
 ARCFACE_WIDTH = 512
 POOLED_WIDTH = 768

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ForeignWeights
-from .identity import VisionFeatures
-from .operations import Device, Operations
+from .identity import Device, Operations, VisionFeatures
 
 HIDDEN_BLOCKS = (3, 7, 11, 15, 19)  # the blocks whose outgoing streams the ID encoders read
 HEAD_WIDTH = 64  # of every published EVA02 tower; a file that carries rotary tables tells its own
@@ -188,7 +187,6 @@ PUBLISHED_NAMES = (
     (r"\.mlp\.w2\.", ".mlp.fc1_x."),
     (r"\.mlp\.w3\.", ".mlp.fc2."),
 )
-
 
 PREFIXES = ("visual.trunk.", "visual.", "")  # a whole CLIP as open_clip saves timm's, as published, the tower alone
 

@@ -90,18 +90,12 @@ class FaceAnalyzer(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """One way to hold a photograph before the detector.
+    """One way to hold a photograph before the detector."""
 
-    words     what is said of it to the user
-    margin    added on each side, as a share of the photograph's width and height
-    quarters  quarter turns, counterclockwise
-    sides     sizes to try
-    """
-
-    words: str
-    margin: float
-    quarters: int
-    sides: tuple[int, ...]
+    words: str  # what is said of it to the user
+    margin: float  # added on each side, as a share of the photograph's width and height
+    quarters: int  # quarter turns, counterclockwise
+    sides: tuple[int, ...]  # px, to try in this order
 
     def of(self, photo: Photo) -> Photo:
         """The photograph held this way; the photograph itself where nothing is to be done."""
@@ -141,16 +135,11 @@ VIEWS = (
 
 @dataclass(frozen=True, eq=False)
 class FoundFaces:
-    """All faces of a photograph, in its own pixels.
+    """All faces of a photograph, in its own pixels."""
 
-    detected       InsightFace's; empty when it sees none
-    for_alignment  RetinaFace's
-    how            what found them, for the user
-    """
-
-    detected: list[Face]
-    for_alignment: list[Face]
-    how: str
+    detected: list[Face]  # InsightFace's; empty when it sees none
+    for_alignment: list[Face]  # RetinaFace's
+    how: str  # what found them, for the user
 
     @property
     def faces(self) -> list[Face]:
@@ -184,14 +173,11 @@ def find_faces(photo: Photo, analyzer: FaceAnalyzer) -> FoundFaces:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """All faces of a photograph in the order that an index counts in, and the index of the chosen one.
-
-    how  what found them, for the user
-    """
+    """All faces of a photograph in the order that an index counts in, and the index of the chosen one."""
 
     faces: list[Face]
     index: int
-    how: str
+    how: str  # what found them, for the user
 
 
 def find_face(

@@ -6,11 +6,14 @@ Letters used for sizes everywhere in this pack:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Version = Literal["v1", "v1.1"]
+Operations = Any  # what a network takes Linear, LayerNorm and Conv2d from: torch.nn, or ComfyUI's casting layers
+Device = torch.device | str | None
 
 PREVIEWS = 8  # faces that an identity shows at most
 PREVIEW_SIZE = 128  # px

@@ -23,14 +23,11 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class Managed(Generic[Network]):
-    """A network that rests somewhere between uses, and what brings it to its device: in a node, ComfyUI.
-
-    source  equal for equal weights: where they come from
-    """
+    """A network that rests somewhere between uses, and what brings it to its device: in a node, ComfyUI."""
 
     module: Network
     load: Bring
-    source: Hashable = field(default_factory=object)  # equal to no other
+    source: Hashable = field(default_factory=object)  # equal for equal weights; by default, to no other
 
 
 def on_cpu(module: Network) -> Managed[Network]:
@@ -53,13 +50,10 @@ class PhotoNetworks:
 
 @dataclass(eq=False)
 class PulidWeights:
-    """What a PuLID file holds. The networks compute in float32, from whatever dtype they are stored in.
-
-    fingerprint  of the ID encoder's weights
-    """
+    """What a PuLID file holds. The networks compute in float32, from whatever dtype they are stored in."""
 
     version: Version
-    fingerprint: str
+    fingerprint: str  # of the ID encoder's weights
     encoder: Managed[IdEncoder | IdFormer]
     projections: Managed[IdProjections]
     _noisy: WeakKeyDictionary[IdEmbedding, dict] = field(default_factory=WeakKeyDictionary)

@@ -18,9 +18,6 @@ from .identity import PREVIEWS, IdEmbedding, Version, VisionFeatures
 Photos = Literal["one person", "average", "one identity per photo"]
 
 
-# --- Photographs ---
-
-
 def face_vectors(arcface: Tensor, features: VisionFeatures) -> Tensor:
     """arcface (B, 512) as the recogniser gives it, with the pooled vectors -> (B, 1280)."""
     return torch.cat((arcface.to(features.pooled), features.pooled), dim=-1)

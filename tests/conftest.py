@@ -1,4 +1,4 @@
-"""Mounts the pack the way ComfyUI does: by path, under an alias, with its root left off sys.path."""
+"""Mounts the pack the way ComfyUI does: by path, under an alias, its root not importable from."""
 
 import runpy
 from pathlib import Path

@@ -9,50 +9,38 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from pulid_sdxl.tools import parts
-
-ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
-NOT_NEEDED = {"torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}  # left out of .venv, see run.py
+from packaging.utils import canonicalize_name
+from pulid_sdxl.run import find_hosts
+from pulid_sdxl.tools import ROOT, TOOLS, develop, model_files
 
 # What ComfyUI imports without asking for it: 0.3.64 got it from the huggingface-hub of its day.
 UNASKED = ["requests"]
-
-
-def comfyui() -> Path | None:
-    given = os.environ.get("COMFYUI_PATH", "").split(os.pathsep)[-1]
-    found = (Path(place) for place in (given, Path.home() / "comfy" / "ComfyUI", ROOT / ".cache" / "ComfyUI") if place)
-    return next((place for place in found if (place / "requirements.txt").is_file()), None)
-
-
-HOST = comfyui()
+[HOST] = find_hosts(None)[-1:] or [None]
 pytestmark = pytest.mark.skipif(HOST is None, reason="THE CLEAN ENVIRONMENT IS NOT TESTED: no ComfyUI found")
 
 
-def closure(requirements: list[str]) -> dict[str, str]:
-    """Every distribution that these requirements bring, with its installed version."""
-    found, waiting = {}, [(requirement, "") for requirement in requirements]
+def closure(requirements: list[str]) -> set[str]:
+    """Every installed distribution that these requirements bring."""
+    found, waiting = set(), [(requirement, "") for requirement in requirements]
     while waiting:
         text, extra = waiting.pop()
         requirement = Requirement(text)
-        name = requirement.name.lower().replace("_", "-").replace(".", "-")
-        if name in NOT_NEEDED or (requirement.marker and not requirement.marker.evaluate({"extra": extra})):
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue
         try:
-            installed = distribution(requirement.name)
+            needs = distribution(requirement.name).requires or []
         except PackageNotFoundError:
             continue  # for another system, or of another ComfyUI
-        extras = requirement.extras or {""}
-        if (name, *sorted(extras)) not in found:
-            found[(name, *sorted(extras))] = installed.version
-            waiting += [(needed, each) for needed in installed.requires or [] for each in extras]
-    return {key[0]: version for key, version in found.items()}
+        for each in requirement.extras or {""}:
+            if (requirement.name, each) not in found:
+                found.add((requirement.name, each))
+                waiting += [(needed, each) for needed in needs]
+    return {name for name, _ in found}
 
 
 def link(name: str, site: Path) -> None:
@@ -69,36 +57,31 @@ def link(name: str, site: Path) -> None:
                 target.symlink_to(path)
 
 
-class Environment:
-    def __init__(self, folder: Path):
-        venv.create(folder, with_pip=True)
-        self.python = next(path for path in (folder / "bin/python", folder / "Scripts/python.exe") if path.exists())
-        self.site = Path(self.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+class CleanEnvironment(develop.Environment):
+    def run(self, *arguments: str | Path) -> subprocess.CompletedProcess:
         variables = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMFYUI")}
         command = [str(self.python), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=TOOLS)
+        return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=self.folder)
 
     def versions(self) -> dict[str, str]:
         listed = json.loads(self.run("-m", "pip", "list", "--format", "json", "--disable-pip-version-check").stdout)
-        return {entry["name"].lower().replace("_", "-").replace(".", "-"): entry["version"] for entry in listed}
+        return {canonicalize_name(entry["name"]): entry["version"] for entry in listed}
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    made = Environment(tmp_path_factory.mktemp("clean") / "venv")
-    lines = (line.split("#")[0].strip() for line in (HOST / "requirements.txt").read_text("utf-8").splitlines())
-    for name in closure([*(line for line in lines if line), *UNASKED]):
-        link(name, made.site)
+    made = CleanEnvironment(tmp_path_factory.mktemp("clean") / "venv")
+    made.create()
+    site = Path(made.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    for name in closure([*develop.host_requirements(HOST), "torch", "torchvision", *UNASKED]):
+        link(name, site)
     return made
 
 
 ENTER = """
 import asyncio, sys
-sys.path.insert(0, sys.argv[1])
 from pulid_sdxl.tools import comfy_host
-comfy_host.enter(sys.argv[2])
+comfy_host.enter(sys.argv[1])
 import pulid_sdxl
 nodes = asyncio.run(asyncio.run(pulid_sdxl.comfy_entrypoint()).get_node_list())
 print(*sorted(node.define_schema().node_id for node in nodes))
@@ -108,7 +91,7 @@ WORK = (
     + """
 import folder_paths, skimage.data, torch
 from pathlib import Path
-models = Path(sys.argv[3])
+models = Path(sys.argv[2])
 for name in ("pulid", "clip_vision", "insightface", "facexlib"):
     folder_paths.add_model_folder_path(name, str(models / name), is_default=True)
 by_id = {node.define_schema().node_id: node for node in nodes}
@@ -124,7 +107,7 @@ print("TOKENS", *identity.cond.shape, bool(identity.cond.isfinite().all()))
 
 def test_nothing_of_ours_is_there_yet(environment):
     there = environment.versions()
-    assert {"torch", "numpy", "aiohttp"} <= set(there)
+    assert {"torch", "numpy", "aiohttp", "huggingface-hub", "filelock"} <= set(there)  # the last two for downloads
     assert not {"insightface", "facexlib", "onnxruntime", "opencv-python", "timm"} & set(there)
 
 
@@ -159,10 +142,10 @@ def test_requirements_change_nothing_that_was_there_and_the_nodes_then_work(envi
     after = environment.versions()
     assert {name: after.get(name) for name in before} == before
     models = tmp_path / "models"
-    for part in parts.gather(None, None, HOST):
-        place = models / part.place
+    for file in model_files.gather(None, None, HOST):
+        place = models / file.place
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(part.source)
-    done = environment.run("-c", WORK, TOOLS, HOST, models)
+        place.symlink_to(file.source)
+    done = environment.run(TOOLS, "-c", WORK, HOST, models)
     assert "TOKENS 1 32 2048 True" in done.stdout, done.stderr[-3000:]
     print(f"{len(after) - len(before)} packages added to {len(before)}; none changed", file=sys.stderr)

@@ -1,119 +1,161 @@
-"""`pulid/` is what is true of tensors, `models/` what touches disks and networks, `nodes/` what touches ComfyUI.
+"""How the pack is built: its rooms and what they may import, how long its functions are, and what loads with it.
 
-Imports run nodes -> models -> pulid and nodes -> pulid, never backwards, and relatively inside the pack.
+pulid/ is the method, models/ the weight files, hosted/ the service, nodes/ all that touches ComfyUI. Imports run
+nodes -> models, hosted -> pulid and nodes -> pulid, never backwards, and relatively inside the pack.
 """
 
 import ast
+import re
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from functools import cache
+from pathlib import PurePosixPath
 
 import pytest
-from pulid_sdxl.tools import TOOLS
+from pulid_sdxl.tools import ROOT, TOOLS
 
-ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {"pulid": {"pulid"}, "models": {"models", "pulid"}, "nodes": {"nodes", "models", "pulid"}}
+MAY_IMPORT = {
+    "pulid": {"pulid"},
+    "models": {"models", "pulid"},
+    "hosted": {"hosted", "pulid"},
+    "nodes": {"nodes", "models", "hosted", "pulid"},
+    "tools": {"tools", "nodes", "models", "hosted", "pulid", "run"},
+}
 # ComfyUI's top-level modules that a pack could reach.
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "execution", "server"}
 HOST |= {"latent_preview", "node_helpers", "nodes", "models", "app", "utils"}
+ENTERS_COMFYUI = {"tools/__main__.py", "tools/comfy_host.py"}  # as its main.py does, for a process of their own
 
-FILES = [path for room in MAY_IMPORT for path in sorted((ROOT / room).rglob("*.py"))]
-PACK = [*FILES, ROOT / "__init__.py"]
-
-
-def name_of(path):
-    return path.relative_to(ROOT).as_posix()
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def imports(path):
+@cache
+def parse(*patterns: str) -> dict[str, ast.Module]:
+    """Path from the root -> syntax tree of every such file."""
+    files = [file for pattern in patterns for file in sorted(ROOT.glob(pattern))]
+    return {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text(encoding="utf-8")) for file in files}
+
+
+ROOMS = ("pulid/**/*.py", "models/**/*.py", "hosted/**/*.py", "nodes/**/*.py")
+PACK = (*ROOMS, "*.py")
+TOOLS_AND_TESTS = ("tools/**/*.py", "tests/**/*.py")
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(level, dotted name) of every import anywhere in a file; `from ..pulid import eva` is (2, "pulid.eva")."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from ((node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
 
 
-def rooms_reached(path):
+def rooms_reached(path: str, tree: ast.Module) -> set[str]:
     """The rooms that a file's relative imports lead to."""
-    for level, name in imports(path):
-        if level:
-            folder = path.relative_to(ROOT).parts[:-level]
-            yield (*folder, *name.split("."))[0]
+    parts = PurePosixPath(path).parts
+    return {(*parts[:-level], *name.split("."))[0] for level, name in imports(tree) if level}
 
 
-def top_level(path):
-    return {name.split(".")[0] for level, name in imports(path) if level == 0}
+def top_level(tree: ast.Module) -> set[str]:
+    return {name.split(".")[0] for level, name in imports(tree) if level == 0}
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_inside_the_pack_never_run_backwards(path):
-    room = path.relative_to(ROOT).parts[0]
-    assert set(rooms_reached(path)) <= MAY_IMPORT[room]
+def functions(*patterns: str) -> Iterator[tuple[str, Function]]:
+    for path, tree in parse(*patterns).items():
+        for node in ast.walk(tree):
+            if isinstance(node, Function):
+                yield f"{path}:{node.lineno} {node.name}", node
 
 
-@pytest.mark.parametrize("path", PACK, ids=name_of)
-def test_the_pack_reaches_itself_by_relative_imports_only(path):
-    # `nodes` and `models` as bare names are ComfyUI's own, `pulid_sdxl` is the alias of the tests.
-    assert top_level(path) & {"pulid", "models", "nodes", "pulid_sdxl"} == set()
+def lines(*patterns: str) -> int:
+    return sum(file.read_bytes().count(b"\n") for pattern in patterns for file in ROOT.glob(pattern))
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.is_relative_to(ROOT / "nodes") is False], ids=name_of)
-def test_only_nodes_know_comfyui(path):
-    assert top_level(path) & HOST == set()
+def test_imports_never_run_backwards():
+    files = parse(*ROOMS, "tools/**/*.py").items()
+    found = {path: rooms_reached(path, tree) - MAY_IMPORT[path.split("/")[0]] for path, tree in files}
+    assert {path: rooms for path, rooms in found.items() if rooms} == {}
 
 
-@pytest.mark.parametrize("path", PACK, ids=name_of)
-def test_the_pack_logs_and_never_prints(path):
-    calls = [node.func for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
-    assert [call.lineno for call in calls if isinstance(call, ast.Name) and call.id == "print"] == []
+def test_the_pack_reaches_itself_by_relative_imports_only():
+    # `nodes` and `models` as bare names are ComfyUI's own, `pulid_sdxl` is the name that tests and tools give the pack.
+    named = {path: top_level(tree) & {*MAY_IMPORT, "pulid_sdxl"} for path, tree in parse(*ROOMS).items()}
+    assert {path: names for path, names in named.items() if names} == {}
+
+
+def test_only_nodes_know_comfyui():
+    known = {path: top_level(tree) & HOST for path, tree in parse(*ROOMS).items() if not path.startswith("nodes/")}
+    assert {path: names for path, names in known.items() if names} == {}
+
+
+def test_the_pack_logs_and_never_prints():
+    nodes = ((path, node) for path, tree in parse(*ROOMS).items() for node in ast.walk(tree))
+    printing = [path for path, node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"]
+    assert printing == []
+
+
+def test_tests_and_tools_reach_the_pack_by_its_name():
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in parse(*TOOLS_AND_TESTS)}
+    assert {path for path, text in texts.items() if re.search(r"\bsys[.]path\b", text)} - ENTERS_COMFYUI == set()
 
 
 @pytest.mark.parametrize(("path", "source", "expected"), [
-    ("pulid/deep.py", "from ..models.files import find", {"models"}),
+    ("pulid/deep.py", "from ..models.locate import find", {"models"}),
     ("nodes/load.py", "from .. import pulid", {"pulid"}),
     ("nodes/load.py", "from . import host", {"nodes"}),
     ("models/a.py", "def f():\n    from ..nodes import host", {"nodes"}),
+    ("tools/fakes/a.py", "from ...hosted import api\nfrom .. import demo", {"hosted", "tools"}),
 ])  # fmt: skip
-def test_the_rules_see_every_kind_of_import(tmp_path, monkeypatch, path, source, expected):
-    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
-    file = tmp_path / path
-    file.parent.mkdir()
-    file.write_text(source)
-    assert set(rooms_reached(file)) == expected
+def test_the_rules_see_every_kind_of_import(path, source, expected):
+    assert rooms_reached(path, ast.parse(source)) == expected
 
 
-def run(code):
-    return subprocess.run([sys.executable, TOOLS, "-c", code], capture_output=True, text=True, check=True)
+def test_functions_fit_on_a_screen():
+    lengths = {name: (node.end_lineno or 0) - node.lineno + 1 for name, node in functions(*PACK, *TOOLS_AND_TESTS)}
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
 
 
-def test_importing_the_pack_takes_milliseconds_and_nothing_with_it():
-    output = run("""
-import sys, time
-sys.path.insert(0, ".")
-before = set(sys.modules)
-start = time.perf_counter()
-import mount
-mount.mount()
-print(time.perf_counter() - start, *{name.split(".")[0] for name in set(sys.modules) - before})
-""").stdout
-    seconds, *modules = output.split()
-    assert float(seconds) < 0.05
-    assert set(modules) - set(sys.stdlib_module_names) == {"mount", "pulid_sdxl"}
+def test_functions_take_few_parameters():
+    """A node's `execute` takes what its schema declares, one that takes `**values` hands the host's arguments on."""
+    counts = {}
+    for name, node in functions(*PACK):
+        names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        is_node = name.startswith("nodes/") and node.name == "execute"
+        if not is_node and node.args.kwarg is None:
+            counts[name] = len(names) - (names[:1] in (["self"], ["cls"]))
+    assert {name: count for name, count in counts.items() if count > 8} == {}
+
+
+def test_the_house_stays_small():
+    assert lines(*PACK) <= 8_400
+    assert lines(*TOOLS_AND_TESTS) <= 16_200
+
+
+def in_a_process(code: str, *options: str) -> str:
+    command = [sys.executable, *options, str(TOOLS), "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_pack_takes_nothing_with_it():
+    modules = in_a_process("import sys; print(*sys.modules)").split()
+    assert [name for name in modules if name.startswith("pulid_sdxl.")] == []
+    bare = in_a_process("import sys; print(*sys.modules)", "-I", "-S").split()  # without what site-packages start
+    assert {name.split(".")[0] for name in bare} - set(sys.stdlib_module_names) == {"__main__", "pulid_sdxl"}
 
 
 def test_the_entrypoint_of_comfyui_is_there():
-    assert run(
-        "import mount; mount.mount(); import pulid_sdxl; print(callable(pulid_sdxl.comfy_entrypoint))"
-    ).stdout == ("True\n")
+    assert in_a_process("import pulid_sdxl; print(callable(pulid_sdxl.comfy_entrypoint))") == "True\n"
 
 
 def test_run_py_needs_the_standard_library_only():
-    assert top_level(ROOT / "run.py") - {"pulid_sdxl"} <= set(sys.stdlib_module_names)
+    assert top_level(parse("run.py")["run.py"]) - {"pulid_sdxl"} <= set(sys.stdlib_module_names)
 
 
 def test_what_run_py_takes_from_the_pack_needs_no_more():
-    modules = "catalogue, files, archive, download, inventory, paths, doctor"
-    code = f"import mount; mount.mount(); from pulid_sdxl.models import {modules}; print('fine')"
-    bare = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, '.'); {code}"]  # without site-packages
-    assert subprocess.run(bare, capture_output=True, text=True, cwd=ROOT / "tools").stdout == "fine\n"
+    taken = {
+        name.rpartition(".")[0] for _, name in imports(parse("run.py")["run.py"]) if name.startswith("pulid_sdxl.")
+    }
+    modules = {"pulid_sdxl.models.inventory", "pulid_sdxl.models.doctor", "pulid_sdxl.tools.develop", *taken}
+    code = "\n".join(f"import {module}" for module in sorted(modules))
+    assert in_a_process(f"{code}\nprint('fine')", "-I", "-S") == "fine\n"

@@ -1,51 +1,57 @@
 """run.py: finding ComfyUI, what is installed and when, and what becomes of the arguments. Nothing is installed here."""
 
 import json
+import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from pulid_sdxl import run as running
-from pulid_sdxl.tools import develop as developing
+from pulid_sdxl import run
+from pulid_sdxl.tools import ROOT, TOOLS, develop
 
-ROOT = Path(__file__).resolve().parents[1]
+
+class Recorder(develop.Environment):
+    """An environment that is made without doing anything: it keeps what it would have installed and run."""
+
+    def __init__(self, folder: Path, results=()):
+        super().__init__(folder)
+        vars(self).update(installs=[], calls=[], results=list(results))
+
+    def create(self):
+        self.python.parent.mkdir(parents=True, exist_ok=True)
+        self.python.touch()
+
+    def install(self, requirements):
+        self.installs.append(requirements)
+
+    def call(self, *arguments, **variables):
+        """Answers with the next of `results`: an exit code and pytest's tests, failures, errors and skipped."""
+        self.calls.append(([each for each in arguments if not each.startswith("--junitxml=")], variables))
+        if arguments[:2] != ("-m", "pytest"):
+            return self.results.pop(0)
+        code, counts = self.results.pop(0) if self.results else (0, (2, 0, 0, 0))
+        named = " ".join(map('{}="{}"'.format, ("tests", "failures", "errors", "skipped"), counts))
+        Path(arguments[-1].partition("=")[2]).write_text(f"<testsuites><testsuite {named}/></testsuites>")
+        return code
 
 
 @pytest.fixture
-def develop(monkeypatch, tmp_path):
-    """tools/develop.py, with .venv and .cache elsewhere."""
-    monkeypatch.setattr(developing, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(developing, "VENV", tmp_path / "venv")
-    monkeypatch.setattr(developing, "STAMP", tmp_path / "venv" / "stamp.json")
-    monkeypatch.setattr(developing, "PYTHON", tmp_path / "venv" / "python")
-    return developing
+def environment(tmp_path):
+    return Recorder(tmp_path / "venv")
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """run.py as a module, in a home of its own."""
+def find_hosts(monkeypatch, tmp_path):
+    """run.find_hosts in a home of its own."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    monkeypatch.setattr(running, "HERE", tmp_path / "somewhere" / "pulid-sdxl")
-    monkeypatch.setattr(running, "CACHE", tmp_path / "cache")
-    return running
 
+    def find(given=None, here=tmp_path / "somewhere" / "pulid-sdxl"):
+        return run.find_hosts(given, here, tmp_path / "cache")
 
-@pytest.fixture
-def installs(develop, monkeypatch):
-    """What would have been installed, call by call, into a .venv that is made without doing anything."""
-    calls = []
-
-    def create_venv():
-        develop.VENV.mkdir(exist_ok=True)
-        develop.PYTHON.touch()
-
-    monkeypatch.setattr(develop, "create_venv", create_venv)
-    monkeypatch.setattr(develop, "pip_install", calls.append)
-    return calls
+    return find
 
 
 def make_comfyui(folder: Path, version="0.3.64", requirements="aiohttp>=3\ntorch\ntorchaudio\n") -> Path:
@@ -58,184 +64,153 @@ def make_comfyui(folder: Path, version="0.3.64", requirements="aiohttp>=3\ntorch
 
 
 class TestFindingComfyUI:
-    def test_what_is_given_comes_first(self, run, tmp_path, monkeypatch):
+    def test_what_is_given_comes_first(self, find_hosts, tmp_path, monkeypatch):
         given, named = make_comfyui(tmp_path / "given"), make_comfyui(tmp_path / "named")
         monkeypatch.setenv("COMFYUI_PATH", str(named))
-        assert run.find_hosts(str(given)) == [given]
-        assert run.find_hosts(None) == [named]
+        assert find_hosts(str(given)) == [given]
+        assert find_hosts() == [named]
 
-    def test_several_are_separated_like_path(self, run, tmp_path):
+    def test_several_are_separated_like_path(self, find_hosts, tmp_path):
         first, second = make_comfyui(tmp_path / "a"), make_comfyui(tmp_path / "b")
-        assert run.find_hosts(run.os.pathsep.join(map(str, (first, second, first)))) == [first, second]
+        assert find_hosts(os.pathsep.join(map(str, (first, second, first)))) == [first, second]
 
-    def test_a_folder_that_is_none_is_refused_in_words(self, run, tmp_path):
+    def test_a_folder_that_is_none_is_refused_in_words(self, find_hosts, tmp_path):
         with pytest.raises(run.Failure, match=r"is not a ComfyUI folder"):
-            run.find_hosts(str(tmp_path))
+            find_hosts(str(tmp_path))
 
-    def test_the_one_around_the_pack_is_found(self, run, tmp_path, monkeypatch):
-        around = make_comfyui(tmp_path / "ComfyUI")
-        monkeypatch.setattr(run, "HERE", around / "custom_nodes" / "pulid-sdxl")
-        make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
-        assert run.find_hosts(None) == [around]
-
-    def test_then_the_one_at_home_then_an_earlier_clone(self, run, tmp_path):
+    def test_the_one_around_the_pack_comes_before_that_at_home_and_an_earlier_clone(self, find_hosts, tmp_path):
+        assert find_hosts() == []
         cloned = make_comfyui(tmp_path / "cache" / "ComfyUI")
-        assert run.find_hosts(None) == [cloned]
+        assert find_hosts() == [cloned]
         at_home = make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
-        assert run.find_hosts(None) == [at_home]
+        assert find_hosts() == [at_home]
+        around = make_comfyui(tmp_path / "ComfyUI")
+        assert find_hosts(here=around / "custom_nodes" / "pulid-sdxl") == [around]
 
-    def test_else_the_official_repository_is_cloned(self, run, develop, tmp_path, monkeypatch):
+    def test_else_the_official_repository_is_cloned(self, tmp_path, monkeypatch):
         def clone(command, **_):
             assert command[0] == "git" and develop.HOST_TAG in command and develop.HOST_URL in command
             make_comfyui(Path(command[-1]))
 
-        monkeypatch.setattr(develop.subprocess, "run", clone)
-        assert develop.clone_host() == [tmp_path / "cache" / "ComfyUI"]
+        monkeypatch.setattr(subprocess, "run", clone)
+        assert develop.clone_host(tmp_path / "cache") == [tmp_path / "cache" / "ComfyUI"]
         assert run.is_comfyui(tmp_path / "cache" / "ComfyUI")
 
-    @pytest.mark.parametrize(
-        "problem",
-        [
-            subprocess.CalledProcessError(128, "git", stderr="fatal: Could not resolve host\n"),
-            subprocess.CalledProcessError(128, "git", stderr=""),
-            subprocess.TimeoutExpired("git", 300),
-            FileNotFoundError("no git here"),
-        ],
-    )
-    def test_without_a_network_it_says_so_and_goes_on(self, develop, tmp_path, monkeypatch, capsys, problem):
+    @pytest.mark.parametrize("problem", [
+        subprocess.CalledProcessError(128, "git", stderr="fatal: Could not resolve host\n"),
+        subprocess.CalledProcessError(128, "git", stderr=""),
+        subprocess.TimeoutExpired("git", 300),
+        FileNotFoundError("no git here"),
+    ])  # fmt: skip
+    def test_without_a_network_it_says_so_and_goes_on(self, tmp_path, monkeypatch, capsys, problem):
         def clone(command, **_):
             Path(command[-1]).mkdir()
             raise problem
 
-        monkeypatch.setattr(develop.subprocess, "run", clone)
-        assert develop.clone_host() == []
+        monkeypatch.setattr(subprocess, "run", clone)
+        assert develop.clone_host(tmp_path / "cache") == []
         assert "could not clone it" in capsys.readouterr().out
         assert list((tmp_path / "cache").iterdir()) == []
 
 
 class TestEnvironment:
-    def test_own_requirements_are_those_of_pyproject(self, develop):
+    def test_own_requirements_are_those_of_pyproject(self):
         tomllib = pytest.importorskip("tomllib")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         assert develop.own_requirements() == project["dependencies"] + project["optional-dependencies"]["test"]
 
-    def test_requirements_txt_is_the_list_of_dependencies(self, develop):
+    def test_requirements_txt_is_the_list_of_dependencies(self):
         listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
         assert listed == develop.own_requirements()[: len(listed)]
         assert develop.own_requirements()[len(listed)].startswith("torch==")  # where the test extra begins
 
-    def test_comments_and_what_no_test_needs_are_left_out_of_the_hosts(self, tmp_path, develop):
-        text = (
-            "torch\ntorchaudio\ntorchsde\ncomfyui-workflow-templates==1\n\n#more:\nkornia>=0.7 # why\npydantic~=2.0\n"
-        )
+    def test_comments_and_what_no_test_needs_are_left_out_of_the_hosts(self, tmp_path):
+        text = "torch\ntorchaudio\ntorchsde\ncomfyui-workflow-templates==1\n\n#more:\nkornia>=0.7 # why\npydantic~=2\n"
         host = make_comfyui(tmp_path / "host", requirements=text)
-        assert develop.host_requirements(host) == ["torchsde", "kornia>=0.7", "pydantic~=2.0"]
+        assert develop.host_requirements(host) == ["torchsde", "kornia>=0.7", "pydantic~=2"]
 
-    def test_everything_is_installed_once(self, installs, tmp_path, develop):
-        host = make_comfyui(tmp_path / "host")
-        develop.ensure_environment([host])
-        assert installs == [develop.own_requirements(), [*develop.own_requirements(), "aiohttp>=3"]]
-        develop.ensure_environment([host])
-        develop.ensure_environment([])
-        assert len(installs) == 2
+    def test_everything_is_installed_once_and_a_changed_list_again(self, environment, tmp_path):
+        host, own = make_comfyui(tmp_path / "host"), develop.own_requirements()
+        environment.prepare([host])
+        assert environment.installs == [own, [*own, "aiohttp>=3"]]
+        environment.prepare([host])
+        environment.prepare([])
+        assert len(environment.installs) == 2
+        (host / "requirements.txt").write_text("aiohttp>=4\n")
+        environment.prepare([host])
+        assert [call[-1] for call in environment.installs[2:]] == ["aiohttp>=4"]
 
-    def test_the_newest_host_has_the_last_word_and_another_host_adds_its_own(self, installs, tmp_path, develop):
+    def test_the_newest_host_has_the_last_word_and_another_host_adds_its_own(self, environment, tmp_path):
         new = make_comfyui(tmp_path / "new", "0.18.1", "frontend==2")
         old = make_comfyui(tmp_path / "old", "0.3.64", "frontend==1")
-        develop.ensure_environment([new, old])
-        assert [call[-1] for call in installs[1:]] == ["frontend==1", "frontend==2"]
-        other = make_comfyui(tmp_path / "other", "0.8.0", "frontend==1.5")
-        develop.ensure_environment([other])
-        assert [call[-1] for call in installs[3:]] == ["frontend==1.5"]
+        environment.prepare([new, old])
+        assert [call[-1] for call in environment.installs[1:]] == ["frontend==1", "frontend==2"]
+        environment.prepare([make_comfyui(tmp_path / "other", "0.8.0", "frontend==1.5")])
+        assert [call[-1] for call in environment.installs[3:]] == ["frontend==1.5"]
 
-    def test_a_changed_list_is_installed_again(self, installs, tmp_path, develop):
-        host = make_comfyui(tmp_path / "host")
-        develop.ensure_environment([host])
-        (host / "requirements.txt").write_text("aiohttp>=4\n")
-        develop.ensure_environment([host])
-        assert [call[-1] for call in installs[2:]] == ["aiohttp>=4"]
+    @pytest.mark.parametrize("harm", [
+        lambda environment: environment.python.unlink(), lambda environment: environment.stamp.write_text("{")
+    ])  # fmt: skip
+    def test_what_went_or_cannot_be_read_is_made_again_in_full(self, environment, harm):
+        environment.prepare([])
+        harm(environment)
+        environment.prepare([])
+        assert json.loads(environment.stamp.read_text()) and len(environment.installs) == 2
 
-    def test_a_venv_that_went_is_made_again_in_full(self, installs, tmp_path, develop):
-        develop.ensure_environment([])
-        develop.PYTHON.unlink()
-        develop.ensure_environment([])
-        assert len(installs) == 2
+    def test_a_failed_install_is_said_in_pips_words_and_tried_again(self, tmp_path):
+        class Fails(Recorder):
+            python = Path(sys.executable)
 
-    def test_a_broken_stamp_is_no_stamp(self, installs, develop):
-        develop.ensure_environment([])
-        develop.STAMP.write_text("{")
-        develop.ensure_environment([])
-        assert json.loads(develop.STAMP.read_text()) and len(installs) == 2
+            def install(self, _):
+                develop.Environment.install(self, ["--no-index", "no-such-package-pulid"])
 
-    def test_a_failed_install_is_tried_again(self, run, installs, monkeypatch, develop):
-        def fail(_):
-            raise run.Failure("no network")
-
-        monkeypatch.setattr(develop, "pip_install", fail)
-        with pytest.raises(run.Failure):
-            develop.ensure_environment([])
-        monkeypatch.setattr(develop, "pip_install", installs.append)
-        develop.ensure_environment([])
-        assert len(installs) == 1
-
-    def test_pips_last_words_reach_the_user(self, run, monkeypatch, develop):
-        monkeypatch.setattr(develop, "PYTHON", sys.executable)
-        with pytest.raises(run.Failure, match="Could not install"):
-            develop.pip_install(["--no-index", "no-such-package-pulid"])
+        (tmp_path / "venv").mkdir()
+        with pytest.raises(run.Failure, match=r"(?s)Could not install.*no-such-package-pulid"):
+            Fails(tmp_path / "venv").prepare([])
+        environment = Recorder(tmp_path / "venv")
+        environment.prepare([])
+        assert len(environment.installs) == 1
 
 
 class TestTestCommand:
-    @pytest.fixture
-    def calls(self, monkeypatch, develop):
-        calls = []
+    TESTS = str(ROOT / "tests")
 
-        def pytest_run(title, arguments, **variables):
-            calls.append((arguments, variables))
-            return develop.pytest_answers.pop(0) if hasattr(develop, "pytest_answers") else (0, Counter(passed=2))
-
-        monkeypatch.setattr(develop, "pytest", pytest_run)
-        return calls
-
-    def test_all_tests_once_and_those_on_a_host_once_per_host(self, calls, tmp_path, capsys, develop):
+    def test_all_tests_once_and_those_on_a_host_once_per_host(self, environment, tmp_path, capsys):
         hosts = [make_comfyui(tmp_path / name) for name in ("a", "b")]
-        assert develop.test(hosts, ["-x"]) == 0
-        tests = str(ROOT / "tests")
-        assert calls == [
-            ([tests, f"--ignore={tests}/host", "-x"], {}),
-            ([f"{tests}/host", "-x"], {"COMFYUI": str(hosts[0])}),
-            ([f"{tests}/host", "-x"], {"COMFYUI": str(hosts[1])}),
+        assert develop.test(environment, hosts, ["-x"]) == 0
+        assert environment.calls == [
+            (["-m", "pytest", self.TESTS, f"--ignore={self.TESTS}/host", "-x"], {}),
+            (["-m", "pytest", f"{self.TESTS}/host", "-x"], {"COMFYUI": str(hosts[0])}),
+            (["-m", "pytest", f"{self.TESTS}/host", "-x"], {"COMFYUI": str(hosts[1])}),
         ]
         assert capsys.readouterr().out.endswith("\n6 passed, 0 failed, 0 skipped\n")
 
-    def test_without_a_host_it_says_so_loudly_and_succeeds(self, calls, capsys, develop):
-        assert develop.test([], []) == 0
-        assert len(calls) == 1
+    def test_without_a_host_it_says_so_loudly_and_succeeds(self, environment, capsys):
+        assert develop.test(environment, [], []) == 0
+        assert len(environment.calls) == 1
         assert "NO COMFYUI" in capsys.readouterr().out
 
-    def test_a_path_narrows_both_parts_down(self, calls, tmp_path, develop):
+    def test_a_path_narrows_both_parts_down(self, environment, tmp_path):
         host = make_comfyui(tmp_path / "host")
-        this = f"{__file__}::TestTestCommand"
-        assert develop.test([host], [this, "-k", "host"]) == 0
-        on_host = str(ROOT / "tests" / "host" / "conftest.py")
-        assert develop.test([host], [on_host]) == 0
-        assert calls == [([this, "-k", "host"], {}), ([on_host], {"COMFYUI": str(host)})]
+        this, on_host = f"{__file__}::TestTestCommand", f"{self.TESTS}/host/conftest.py"
+        assert develop.test(environment, [host], [this, "-k", "host"]) == 0
+        assert develop.test(environment, [host], [on_host]) == 0
+        assert [(arguments[2:], variables) for arguments, variables in environment.calls] == [
+            ([this, "-k", "host"], {}), ([on_host], {"COMFYUI": str(host)})
+        ]  # fmt: skip
 
-    @pytest.mark.parametrize(
-        ("answers", "code", "line"),
-        [
-            ([(0, Counter(passed=3)), (1, Counter(passed=1, failed=1))], 1, "4 passed, 1 failed, 0 skipped"),
-            ([(2, Counter()), (0, Counter(passed=1))], 2, "1 passed, 0 failed, 0 skipped"),
-            ([(0, Counter(passed=3)), (5, Counter())], 0, "3 passed, 0 failed, 0 skipped"),
-            ([(5, Counter()), (5, Counter())], 5, "0 passed, 0 failed, 0 skipped"),
-        ],
-    )
-    def test_any_failure_is_the_whole_runs(self, calls, tmp_path, capsys, answers, code, line, develop):
-        develop.pytest_answers = answers
-        assert develop.test([make_comfyui(tmp_path / "host")], []) == code
+    @pytest.mark.parametrize(("results", "code", "line"), [
+        ([(0, (3, 0, 0, 0)), (1, (3, 1, 0, 1))], 1, "4 passed, 1 failed, 1 skipped"),
+        ([(2, (0, 0, 0, 0)), (0, (1, 0, 0, 0))], 2, "1 passed, 0 failed, 0 skipped"),
+        ([(0, (3, 0, 0, 0)), (5, (0, 0, 0, 0))], 0, "3 passed, 0 failed, 0 skipped"),
+        ([(5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 5, "0 passed, 0 failed, 0 skipped"),
+    ])  # fmt: skip
+    def test_any_failure_is_the_whole_runs(self, tmp_path, capsys, results, code, line):
+        assert develop.test(Recorder(tmp_path, results), [make_comfyui(tmp_path / "host")], []) == code
         assert line in capsys.readouterr().out
 
-    def test_results_are_counted_as_pytest_has_them(self, monkeypatch, tmp_path, develop):
-        monkeypatch.setattr(develop, "PYTHON", sys.executable)
+    def test_results_are_counted_as_pytest_has_them(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(develop.Environment, "python", sys.executable)
         tests = tmp_path / "test_all_kinds.py"
         tests.write_text(
             "import pytest\n"
@@ -245,47 +220,55 @@ class TestTestCommand:
             "@pytest.fixture\ndef broken(): 1 / 0\n"
             "def test_d(broken): pass\n"
         )
-        code, counts = develop.pytest("a title", [str(tests), "-q", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"])
-        assert (code, counts) == (1, Counter(passed=1, failed=2, skipped=1))
+        arguments = [str(tests), "-q", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
+        code, counts = develop.pytest(develop.Environment(tmp_path), "a title", arguments)
+        assert (code, counts) == (1, {"passed": 1, "failed": 2, "skipped": 1})
+
+
+class TestLint:
+    @pytest.mark.parametrize(("results", "code"), [([0, 0, 0], 0), ([1, 0, 0], 1), ([0, 0, 2], 1)])
+    def test_every_check_runs_and_one_finding_is_enough(self, tmp_path, results, code):
+        environment = Recorder(tmp_path, results)
+        assert develop.lint(environment, [], []) == code
+        assert [arguments[1:3] for arguments, _ in environment.calls] == [
+            ["ruff", "check"], ["ruff", "format"], ["mypy", f"--config-file={ROOT / 'pyproject.toml'}"]
+        ]  # fmt: skip
+
+    def test_mypy_finds_the_pack_under_its_name_whatever_its_folder_is_called(self, tmp_path):
+        for _ in range(2):
+            develop.link_for_mypy(tmp_path)
+        assert (tmp_path / "mypy" / "pulid_sdxl").resolve() == ROOT
 
 
 class TestCommandLine:
-    @pytest.fixture
-    def seen(self, installs, monkeypatch, tmp_path):
-        seen = []
-        make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")
-        monkeypatch.setattr(subprocess, "call", lambda command, **_: seen.append(command[1:]) or 3)
-        return seen
+    def test_a_command_gets_the_host_and_all_other_arguments(self, tmp_path, monkeypatch):
+        host = make_comfyui(tmp_path / "host")
+        monkeypatch.setattr(develop, "run", lambda *arguments: arguments)
+        assert run.main(["demo", "--seed", "4", "--comfyui", str(host)]) == ("demo", [host], ["--seed", "4"])
 
-    def test_demo_gets_the_host_and_all_other_arguments(self, run, seen, tmp_path):
-        assert run.main(["demo", "--seed", "4"]) == 3
-        host = str(tmp_path / "home" / "comfy" / "ComfyUI")
-        assert seen == [[str(ROOT / "tools"), "demo", "--comfyui", host, "--seed", "4"]]
+    @pytest.mark.parametrize(("name", "named"), [("demo", ["--comfyui", "{}"]), ("conformance", ["--comfyui={}"])])
+    def test_a_tool_is_told_the_host(self, tmp_path, name, named):
+        environment, host = Recorder(tmp_path / "venv", [3, 3]), make_comfyui(tmp_path / "host")
+        assert develop.run(name, [host], ["a"], environment) == 3
+        assert environment.calls == [([str(TOOLS), name, *(each.format(host) for each in named), "a"], {})]
 
-    def test_conformance_takes_the_hosts_that_are_there(self, run, seen, tmp_path):
-        assert run.main(["conformance", "somewhere"]) == 3
-        host = tmp_path / "home" / "comfy" / "ComfyUI"
-        assert seen == [[str(ROOT / "tools"), "conformance", f"--comfyui={host}", "somewhere"]]
+    @pytest.mark.parametrize(("name", "clones"), [("conformance", 0), ("lint", 0), ("demo", 1), ("test", 1)])
+    def test_a_host_is_cloned_only_where_it_is_needed(self, tmp_path, monkeypatch, name, clones):
+        cloned = []
+        monkeypatch.setattr(develop, "clone_host", lambda: cloned.append("a clone") or [])
+        develop.run(name, [], [], Recorder(tmp_path, [] if name == "test" else [0, 0, 0]))
+        assert len(cloned) == clones
 
-    def test_conformance_needs_no_host_and_clones_none(self, run, seen, tmp_path, monkeypatch, develop):
-        (tmp_path / "home" / "comfy" / "ComfyUI" / "main.py").unlink()
-        monkeypatch.setattr(develop, "clone_host", lambda: pytest.fail("cloned a ComfyUI"))
-        assert run.main(["conformance", "somewhere"]) == 3
-        assert seen == [[str(ROOT / "tools"), "conformance", "somewhere"]]
-
-    def test_what_goes_wrong_is_said_in_words(self, run, seen, capsys):
+    def test_what_goes_wrong_is_said_in_words(self, capsys):
         assert run.main(["demo", "--comfyui", "nowhere"]) == 2
         assert "is not a ComfyUI folder" in capsys.readouterr().err
 
-    def test_a_command_is_required(self, run, capsys):
+    def test_a_command_is_required(self, capsys):
         with pytest.raises(SystemExit):
             run.main([])
         assert "COMMAND" in capsys.readouterr().err
 
-
-def test_starts_in_no_time():
-    """The part of run.py that every command waits for, on any Python from 3.10."""
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    for command in ("demo", "test", "conformance"):
-        assert command in done.stdout
+    def test_its_help_lists_the_commands(self):
+        done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert {"demo", "test", "lint", "conformance", "models", "doctor"} <= set(done.stdout.split())

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -173,8 +174,7 @@ def steps(model_channels: int, pixels: int, repeats: int) -> Iterator[Row]:
     model = model_of(model_channels)
     network = model.model.diffusion_model
     method = METHODS["fidelity"][VERSION]
-    widths = [site.channels * model_channels // 320 for site in SITES]
-    projections, tokens = projections_of(model_channels, widths), torch.randn(2, TOKENS, 2048)
+    projections, tokens = projections_of(model_channels), torch.randn(2, TOKENS, 2048)
     side = pixels // 8
     inputs = {
         "x": torch.randn(2, 4, side, side), "timesteps": torch.tensor([500.0, 500.0]),
@@ -183,25 +183,23 @@ def steps(model_channels: int, pixels: int, repeats: int) -> Iterator[Row]:
     clocks = {"ours": [0.0], "published": [0.0]}
     patches = {"unpatched": {}, "ours": {}, "published": {}}
     for index, (site, kv) in enumerate(zip(SITES, projections.project(tokens), strict=True)):
-        heads = widths[index] // 64
+        heads = site.channels * model_channels // 320 // 64
         prepared = kv.prepare(heads, method.zero_tokens, WEIGHT)
         weights = projections.to_k[index].weight, projections.to_v[index].weight
-        patches["ours"][site.key] = Timed(
-            lambda q, base, kv=prepared: fuse(q, base, kv, ROWS, method.fusion), clocks["ours"]
-        )
-        patches["published"][site.key] = Timed(
-            lambda q, base, weights=weights, heads=heads: published(
-                q, base, tokens, *weights, heads, method.fusion, method.zero_tokens, WEIGHT
-            ),
-            clocks["published"],
-        )
-    times = {name: [] for name in patches}
-    added = {name: [] for name in clocks}
+
+        def ours_on(q, base, kv=prepared):
+            return fuse(q, base, kv, ROWS, method.fusion)
+
+        def published_on(q, base, more=(*weights, heads, method.fusion, method.zero_tokens, WEIGHT)):
+            return published(q, base, tokens, *more)
+
+        for name, add in (("ours", ours_on), ("published", published_on)):
+            patches[name][site.key] = Timed(add, clocks[name])
+    times, added = {name: [] for name in patches}, {name: [] for name in clocks}
     for repeat in range(repeats + 1):
         for name, replacements in patches.items():
             options = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(1), "patches_replace": {"attn2": replacements}}
-            for clock in clocks.values():
-                clock[0] = 0.0
+            clocks["ours"][0] = clocks["published"][0] = 0.0
             start = time.perf_counter()
             network(inputs["x"], inputs["timesteps"], inputs["context"], inputs["y"], transformer_options=options)
             if repeat:  # the first round warms up
@@ -210,37 +208,31 @@ def steps(model_channels: int, pixels: int, repeats: int) -> Iterator[Row]:
                     added[name].append(clocks[name][0])
     median = {name: statistics.median(values) for name, values in times.items()}
     where = f"{'full' if model_channels == FULL else '1/5'} width, {pixels} px"
-    yield Row(f"step, {where}: patched over unpatched", median["ours"], median["unpatched"], "s")
-    yield Row(f"step, {where}: published over unpatched", median["published"], median["unpatched"], "s")
+    for name, title in (("ours", "patched"), ("published", "published")):
+        yield Row(f"step, {where}: {title} over unpatched", median[name], median["unpatched"], "s")
     ours, other = (statistics.median(added[name]) for name in ("ours", "published"))
     target = 0.25 if (model_channels, pixels) == (FULL, 256) else None
     yield Row(f"time added to a step, {where}: over published", ours, other, "s", target)
 
 
-_MODELS: dict[int, object] = {}
-
-
+@lru_cache(1)  # one at a time: the real width takes 10 GB
 def model_of(model_channels: int):
     from . import comfy_host
 
-    if model_channels not in _MODELS:
-        _MODELS.clear()  # one at a time: the real width takes 10 GB
-        model = comfy_host.sdxl(model_channels, seed=None)
-        cheap_weights(model.model.diffusion_model)
-        _MODELS[model_channels] = model
-    return _MODELS[model_channels]
+    model = comfy_host.sdxl(model_channels, seed=None)
+    cheap_weights(model.model.diffusion_model)
+    return model
 
 
-_PROJECTIONS: dict[int, IdProjections] = {}
+@lru_cache(1)
+def projections_of(model_channels: int) -> IdProjections:
+    projections = IdProjections(widths_of(model_channels), device="meta").to_empty(device="cpu")
+    cheap_weights(projections)
+    return projections.requires_grad_(False)
 
 
-def projections_of(model_channels: int, widths: list[int]) -> IdProjections:
-    if model_channels not in _PROJECTIONS:
-        _PROJECTIONS.clear()
-        projections = IdProjections(widths, device="meta").to_empty(device="cpu")
-        cheap_weights(projections)
-        _PROJECTIONS[model_channels] = projections.requires_grad_(False)
-    return _PROJECTIONS[model_channels]
+def widths_of(model_channels: int) -> tuple[int, ...]:
+    return tuple(site.channels * model_channels // 320 for site in SITES)
 
 
 def slider(model_channels: int) -> Iterator[Row]:
@@ -250,8 +242,7 @@ def slider(model_channels: int) -> Iterator[Row]:
     from ..pulid.identity import IdEmbedding
     from .fakes import networks as fakes
 
-    widths = tuple(site.channels * model_channels // 320 for site in SITES)
-    projections = projections_of(model_channels, list(widths))
+    projections = projections_of(model_channels)
     pulid = fakes.loaded(PulidWeights(VERSION, "bench", on_cpu(torch.nn.Identity()), host.managed(projections)))
     model = model_of(model_channels)
     identity = IdEmbedding(torch.randn(1, TOKENS, 2048), torch.randn(1, TOKENS, 2048), VERSION, "bench")

@@ -4,8 +4,12 @@ import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
 
 def enter(path: Path | str, *arguments: str) -> None:
@@ -47,7 +51,7 @@ SDXL_CONFIG = {
 }
 
 
-def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int | None = 0):
+def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int | None = 0) -> "ModelPatcher":
     """A MODEL with SDXL's UNet at this width (320 is the real one), weights drawn from `seed`, left alone if None."""
     import comfy.model_management
     import comfy.model_patcher
@@ -72,7 +76,7 @@ def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int
     return patcher(network.requires_grad_(False), load_device=cpu, offload_device=cpu)
 
 
-def load_diffusers_state(model, state: Mapping[str, torch.Tensor]) -> None:
+def load_diffusers_state(model: "ModelPatcher", state: Mapping[str, torch.Tensor]) -> None:
     """Fill the UNet from diffusers' parameter names, every one of them."""
     import comfy.utils
 

@@ -124,8 +124,8 @@ def id_encoders(reference: Reference) -> Iterator[Line]:
 
 def _encoder_input(name: str, vectors: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
     def identity(index: int) -> tuple[Tensor, list[Tensor]]:
-        stages = range(encoders.STAGES)
-        return vectors[f"identity.{index}.x"], [vectors[f"identity.{index}.hidden.{i}"] for i in stages]
+        stages = [vectors[f"identity.{index}.hidden.{stage}"] for stage in range(encoders.STAGES)]
+        return vectors[f"identity.{index}.x"], stages
 
     if name == "uncond":
         x, hidden = identity(0)
@@ -133,9 +133,8 @@ def _encoder_input(name: str, vectors: Mapping[str, Tensor]) -> tuple[Tensor, li
     which = name.removeprefix("cond.")
     if not which.endswith("_together"):
         return identity(int(which))
-    several = [identity(index) for index in range(int(which.split("_")[1]))]
-    x = torch.stack([x for x, _ in several], dim=1)
-    return x, [torch.cat(streams, dim=1) for streams in zip(*(hidden for _, hidden in several), strict=True)]
+    xs, hiddens = zip(*map(identity, range(int(which.split("_")[1]))), strict=True)
+    return torch.stack(xs, dim=1), [torch.cat(streams, dim=1) for streams in zip(*hiddens, strict=True)]
 
 
 def _host_attention(site: Mapping[str, Tensor], heads: int) -> Tensor:
@@ -214,20 +213,16 @@ class UnetReference:
 
     @classmethod
     def read(cls, reference: Reference) -> "UnetReference":
-        about = reference.json("unet_shapes")
-        state = draw(about["shapes"], reference.seed)
-        drawn, widths = {}, []
+        about, vectors = reference.json("unet_shapes"), reference.tensors("unet_official")
+        token_width, drawn, widths = vectors["tokens"].shape[-1], {}, []
         for site, (index, processor) in enumerate(about["attn2_order"].items()):
-            width = about["shapes"][f"{processor.removesuffix('.processor')}.to_k.weight"][0]
-            token_width = reference.tensors("unet_official")["tokens"].shape[-1]
-            shapes = {"id_to_k.weight": (width, token_width), "id_to_v.weight": (width, token_width)}
+            widths.append(about["shapes"][f"{processor.removesuffix('.processor')}.to_k.weight"][0])
+            shapes = {f"id_to_{half}.weight": (widths[-1], token_width) for half in "kv"}
             weights = draw(shapes, f"{reference.seed}:id_adapter_attn_layers.{index}")
-            drawn[f"to_k.{site}.weight"] = weights["id_to_k.weight"]
-            drawn[f"to_v.{site}.weight"] = weights["id_to_v.weight"]
-            widths.append(width)
+            drawn |= {f"to_{half}.{site}.weight": weights[f"id_to_{half}.weight"] for half in "kv"}
         projections = IdProjections(widths, token_width, device="meta")
         projections.load_state_dict(drawn, assign=True)
-        return cls(about["config"], state, projections, reference.tensors("unet_official"))
+        return cls(about["config"], draw(about["shapes"], reference.seed), projections, vectors)
 
     def site_kvs(self) -> tuple[SiteKV, ...]:
         return self.projections.project(self.vectors["tokens"])
@@ -260,14 +255,10 @@ def unet_official(reference: Reference) -> Iterator[Line]:
         yield Line(f"whole UNet in diffusers, {mode}", relative(run(), vectors[f"out.{mode}"]), UNET_TOLERANCE)
 
 
-PARTS: dict[str, Callable[[Reference], Iterator[Line]]] = {
+_ALIKE = (id_encoders, attention_official, attention_shared_workflows, alignment, face_features, unet_official)
+PARTS: dict[str, Callable[[Reference], Iterator[Line]]] = {  # by their files
     "eva_small_vectors": vision_tower,
-    "id_encoders": id_encoders,
-    "attention_official": attention_official,
-    "attention_shared_workflows": attention_shared_workflows,
-    "alignment": alignment,
-    "face_features": face_features,
-    "unet_official": unet_official,
+    **{part.__name__: part for part in _ALIKE},
 }
 
 
@@ -293,9 +284,8 @@ def main() -> int:
         print(line, flush=True)
         results.append(line.holds)
     for comfyui in arguments.comfyui:
-        results.append(
-            subprocess.run([sys.executable, TOOLS, "host_unet", comfyui, folder], check=False).returncode == 0
-        )
+        command = [sys.executable, TOOLS, "host_unet", comfyui, folder]
+        results.append(subprocess.run(command, check=False).returncode == 0)
     if not arguments.comfyui:
         print("No ComfyUI: the whole UNet was compared in diffusers only.")
     print(f"{results.count(True)} hold, {results.count(False)} fail")

@@ -20,8 +20,8 @@ from PIL import Image
 from ..pulid.errors import PulidError
 from . import ROOT, TOOLS
 from .comfy_server import ComfyServer, ServerError, link
-from .parts import Part, gather
-from .workflow import BYPASSED, Workflow, WorkflowError, find, set_inputs, to_prompt
+from .model_files import ModelFile, gather
+from .workflow import BYPASSED, ObjectInfo, Prompt, Workflow, WorkflowError, find, set_inputs, to_prompt
 
 BASE = ROOT / ".cache" / "demo"
 OUTPUT = ROOT / "output"
@@ -48,9 +48,8 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--photo", type=existing_file, help="a photograph of a person; default: an astronaut")
     parser.add_argument("--checkpoint", type=existing_file, help="an SDXL checkpoint; default: a small stand-in")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=int, help=f"default: the workflow's, or {QUICK_STEPS} with a stand-in checkpoint"
-    )
+    few = f"default: the workflow's, or {QUICK_STEPS} with a stand-in checkpoint"
+    parser.add_argument("--steps", type=int, help=few)
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; default: the workflow's, or a quarter of its area")
     return parser.parse_args(arguments)
 
@@ -81,44 +80,45 @@ def prepare_photo(folder: Path, photo: Path | None) -> str:
     return "astronaut.png"
 
 
-def prepare_base(base: Path, parts: list[Part]) -> None:
+def prepare_base(base: Path, files: list[ModelFile]) -> None:
     """A base directory for ComfyUI: this pack, and links to the files, under the names the workflow knows."""
     for folder in ("custom_nodes", "models"):
         shutil.rmtree(base / folder, ignore_errors=True)
     link(ROOT, base / "custom_nodes" / "pulid-sdxl")
-    if not checkpoint_of(parts).real:
+    if not checkpoint_of(files).real:
         link(TOOLS / "fakes" / "standin_host", base / "custom_nodes" / "standin_host")
-    for part in parts:
-        link(part.source, base / "models" / part.place)
+    for file in files:
+        link(file.source, base / "models" / file.place)
 
 
-def checkpoint_of(parts: list[Part]) -> Part:
-    return next(part for part in parts if part.place.startswith("checkpoints/"))
+def checkpoint_of(files: list[ModelFile]) -> ModelFile:
+    return next(file for file in files if file.place.startswith("checkpoints/"))
 
 
-def print_table(photo: str, parts: list[Part], notes: dict[str, str]) -> None:
+def print_table(photo: str, files: list[ModelFile], notes: dict[str, str]) -> None:
     """What is real and what is not. notes: further stand-ins, which are no files, and what they are."""
     rows = [("photograph", True, photo)]
     rows += [(what, False, note) for what, note in notes.items()]
-    rows += [(part.what, part.real, f"{part.name}: {part.note}" if part.note else part.name) for part in parts]
+    rows += [(file.what, file.real, f"{file.name}: {file.note}" if file.note else file.name) for file in files]
     print()
     for what, real, detail in rows:
         print(f"  {what:<16} {'real' if real else 'STAND-IN':<9} {detail}")
     print(flush=True)
 
 
-def prompt_for(workflow: Workflow, info: dict, arguments: argparse.Namespace, photo: str, parts: list[Part]) -> dict:
+def prompt_for(
+    workflow: Workflow, info: ObjectInfo, arguments: argparse.Namespace, photo: str, files: list[ModelFile]
+) -> Prompt:
     """The shipped workflow with the demo's few inputs."""
     prompt = to_prompt(workflow, info)
-    checkpoint = checkpoint_of(parts)
+    checkpoint = checkpoint_of(files)
     set_inputs(prompt, "LoadImage", image=photo)
     set_inputs(prompt, "CheckpointLoaderSimple", ckpt_name=checkpoint.name)
     set_inputs(prompt, "KSampler", seed=arguments.seed)
-    steps = arguments.steps or (None if checkpoint.real else QUICK_STEPS)
-    if steps:
+    quick_steps, quick_size = (None, None) if checkpoint.real else (QUICK_STEPS, QUICK_SIZE)
+    if steps := arguments.steps or quick_steps:
         set_inputs(prompt, "KSampler", steps=steps)
-    pixels = arguments.size or (None if checkpoint.real else QUICK_SIZE)
-    if pixels:
+    if pixels := arguments.size or quick_size:
         set_inputs(prompt, "EmptyLatentImage", width=pixels[0], height=pixels[1])
     return prompt
 
@@ -129,31 +129,27 @@ def without_identity(workflow: Workflow) -> Workflow:
     return {**workflow, "nodes": [{**node, "mode": modes.get(node["type"], 0)} for node in workflow["nodes"]]}
 
 
-def has_accelerator() -> bool:
+def through_comfyui(arguments: argparse.Namespace, photo: str, files: list[ModelFile]) -> tuple[Path, Path]:
+    """Run the shipped workflow on ComfyUI's server; returns the files of the picture and of the face."""
     import torch
 
-    return torch.accelerator.is_available()
-
-
-def through_comfyui(arguments: argparse.Namespace, photo: str, parts: list[Part]) -> tuple[Path, Path]:
-    """Run the shipped workflow on ComfyUI's server; returns the files of the picture and of the face."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    prepare_base(BASE, parts)
-    cpu = () if has_accelerator() else ("--cpu",)
+    prepare_base(BASE, files)
+    cpu = () if torch.accelerator.is_available() else ("--cpu",)
     say(f"Starting ComfyUI ({arguments.comfyui}){' on the CPU' if cpu else ''}")
     server = ComfyServer(arguments.comfyui, BASE, ("--output-directory", str(OUTPUT), *cpu))
     try:
         with server:
             info = server.object_info()
-            prompt = prompt_for(workflow, info, arguments, photo, parts)
+            prompt = prompt_for(workflow, info, arguments, photo, files)
             outputs = server.run(prompt, report=say)
             picture = saved_file(outputs, prompt)
             [preview] = outputs[find(prompt, "PreviewImage")]["images"]
             face = picture.with_name(f"{picture.stem}face.png")  # ComfyUI's names end in _
             face.write_bytes(server.picture(preview))
-            if not checkpoint_of(parts).real:
+            if not checkpoint_of(files).real:
                 say("Once more without PuLID, to see what it changes")
-                plain = prompt_for(without_identity(workflow), info, arguments, photo, parts)
+                plain = prompt_for(without_identity(workflow), info, arguments, photo, files)
                 set_inputs(plain, "SaveImage", filename_prefix="without_PuLID")
                 say_difference(Image.open(picture), Image.open(saved_file(server.run(plain, report=say), plain)))
     except ServerError as error:
@@ -166,13 +162,12 @@ def saved_file(outputs: dict, prompt: dict) -> Path:
     return OUTPUT / saved["subfolder"] / saved["filename"]
 
 
-def through_diffusers(arguments: argparse.Namespace, photo: str, parts: list[Part]) -> tuple[Path, Path]:
-    """Make a picture with the pack's own parts on diffusers' UNet; returns the files of the picture and of the face."""
+def through_diffusers(arguments: argparse.Namespace, photo: str, files: list[ModelFile]) -> tuple[Path, Path]:
+    """Make a picture with the pack's own code on diffusers' UNet; returns the files of the picture and of the face."""
     from . import demo_diffusers
 
-    made = demo_diffusers.make(
-        BASE / "input" / photo, parts, arguments.seed, arguments.steps or QUICK_STEPS, arguments.size or QUICK_SIZE, say
-    )
+    steps, pixels = arguments.steps or QUICK_STEPS, arguments.size or QUICK_SIZE
+    made = demo_diffusers.make(BASE / "input" / photo, files, arguments.seed, steps, pixels, say)
     OUTPUT.mkdir(exist_ok=True)
     picture, face = OUTPUT / "without_ComfyUI.png", OUTPUT / "without_ComfyUI_face.png"
     made.picture.save(picture)
@@ -196,19 +191,19 @@ def main() -> int:
             arguments.checkpoint = None
     say("Gathering the files (stand-ins are made once)")
     models = arguments.comfyui / "models" if arguments.comfyui else None
-    parts = gather(models, arguments.checkpoint, arguments.comfyui)
+    files = gather(models, arguments.checkpoint, arguments.comfyui)
     notes = {} if arguments.comfyui else WITHOUT_COMFYUI
-    print_table(photo, parts, notes)
+    print_table(photo, files, notes)
     try:
-        picture, face = (through_comfyui if arguments.comfyui else through_diffusers)(arguments, photo, parts)
+        picture, face = (through_comfyui if arguments.comfyui else through_diffusers)(arguments, photo, files)
     except (ServerError, WorkflowError, PulidError) as error:
         say(f"FAILED: {error}")
         return 1
 
     pixels = Image.open(picture).convert("RGB")
     real = ["the photograph", *([f"ComfyUI and its sampling, {WORKFLOW.name}"] if arguments.comfyui else [])]
-    real += [part.what for part in parts if part.real]
-    standins = [*notes, *(part.what for part in parts if not part.real)]
+    real += [file.what for file in files if file.real]
+    standins = [*notes, *(file.what for file in files if not file.real)]
     print(f"\n  picture   {picture}  ({pixels.width} x {pixels.height})")
     print(f"  face      {face}  (what the vision tower sees)")
     print(f"  pixels    sha256 {hashlib.sha256(pixels.tobytes()).hexdigest()}")

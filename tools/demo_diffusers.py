@@ -24,7 +24,7 @@ from ..pulid.identity import Version
 from ..pulid.networks import PhotoNetworks, PulidWeights, on_cpu
 from . import diffusers_unet
 from .fakes.standins import random_state
-from .parts import Part
+from .model_files import ModelFile
 
 # SDXL's autoencoder at a quarter of its width.
 VAE = {
@@ -50,11 +50,10 @@ class Made:
 
 
 @torch.inference_mode()
-def make(photo: Path, parts: list[Part], seed: int, steps: int, size: tuple[int, int], report: Report) -> Made:
+def make(photo: Path, files: list[ModelFile], seed: int, steps: int, size: tuple[int, int], report: Report) -> Made:
     """size  width and height in pixels, multiples of 32"""
-    files = {part.name: part.source for part in parts}
     report("Encoding the identity")
-    face, version, site_kvs = encode(photo, files)
+    face, version, site_kvs = encode(photo, {file.name: file.source for file in files})
 
     report("Building diffusers' UNet")
     unet = randomised(UNet2DConditionModel(**diffusers_unet.sdxl_config(64)))

@@ -12,15 +12,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as xml
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..run import CACHE, ROOT, Command, Failure
-
-VENV = ROOT / ".venv"
-PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-STAMP = VENV / "pulid-sdxl.json"
+from ..run import CACHE, ROOT, Failure
+from . import TOOLS
 
 HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
 HOST_TAG = "v0.3.64"
@@ -34,32 +34,29 @@ HOST_REQUIREMENTS_LEFT_OUT = {
     "comfyui-workflow-templates",
     "comfyui-embedded-docs",
 }
+# A PYTHONPATH would reach into .venv, a COMFYUI into the tests that are to run without one; and without bytecode pytest
+# would rewrite every test, and all of hypothesis, at each start: that is seconds.
+NOT_HANDED_ON = {"PYTHONPATH", "COMFYUI", "PYTHONDONTWRITEBYTECODE"}
 
 
-def clone_host() -> list[Path]:
+def clone_host(cache: Path = CACHE) -> list[Path]:
+    """The official repository at a pinned tag, in `cache`; nothing, with the reason printed, where it cannot be had."""
     print(f"No ComfyUI found; cloning {HOST_TAG} of {HOST_URL}", flush=True)
-    partial = CACHE / "ComfyUI.partial"
+    partial = cache / "ComfyUI.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    CACHE.mkdir(exist_ok=True)
+    cache.mkdir(exist_ok=True)
     stall = ["-c", "http.lowSpeedLimit=1000", "-c", "http.lowSpeedTime=15"]
     clone = ["git", *stall, "clone", "--quiet", "--depth", "1", "--branch", HOST_TAG, HOST_URL, str(partial)]
+    silent = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
     try:
-        subprocess.run(
-            clone,
-            check=True,
-            timeout=CLONE_SECONDS,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
-        )
-        partial.rename(CACHE / "ComfyUI")
+        subprocess.run(clone, check=True, timeout=CLONE_SECONDS, capture_output=True, text=True, env=silent)
+        return [partial.rename(cache / "ComfyUI")]
     except (OSError, subprocess.SubprocessError) as problem:
         shutil.rmtree(partial, ignore_errors=True)
         reason = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()[-1]
         print(f"  could not clone it: {reason}")
         print("  Going on without. To use one you have: --comfyui FOLDER, or the environment variable COMFYUI_PATH.")
         return []
-    return [CACHE / "ComfyUI"]
 
 
 def host_version(host: Path) -> str:
@@ -83,71 +80,90 @@ def host_requirements(host: Path) -> list[str]:
     return [line for line in lines if line and re.split(r"[^\w.-]", line)[0] not in HOST_REQUIREMENTS_LEFT_OUT]
 
 
-def ensure_environment(hosts: list[Path]) -> None:
-    """Make .venv hold our requirements and each host's. What is already there costs one look at the stamp file."""
-    layers = [own_requirements()]
-    # Old hosts first: each pins the frontend, and a newer frontend serves an older host better than the reverse.
-    for host in sorted(hosts, key=lambda host: [int(n) for n in re.findall(r"\d+", host_version(host))]):
-        layers.append(own_requirements() + host_requirements(host))  # ours again, so that pip keeps to its pins
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, and in its stamp file what was installed into it."""
 
-    installed = read_stamp()
-    if not PYTHON.exists():
-        print("Setting up .venv (once; torch alone is some gigabytes)", flush=True)
-        create_venv()
-        installed = []
-    for layer in layers:
-        key = hashlib.sha256(json.dumps(layer).encode()).hexdigest()
-        if key not in installed:
-            pip_install(layer)
-            installed.append(key)
-            STAMP.write_text(json.dumps(installed))
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / "pulid-sdxl.json"
+
+    def prepare(self, hosts: list[Path]) -> None:
+        """Make it hold our requirements and each host's. What is already there costs one look at the stamp file."""
+        layers = [own_requirements()]
+        # Old hosts first: each pins the frontend, and a newer frontend serves an older host better than the reverse.
+        for host in sorted(hosts, key=lambda host: [int(n) for n in re.findall(r"\d+", host_version(host))]):
+            layers.append(own_requirements() + host_requirements(host))  # ours again, so that pip keeps to its pins
+
+        installed = self.installed()
+        if not self.python.exists():
+            print("Setting up .venv (once; torch alone is some gigabytes)", flush=True)
+            self.create()
+            installed = []
+        for layer in layers:
+            key = hashlib.sha256(json.dumps(layer).encode()).hexdigest()
+            if key not in installed:
+                self.install(layer)
+                installed.append(key)
+                self.stamp.write_text(json.dumps(installed))
+
+    def installed(self) -> list[str]:
+        try:
+            return list(json.loads(self.stamp.read_text()))
+        except (OSError, ValueError):
+            return []
+
+    def create(self) -> None:
+        command = [sys.executable, "-m", "venv", "--clear", str(self.folder)]
+        made = subprocess.run(command, capture_output=True, text=True)
+        if made.returncode:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise Failure(
+                f"Could not make {self.folder}.\n{made.stdout}{made.stderr}On Debian: apt install python3-venv"
+            )
+
+    def install(self, requirements: list[str]) -> None:
+        pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
+        lines = []
+        command = [*pip, *requirements]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                if line.startswith(("Collecting", "Downloading", "  Downloading", "Installing collected")):
+                    print(" ", line.strip()[:110], flush=True)
+        if process.returncode:
+            raise Failure(f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}")
+
+    def call(self, *arguments: str, **variables: str) -> int:
+        """Run its Python in this folder; returns the exit code."""
+        kept = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
+        return subprocess.call([str(self.python), *arguments], env={**kept, **variables})
 
 
-def read_stamp() -> list[str]:
-    try:
-        return list(json.loads(STAMP.read_text()))
-    except (OSError, ValueError):
-        return []
+# --- Commands --------------------------------------------------------------------------------------------------------
 
 
-def create_venv() -> None:
-    made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
-    if made.returncode:
-        shutil.rmtree(VENV, ignore_errors=True)
-        raise Failure(f"Could not make {VENV}.\n{made.stdout}{made.stderr}On Debian: apt install python3-venv")
-
-
-def pip_install(requirements: list[str]) -> None:
-    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
-    lines = []
-    with subprocess.Popen(
-        [*command, *requirements], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as pip:
-        for line in pip.stdout or ():
-            lines.append(line)
-            if line.startswith(("Collecting", "Downloading", "  Downloading", "Installing collected")):
-                print(" ", line.strip()[:110], flush=True)
-    if pip.returncode:
-        raise Failure(f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}")
-
-
-# --- Commands ---------------------------------------------------------------------------------------------------------
-
-
-def tool(name: str, arguments: list[str]) -> int:
-    return subprocess.call([str(PYTHON), str(ROOT / "tools"), name, *arguments])
-
-
-def on_first(name: str) -> Command:
+def on_first(name: str) -> "Command":
     """The command that runs a tool on the first host, or on none."""
-    return lambda hosts, rest: tool(name, [*(["--comfyui", str(hosts[0])] if hosts else []), *rest])
+
+    def command(environment: Environment, hosts: list[Path], rest: list[str]) -> int:
+        host = ["--comfyui", str(hosts[0])] if hosts else []
+        return environment.call(str(TOOLS), name, *host, *rest)
+
+    return command
 
 
-def conformance(hosts: list[Path], rest: list[str]) -> int:
-    return tool("conformance", [*(f"--comfyui={host}" for host in hosts), *rest])
+def conformance(environment: Environment, hosts: list[Path], rest: list[str]) -> int:
+    return environment.call(str(TOOLS), "conformance", *(f"--comfyui={host}" for host in hosts), *rest)
 
 
-def test(hosts: list[Path], rest: list[str]) -> int:
+def test(environment: Environment, hosts: list[Path], rest: list[str]) -> int:
     """pytest without a host, then tests/host once per host. Paths in `rest` narrow that down; options go to both."""
     tests = ROOT / "tests"
     paths = {argument: Path(argument.split("::")[0]).resolve() for argument in rest}
@@ -159,11 +175,12 @@ def test(hosts: list[Path], rest: list[str]) -> int:
     runs = []
     if without_host or not chosen:
         everything = [str(tests), f"--ignore={tests / 'host'}"]
-        runs.append(pytest("without ComfyUI", [*(without_host or everything), *options]))
+        runs.append(pytest(environment, "without ComfyUI", [*(without_host or everything), *options]))
     if on_host or not chosen:
         for host in hosts:
             title = f"on ComfyUI {host_version(host)} ({host})"
-            runs.append(pytest(title, [*(on_host or [str(tests / "host")]), *options], COMFYUI=str(host)))
+            arguments = [*(on_host or [str(tests / "host")]), *options]
+            runs.append(pytest(environment, title, arguments, COMFYUI=str(host)))
         if not hosts:
             print(f"\n{'!' * 100}\nNO COMFYUI: the tests on a host (tests/host) did NOT run.\n{'!' * 100}")
 
@@ -176,16 +193,13 @@ def test(hosts: list[Path], rest: list[str]) -> int:
 NO_TESTS = 5  # pytest's exit code when its arguments leave none
 
 
-def pytest(title: str, arguments: list[str], **variables: str) -> tuple[int, Counter[str]]:
-    """Run pytest in .venv; returns its exit code and how many tests passed, failed and were skipped."""
+def pytest(environment: Environment, title: str, arguments: list[str], **variables: str) -> tuple[int, Counter[str]]:
+    """Run pytest; returns its exit code and how many tests passed, failed and were skipped."""
     print(f"\n=== {title}", flush=True)
-    report = CACHE / "pytest.xml"
-    CACHE.mkdir(exist_ok=True)
-    report.unlink(missing_ok=True)
-    # A PYTHONPATH would reach into .venv, a COMFYUI into the tests that are to run without one.
-    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "COMFYUI")}
-    code = subprocess.call([str(PYTHON), "-m", "pytest", *arguments, f"--junitxml={report}"], env={**kept, **variables})
-    suite = xml.parse(report).find("testsuite") if report.is_file() else None
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        code = environment.call("-m", "pytest", *arguments, f"--junitxml={report}", **variables)
+        suite = xml.parse(report).find("testsuite") if report.is_file() else None
     if suite is None:
         return code, Counter()
     count = Counter({key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")})
@@ -193,20 +207,21 @@ def pytest(title: str, arguments: list[str], **variables: str) -> tuple[int, Cou
     return code, Counter(passed=count["tests"] - failed - count["skipped"], failed=failed, skipped=count["skipped"])
 
 
-def lint(_: list[Path], rest: list[str]) -> int:
+def lint(environment: Environment, _: list[Path], rest: list[str]) -> int:
     """ruff and mypy with the settings of pyproject.toml. All of them run; 1 if any finds something."""
     argparse.ArgumentParser(prog="run.py lint", description="Runs ruff and mypy.").parse_args(rest)
-    checks = (["check"], ["format", "--check"])
-    codes = [subprocess.call([str(PYTHON), "-m", "ruff", *check], cwd=ROOT) for check in checks]
-    prefix = f"{link_for_mypy().relative_to(ROOT)}{os.sep}"
-    mypy = subprocess.run([str(PYTHON), "-m", "mypy"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(mypy.stdout.replace(prefix, ""), end="", flush=True)
-    return int(any([*codes, mypy.returncode]))
+    link_for_mypy(CACHE)
+    checks = (
+        ["ruff", "check", str(ROOT)],
+        ["ruff", "format", "--check", str(ROOT)],
+        ["mypy", f"--config-file={ROOT / 'pyproject.toml'}"],
+    )
+    return int(any([environment.call("-m", *check) for check in checks]))
 
 
-def link_for_mypy() -> Path:
-    """A link to this folder under the package's name, where pyproject.toml lets mypy look for it."""
-    link = ROOT / ".cache" / "mypy" / "pulid_sdxl"
+def link_for_mypy(cache: Path) -> None:
+    """Link this folder under the package's name to where pyproject.toml lets mypy look for it."""
+    link = cache / "mypy" / "pulid_sdxl"
     if not link.is_dir():
         try:
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -214,17 +229,9 @@ def link_for_mypy() -> Path:
             link.symlink_to(os.path.relpath(ROOT, link.parent), target_is_directory=True)
         except OSError as error:
             raise Failure(f"Could not make the link {link}: {error}. Windows needs Developer Mode for it.") from error
-    return link
 
 
-def run(name: str, hosts: list[Path], rest: list[str]) -> int:
-    """A command for developers, in an environment that is made if need be; without a host, one is cloned."""
-    if not hosts and name not in ("conformance", "lint"):
-        hosts = clone_host()
-    ensure_environment(hosts)
-    return COMMANDS[name](hosts, rest)
-
-
+Command = Callable[[Environment, list[Path], list[str]], int]  # its hosts and further arguments -> exit code
 COMMANDS: dict[str, Command] = {
     "demo": on_first("demo"),
     "test": test,
@@ -232,3 +239,11 @@ COMMANDS: dict[str, Command] = {
     "conformance": conformance,
     "bench": on_first("bench"),
 }
+
+
+def run(name: str, hosts: list[Path], rest: list[str], environment: Environment = Environment(ROOT / ".venv")) -> int:
+    """A command for developers, in an environment that is made if need be; without a host, one is cloned."""
+    if not hosts and name not in ("conformance", "lint"):
+        hosts = clone_host()
+    environment.prepare(hosts)
+    return COMMANDS[name](environment, hosts, rest)

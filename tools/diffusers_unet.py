@@ -1,14 +1,21 @@
 """PuLID on diffusers' SDXL UNet: the second oracle of the whole network, and what the demo runs where no ComfyUI is."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
+from torch import Tensor
 
 from ..pulid.attention import Fusion, HeadKV, SiteKV, fuse
 
+if TYPE_CHECKING:  # it takes seconds to import
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.attention_processor import Attention
 
-def sdxl_config(model_channels: int = 320) -> dict:
+
+def sdxl_config(model_channels: int = 320) -> dict[str, Any]:
     """SDXL's UNet in diffusers' terms, at this width; heads of 64."""
     return {
         "sample_size": 128,
@@ -29,10 +36,10 @@ def sdxl_config(model_channels: int = 320) -> dict:
 class SiteProcessor:
     """diffusers' contract for one attention, with PuLID fused in before `to_out`."""
 
-    def __init__(self, kv: HeadKV, rows: Sequence[int], fusion: Fusion):
+    def __init__(self, kv: HeadKV, rows: Sequence[int], fusion: Fusion) -> None:
         self.kv, self.rows, self.fusion = kv, rows, fusion
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+    def __call__(self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         q = attn.to_q(hidden_states)
         k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         split = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,15 +12,18 @@ from . import comfy_host
 from .conformance import UNET_TOLERANCE, Line, Reference, UnetReference, relative
 from .fakes import networks as fakes
 
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
 
-def model_of(whole: UnetReference):
+
+def model_of(whole: UnetReference) -> "ModelPatcher":
     """A MODEL with the reference's weights."""
     model = comfy_host.sdxl(whole.config["block_out_channels"][0], seed=None)
     comfy_host.load_diffusers_state(model, whole.state)
     return model
 
 
-def run(model, vectors: dict[str, Tensor]) -> Tensor:
+def run(model: "ModelPatcher", vectors: dict[str, Tensor]) -> Tensor:
     """One pass of the UNet as the host's sampling makes it: options of the model, negative row first."""
     options = {**model.model_options["transformer_options"], "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)}
     return model.model.diffusion_model(

@@ -7,6 +7,7 @@ https://docs.comfy.org/specs/workflow_json. Subgraphs and frontend-only packs ar
 from typing import Any
 
 Workflow = dict[str, Any]
+Node = dict[str, Any]  # of a workflow
 ObjectInfo = dict[str, Any]
 Prompt = dict[str, dict[str, Any]]
 
@@ -46,7 +47,7 @@ def to_prompt(workflow: Workflow, object_info: ObjectInfo) -> Prompt:
     return prompt
 
 
-def follow(link_id: int, nodes: dict, links: dict) -> tuple[int, int] | None:
+def follow(link_id: int, nodes: dict[int, Node], links: dict[int, list[Any]]) -> tuple[int, int] | None:
     """The (node id, output) that really feeds a link: through reroutes and bypassed nodes; None where it ends."""
     _, node_id, slot, *_, link_type = links[link_id]
     node = nodes[node_id]
@@ -65,28 +66,27 @@ def follow(link_id: int, nodes: dict, links: dict) -> tuple[int, int] | None:
     return follow(passed_on[0]["link"], nodes, links)
 
 
-def definition(node_type: str, object_info: ObjectInfo) -> dict:
-    try:
-        return object_info[node_type]
-    except KeyError:
-        raise WorkflowError(f"ComfyUI has no node {node_type!r}: is its pack installed, and did it load?") from None
-
-
-def declared_inputs(node_type: str, object_info: ObjectInfo) -> dict[str, tuple[Any, dict]]:
+def declared_inputs(node_type: str, object_info: ObjectInfo) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> (type, options) in the order of the node's definition; a combo's type is the list or "COMBO"."""
-    known = definition(node_type, object_info)["input"]
+    if node_type not in object_info:
+        raise WorkflowError(f"ComfyUI has no node {node_type!r}: is its pack installed, and did it load?")
+    known = object_info[node_type]["input"]
     entries = {**known.get("required", {}), **known.get("optional", {})}
     return {name: (entry[0], entry[1] if len(entry) > 1 else {}) for name, entry in entries.items()}
 
 
-def is_widget(kind: Any, options: dict) -> bool:
-    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+def widgets_of(declared: dict[str, tuple[Any, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Name -> options of the inputs that the editor draws as widgets."""
+    return {
+        name: options
+        for name, (kind, options) in declared.items()
+        if (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+    }
 
 
-def widget_values(node: dict, object_info: ObjectInfo) -> dict[str, Any]:
+def widget_values(node: Node, object_info: ObjectInfo) -> dict[str, Any]:
     """Name -> value for the widgets of one node, whose file only has their values in order."""
-    declared = declared_inputs(node["type"], object_info)
-    widgets = {name: options for name, (kind, options) in declared.items() if is_widget(kind, options)}
+    widgets = widgets_of(declared_inputs(node["type"], object_info))
     saved = node.get("widgets_values") or []
     if isinstance(saved, dict):
         return {name: value for name, value in saved.items() if name in widgets}
@@ -108,7 +108,7 @@ def widget_values(node: dict, object_info: ObjectInfo) -> dict[str, Any]:
 
 
 def misfits(workflow: Workflow, object_info: ObjectInfo) -> list[str]:
-    """Every way in which a workflow disagrees with the node definitions or with itself, one line each."""
+    """Where a workflow disagrees with the nodes' definitions or with itself, one line each; values are the server's."""
     found = []
     for node in workflow["nodes"]:
         if node["type"] not in FRONTEND_ONLY:
@@ -117,73 +117,38 @@ def misfits(workflow: Workflow, object_info: ObjectInfo) -> list[str]:
     return found + link_misfits(workflow)
 
 
-def link_misfits(workflow: Workflow) -> list[str]:
-    """A link stands in three places: in the list of links, at the output it leaves and at the input it enters."""
-    found = []
-    nodes = {node["id"]: node for node in workflow["nodes"]}
-    links = {link[0]: link for link in workflow["links"]}
-    for node in workflow["nodes"]:
-        for index, slot in enumerate(node.get("inputs", [])):
-            link_id = slot.get("link")
-            if link_id is not None and (link_id not in links or links[link_id][3:5] != [node["id"], index]):
-                found.append(f"node {node['id']}: input {slot['name']} names link {link_id}, which leads elsewhere")
-        for index, slot in enumerate(node.get("outputs", [])):
-            named, real = (
-                slot.get("links") or [],
-                [link[0] for link in links.values() if link[1:3] == [node["id"], index]],
-            )
-            if sorted(named) != sorted(real):
-                found.append(f"node {node['id']}: output {slot['name']} names links {named}, it has {real}")
-    for link_id, source, source_slot, target, target_slot, kind in links.values():
-        if source not in nodes or target not in nodes:
-            found.append(f"link {link_id}: leads from or to a node that is not there")
-            continue
-        for end, slot in (
-            ("output", nodes[source]["outputs"][source_slot]),
-            ("input", nodes[target]["inputs"][target_slot]),
-        ):
-            if slot["type"] not in (kind, "*"):
-                found.append(f"link {link_id}: is {kind}, its {end} is {slot['type']}")
-    return found
-
-
-def node_misfits(node: dict, object_info: ObjectInfo) -> list[str]:
+def node_misfits(node: Node, object_info: ObjectInfo) -> list[str]:
+    """Links are saved by position, so names, types and order of what is linked have to agree."""
     try:
-        known = definition(node["type"], object_info)
         declared = declared_inputs(node["type"], object_info)
-        values = widget_values(node, object_info)
+        lacking = [name for name in widgets_of(declared) if name not in widget_values(node, object_info)]
     except WorkflowError as error:
         return [str(error)]
-    found = []
-    sockets = [slot["name"] for slot in node.get("inputs", []) if "widget" not in slot]
-    expected = [name for name, (kind, options) in declared.items() if not is_widget(kind, options)]
-    if sockets != expected:
-        found.append(f"inputs {sockets}, defined {expected}")
+    found = [f"no value for {name}" for name in lacking]
+    inputs = [slot["name"] for slot in node.get("inputs", []) if "widget" not in slot]
+    sockets = [name for name in declared if name not in widgets_of(declared)]
+    if inputs != sockets:
+        found.append(f"inputs {inputs}, defined {sockets}")
+    known = object_info[node["type"]]
     outputs = [(slot["name"], slot["type"]) for slot in node.get("outputs", [])]
-    expected = list(zip(known["output_name"], known["output"], strict=True))
-    if outputs != expected:
-        found.append(f"outputs {outputs}, defined {expected}")
-    for name, (kind, options) in declared.items():
-        if is_widget(kind, options) and name not in values:
-            found.append(f"no value for {name}")
-        elif name in values:
-            found += value_misfits(name, values[name], kind, options)
-    return found
+    expected = [*zip(known["output_name"], known["output"], strict=True)]
+    return found if outputs == expected else [*found, f"outputs {outputs}, defined {expected}"]
 
 
-def value_misfits(name: str, value: Any, kind: Any, options: dict) -> list[str]:
-    choices = kind if isinstance(kind, list) else options.get("options")
-    if kind == "COMBO" or isinstance(kind, list):
-        # File names are the user's own: which of them are there is not for a workflow to say.
-        is_file = isinstance(value, str) and "." in value
-        return [] if is_file or value in choices else [f"{name} is {value!r}, defined {choices}"]
-    types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}[kind]
-    if not isinstance(value, types) or (kind != "BOOLEAN" and isinstance(value, bool)):
-        return [f"{name} is {value!r}, not of type {kind}"]
-    low, high = options.get("min"), options.get("max")
-    if kind in ("INT", "FLOAT") and ((low is not None and value < low) or (high is not None and value > high)):
-        return [f"{name} is {value}, outside {low} to {high}"]
-    return []
+def link_misfits(workflow: Workflow) -> list[str]:
+    """A link stands in three places: in the list of links, at the output it leaves and at the input it enters."""
+    listed = {("output", *link[:3]) for link in workflow["links"]}
+    listed |= {("input", link[0], *link[3:5]) for link in workflow["links"]}
+    drawn = set()
+    for node in workflow["nodes"]:
+        for index, slot in enumerate(node.get("inputs", [])):
+            drawn |= {("input", slot["link"], node["id"], index)} if slot.get("link") is not None else set()
+        for index, slot in enumerate(node.get("outputs", [])):
+            drawn |= {("output", link, node["id"], index) for link in slot.get("links") or []}
+    return [
+        f"link {link}: is not at {end} {index} of node {node} and in the list"
+        for end, link, node, index in sorted(listed ^ drawn)
+    ]
 
 
 def find(prompt: Prompt, class_type: str) -> str:

@@ -28,7 +28,7 @@ from pulid_sdxl.nodes.load import PulidLoader
 from pulid_sdxl.pulid.errors import DownloadError, MissingWeights
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes.fake_hub import answer, serving
-from pulid_sdxl.tools.parts import gather
+from pulid_sdxl.tools.model_files import gather
 
 MODEL_FOLDERS = ("pulid", "facexlib", "insightface", "eva_clip", "clip_vision", "text_encoders")
 

@@ -21,6 +21,7 @@ from pulid_sdxl.tools.fakes import standins
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+FORMS = ("converted safetensors", "converted nested pickle", "published pickle", "pickle of an old PyTorch")
 NARROW = 0.1  # width of the sites in most files here, relative to SDXL; the encoders have one size only
 
 # Names alone tell a PuLID file; with these sizes it is refused before anything is built.
@@ -39,28 +40,25 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def v1_state():
-    return standins.pulid_state("v1-published", NARROW)
-
-
-@pytest.fixture(scope="module")
 def v1_files(folder):
     """The same v1 weights in every form they are met in."""
-    files = {
-        "converted safetensors": standins.make_pulid(folder / "a.safetensors", "v1-converted", NARROW),
-        "converted nested pickle": standins.make_pulid(folder / "b.bin", "v1-converted", NARROW),
-        "published pickle": standins.make_pulid(folder / "c.bin", "v1-published", NARROW),
-        "published safetensors": standins.make_pulid(folder / "d.safetensors", "v1-published", NARROW),
-        "pickle of an old PyTorch": folder / "e.bin",
-    }
     state = standins.pulid_state("v1-published", NARROW)
-    torch.save(state, files["pickle of an old PyTorch"], _use_new_zipfile_serialization=False)
-    return files
+    torch.save(state, folder / "pickle of an old PyTorch", _use_new_zipfile_serialization=False)
+    layouts = ("v1-converted", "a.safetensors"), ("v1-converted", "b.bin"), ("v1-published", "c.bin")
+    files = [standins.make_pulid(folder / name, layout, NARROW) for layout, name in layouts]
+    return dict(zip(FORMS, (*files, folder / "pickle of an old PyTorch"), strict=True))
 
 
 @pytest.fixture(scope="module")
 def v1_1_file(folder):
     return standins.make_pulid(folder / "f.safetensors", "v1.1", NARROW)
+
+
+def small_eva(path, spelling, **changes):
+    """A small tower at `path`; of each change, the tensor that takes that name's place, or None for none."""
+    state = standins.eva_state(spelling, small=True) | changes
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+    return path
 
 
 def refusal(error: type[PulidError], load, path: Path) -> str:
@@ -76,17 +74,10 @@ def refusal(error: type[PulidError], load, path: Path) -> str:
 # ---- What loads ----
 
 
-FORMS = (
-    "converted safetensors",
-    "converted nested pickle",
-    "published pickle",
-    "published safetensors",
-    "pickle of an old PyTorch",
-)
-
-
 @pytest.mark.parametrize("form", FORMS)
-def test_v1_arrives_unchanged_from_every_form(v1_files, v1_state, form):
+def test_v1_arrives_unchanged_from_every_form(v1_files, form):
+    state = standins.pulid_state("v1-published", NARROW)
+
     checkpoint = checkpoints.load_pulid(v1_files[form])
 
     assert checkpoint.version == "v1"
@@ -94,66 +85,47 @@ def test_v1_arrives_unchanged_from_every_form(v1_files, v1_state, form):
     encoder = checkpoint.encoder.state_dict()
     assert len(encoder) == 110
     for name, tensor in encoder.items():
-        assert torch.equal(tensor, v1_state[f"id_adapter.{name}"]), name
+        assert torch.equal(tensor, state[f"id_adapter.{name}"]), name
     projections = checkpoint.projections.state_dict()
     assert len(projections) == 140
     for site in range(70):
         for half in ("to_k", "to_v"):
-            published = v1_state[f"id_adapter_attn_layers.{2 * site + 1}.id_{half}.weight"]
+            published = state[f"id_adapter_attn_layers.{2 * site + 1}.id_{half}.weight"]
             assert torch.equal(projections[f"{half}.{site}.weight"], published), (half, site)
 
 
-def test_v1_1_is_recognised_and_loaded(v1_1_file):
-    checkpoint = checkpoints.load_pulid(v1_1_file)
+def test_v1_1_is_recognised_and_loaded_for_inference_whatever_its_name(v1_1_file, tmp_path):
+    disguised = tmp_path / "pulid_v1.bin"
+    disguised.symlink_to(v1_1_file)
+
+    checkpoint = checkpoints.load_pulid(disguised)
 
     assert checkpoint.version == "v1.1"
     assert isinstance(checkpoint.encoder, IdFormer)
     with safe_open(v1_1_file, "pt") as file:
         assert torch.equal(checkpoint.encoder.latents, file.get_tensor("id_adapter.latents"))
-
-
-def test_widths_of_the_sites_are_those_of_the_file(v1_files):
-    projections = checkpoints.load_pulid(v1_files["converted safetensors"]).projections
-
-    assert [layer.weight.shape[0] for layer in projections.to_k] == [64] * 4 + [128] * 50 + [64] * 6 + [128] * 10
-
-
-def test_a_file_name_decides_nothing(v1_1_file, tmp_path):
-    disguised = tmp_path / "pulid_v1.bin"
-    disguised.symlink_to(v1_1_file)
-
-    assert checkpoints.load_pulid(disguised).version == "v1.1"
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ".ckpt", ".onnx", ""])
-@pytest.mark.parametrize("form", ["published", "timm"])
-def test_the_tower_is_told_by_content_whatever_its_name(tmp_path, suffix, form):
-    """torch.load itself goes by the ending .safetensors."""
-    made = standins.make_eva(tmp_path / "made", form, small=True)
-
-    tower = checkpoints.load_vision_tower(made.rename(tmp_path / f"tower{suffix}"))
-
-    assert tower.config.width == 64
-
-
-def test_weights_are_for_inference_and_in_the_dtype_of_the_file(v1_1_file):
-    checkpoint = checkpoints.load_pulid(v1_1_file)
-
     for network in (checkpoint.encoder, checkpoint.projections):
         assert not network.training
         assert not any(parameter.requires_grad for parameter in network.parameters())
-        assert {parameter.dtype for parameter in network.parameters()} == {torch.float16}
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float16}  # the file's
 
 
-def test_a_dtype_can_be_asked_for(tmp_path):
-    path = standins.make_eva(tmp_path / "eva.safetensors", "timm", small=True)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
+@pytest.mark.parametrize("form", ["published", "timm"])
+def test_the_tower_is_told_by_content_whatever_its_name(tmp_path, suffix, form):
+    """torch.load itself goes by the ending .safetensors. What is loaded does not depend on its file any more."""
+    path = standins.make_eva(tmp_path / "made", form, small=True).rename(tmp_path / f"tower{suffix}")
 
-    tower = checkpoints.load_vision_tower(path, dtype=torch.bfloat16)
+    tower = checkpoints.load_vision_tower(path)
+    before = {key: tensor.clone() for key, tensor in tower.state_dict().items()}
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
 
-    assert {tensor.dtype for tensor in tower.state_dict().values()} == {torch.bfloat16}
+    assert tower.config.width == 64
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tower.state_dict().items())
 
 
-def test_layers_come_from_the_operations_that_are_passed_in(tmp_path):
+def test_dtype_and_layers_are_those_that_are_asked_for(tmp_path):
     class Linear(torch.nn.Linear):
         pass
 
@@ -163,36 +135,10 @@ def test_layers_come_from_the_operations_that_are_passed_in(tmp_path):
     Operations.Linear = Linear
     path = standins.make_eva(tmp_path / "eva.pt", small=True)
 
-    tower = checkpoints.load_vision_tower(path, operations=Operations)
+    tower = checkpoints.load_vision_tower(path, Operations, torch.bfloat16)
 
     assert isinstance(tower.head, Linear)
-
-
-def test_both_spellings_of_the_tower_compute_the_same(tmp_path):
-    published = checkpoints.load_vision_tower(
-        standins.make_eva(tmp_path / "eva.pt", "published", small=True, dtype=torch.float32)
-    )
-    timm = checkpoints.load_vision_tower(
-        standins.make_eva(tmp_path / "eva.safetensors", "timm", small=True, dtype=torch.float32)
-    )
-    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
-
-    pooled, hidden = published(pixels)
-    assert pooled.isfinite().all() and pooled.std() > 0.1
-    assert torch.equal(pooled, timm(pixels)[0])
-    assert len(hidden) == 5
-
-
-@pytest.mark.parametrize("name", ["eva.pt", "eva.safetensors"])
-def test_a_loaded_network_does_not_depend_on_its_file(tmp_path, name):
-    path = standins.make_eva(tmp_path / name, "timm" if name.endswith("safetensors") else "published", small=True)
-    tower = checkpoints.load_vision_tower(path)
-    before = {key: tensor.clone() for key, tensor in tower.state_dict().items()}
-
-    with path.open("r+b") as file:
-        file.write(bytes(path.stat().st_size))
-
-    assert all(torch.equal(tensor, before[key]) for key, tensor in tower.state_dict().items())
+    assert {tensor.dtype for tensor in tower.state_dict().values()} == {torch.bfloat16}
 
 
 # ---- The fingerprint ----
@@ -211,12 +157,11 @@ def test_fingerprint_is_that_of_the_weights_not_of_the_container(v1_files, folde
 
 def test_fingerprint_tells_weights_and_names_apart():
     state = {"a": torch.arange(100.0), "b": torch.zeros(3)}
+    known = checkpoints.fingerprint(state)
 
-    assert checkpoints.fingerprint(state) == checkpoints.fingerprint(dict(reversed(state.items())))
-    assert checkpoints.fingerprint(state) != checkpoints.fingerprint(
-        {"a": torch.arange(100.0) + 1, "b": torch.zeros(3)}
-    )
-    assert checkpoints.fingerprint(state) != checkpoints.fingerprint({"a": torch.arange(100.0), "c": torch.zeros(3)})
+    assert known == checkpoints.fingerprint(dict(reversed(state.items())))
+    assert known != checkpoints.fingerprint(state | {"a": torch.arange(100.0) + 1})
+    assert known != checkpoints.fingerprint({"a": torch.arange(100.0), "c": torch.zeros(3)})
 
 
 # ---- Whole files of something else ----
@@ -227,12 +172,9 @@ FOREIGN = {
     "InstantID": {"image_proj.proj_in.weight": (1280, 512), "ip_adapter.1.to_k_ip.weight": (2, 2)},
     "IP-Adapter": {"image_proj.proj_in.weight": (1280, 1280), "ip_adapter.1.to_k_ip.weight": (2, 2)},
     "ControlNet": {"controlnet_cond_embedding.conv_in.weight": (2,), "down_blocks.0.x": (2,)},
-    "LoRA": {"lora_unet_down_blocks_0.lora_up.weight": (2, 2)},
     "SDXL checkpoint": {"model.diffusion_model.out.2.bias": (2,), "conditioner.embedders.1.model.ln_final.bias": (2,)},
-    "checkpoint of an image model": {"model.diffusion_model.out.2.bias": (2,), "cond_stage_model.x": (2,)},
     "diffusion model": {"down_blocks.0.resnets.0.conv1.weight": (2,)},
     "CLIP vision model": {"vision_model.encoder.layers.0.layer_norm1.weight": (2,)},
-    "text encoder": {"text_model.embeddings.position_embedding.weight": (2, 2)},
     "EVA02-CLIP": {"visual.blocks.0.attn.inner_attn_ln.weight": (2,), "text.ln_final.weight": (2,)},
     "3 tensors of an unknown kind": {"gamma": (2,), "beta": (2,), "delta": (2,)},
 }
@@ -248,30 +190,25 @@ def test_a_foreign_file_is_named_for_what_it_is(tmp_path, kind):
     assert message.startswith(f"Expected PuLID for SDXL, found {kind}")
 
 
-def test_ip_adapter_pickles_are_recognised_through_their_nesting(tmp_path):
-    path = tmp_path / "ip-adapter.bin"
-    torch.save(
-        {"image_proj": {"proj.weight": torch.zeros(2)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(2)}}, path
-    )
-
-    assert "found IP-Adapter" in refusal(ForeignWeights, checkpoints.load_pulid, path)
-
-
-def test_pulid_given_as_the_vision_tower_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("load", "content", "words"),
+    [
+        (
+            checkpoints.load_pulid,
+            {"image_proj": {"proj.weight": torch.zeros(2)}, "ip_adapter": {"1.to_k_ip.weight": torch.zeros(2)}},
+            "Expected PuLID for SDXL, found IP-Adapter",
+        ),
+        (checkpoints.load_vision_tower, TINY_V1, "Expected EVA02-CLIP, found PuLID v1 for SDXL"),
+        (checkpoints.load_pulid, [torch.zeros(2)], "found list"),
+        (checkpoints.load_pulid, {"epoch": 3}, "found dict"),
+    ],
+    ids=["IP-Adapter", "PuLID", "list", "numbers"],
+)
+def test_a_pickle_of_something_else_is_named(tmp_path, load, content, words):
     path = tmp_path / "EVA02_CLIP_L_336_psz14_s6B.pt"
-    torch.save(TINY_V1, path)
-
-    message = refusal(ForeignWeights, checkpoints.load_vision_tower, path)
-
-    assert message.startswith("Expected EVA02-CLIP, found PuLID v1 for SDXL")
-
-
-@pytest.mark.parametrize("content", [[torch.zeros(2)], {"epoch": 3}])
-def test_a_pickle_of_something_else_is_foreign(tmp_path, content):
-    path = tmp_path / "pulid.bin"
     torch.save(content, path)
 
-    assert type(content).__name__ in refusal(ForeignWeights, checkpoints.load_pulid, path)
+    assert words in refusal(ForeignWeights, load, path)
 
 
 def test_an_ordinary_zip_is_not_taken_for_a_pickle(tmp_path):
@@ -321,25 +258,22 @@ NOT_WEIGHTS = {
 
 
 @pytest.mark.parametrize("verdict", NOT_WEIGHTS)
-@pytest.mark.parametrize("load", [checkpoints.load_pulid, checkpoints.load_vision_tower])
-def test_what_a_failed_download_left_is_told(tmp_path, verdict, load):
+def test_what_a_failed_download_left_is_told(tmp_path, verdict):
     path = tmp_path / "pulid_v1.1.safetensors"
     path.write_bytes(NOT_WEIGHTS[verdict])
 
-    message = refusal(DamagedWeights, load, path)
-
-    assert verdict in message
-    assert catalogue.V1_1.url in message and str(catalogue.V1_1.size) in message
+    for load in (checkpoints.load_pulid, checkpoints.load_vision_tower):
+        message = refusal(DamagedWeights, load, path)
+        assert verdict in message
+        assert catalogue.V1_1.url in message and str(catalogue.V1_1.size) in message
 
 
 TROUBLE = [
     (MemoryError(), "there is not enough memory"),
     (OSError(errno.EIO, os.strerror(errno.EIO)), "Input/output error"),
     (OSError("Input/output error (os error 5)"), "Input/output error"),  # as safetensors raises it
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left on device"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "CUDA out of memory"),
-    (RuntimeError("CUDA error: device-side assert triggered"), "device-side assert"),
     (RuntimeError("unable to mmap 984405232 bytes from file: Cannot allocate memory (12)"), "Cannot allocate memory"),
 ]
 
@@ -361,124 +295,88 @@ def test_what_the_system_fails_at_is_not_told_as_a_damaged_file(tmp_path, monkey
     assert "may be whole" in str(caught.value) and "elete" not in str(caught.value)
 
 
-def test_a_folder_is_not_a_weight_file(tmp_path):
+def test_a_folder_and_a_file_that_vanished_are_told(tmp_path):
     (tmp_path / "pulid").mkdir()
 
     assert "found the folder" in refusal(DamagedWeights, checkpoints.load_pulid, tmp_path / "pulid")
-
-
-def test_a_file_that_vanished_is_missing(tmp_path):
     refusal(MissingWeights, checkpoints.load_pulid, tmp_path / "gone.safetensors")
 
 
 @pytest.mark.parametrize("part", [0.001, 0.5, 0.999])
 @pytest.mark.parametrize("container", ["safetensors", "zipped pickle", "old pickle"])
 def test_a_download_cut_short_is_damaged(tmp_path, container, part):
-    path = tmp_path / "eva"
-    state = standins.eva_state("timm", small=True)
-    if container == "safetensors":
-        save_file(state, path)
-    else:
+    path = small_eva(tmp_path / "eva", "timm")
+    if container != "safetensors":
+        state = standins.eva_state("timm", small=True)
         torch.save(state, path, _use_new_zipfile_serialization=container == "zipped pickle")
     os.truncate(path, int(path.stat().st_size * part))
 
     assert "is cut short or altered" in refusal(DamagedWeights, checkpoints.load_vision_tower, path)
 
 
-def test_an_altered_name_inside_a_pickle_is_named(tmp_path):
-    path = standins.make_eva(tmp_path / "eva.pt", small=True)
-    path.write_bytes(path.read_bytes().replace(b"visual.cls_token", b"visual.cls_tokem"))
-
-    assert "cls_tokem does not belong to it" in refusal(DamagedWeights, checkpoints.load_vision_tower, path)
-
-
 ALTERATIONS = {
-    "cls_token is missing": lambda state: state.pop("cls_token"),
-    "blocks.5.attn.gate does not belong to it": lambda state: state.update({"blocks.5.attn.gate": torch.zeros(2)}),
-    "norm.weight is (3,) instead of (64,)": lambda state: state.update({"norm.weight": torch.zeros(3)}),
-    "norm.bias holds torch.int64": lambda state: state.update({"norm.bias": torch.zeros(64, dtype=torch.int64)}),
-    "head.weight": lambda state: state.pop("head.weight"),
-    "is not EVA02-CLIP as published": lambda state: state.update({"patch_embed.proj.weight": torch.zeros(3)}),
+    "cls_token is missing": {"cls_token": None},
+    "blocks.5.attn.gate does not belong to it": {"blocks.5.attn.gate": torch.zeros(2)},
+    "norm.weight is (3,) instead of (64,)": {"norm.weight": torch.zeros(3)},
+    "norm.bias holds torch.int64": {"norm.bias": torch.zeros(64, dtype=torch.int64)},
+    "head.weight": {"head.weight": None},
+    "is not EVA02-CLIP as published": {"patch_embed.proj.weight": torch.zeros(3)},
+    "; and 45 more faults": {
+        f"blocks.{block}.norm1.{half}": None for block in range(24) for half in ("weight", "bias")
+    },
 }
 
 
 @pytest.mark.parametrize("fault", ALTERATIONS)
 def test_an_altered_tower_is_refused_with_its_fault(tmp_path, fault):
-    state = standins.eva_state("timm", small=True)
-    ALTERATIONS[fault](state)
-    path = tmp_path / "eva.safetensors"
-    save_file(state, path)
-
-    assert fault in refusal(DamagedWeights, checkpoints.load_vision_tower, path)
-
-
-def test_a_message_names_the_first_faults_and_counts_the_others(tmp_path):
-    state = {name: tensor for name, tensor in standins.eva_state("timm", small=True).items() if "norm1" not in name}
-    path = tmp_path / "eva.safetensors"
-    save_file(state, path)
+    path = small_eva(tmp_path / "eva.safetensors", "timm", **ALTERATIONS[fault])
 
     message = refusal(DamagedWeights, checkpoints.load_vision_tower, path)
 
-    assert message.count("is missing") == 3
-    assert "and 45 more faults" in message  # 24 blocks, weight and bias
+    assert fault in message and message.count("is missing") <= 3
 
 
-def test_all_seventy_sites_have_to_be_there(tmp_path):
+ATTENTION = "id_adapter_attn_layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "fault"),
+    [
+        (f"{ATTENTION}.25.id_to_k.weight", None, "to_k of site index 25 is missing"),
+        (f"{ATTENTION}.2.id_to_v.weight", torch.zeros(2, 2), f"{ATTENTION}.2.id_to_v.weight belongs to no site"),
+        (f"{ATTENTION}.141.id_to_v.weight", torch.zeros(2, 2), f"{ATTENTION}.141.id_to_v.weight belongs to no site"),
+        ("optimizer.step", torch.zeros(1), "optimizer.step does not belong to it"),
+        (f"{ATTENTION}.1.id_to_k.weight", torch.tensor(1.0), "is not PuLID v1 for SDXL as published"),
+        (f"{ATTENTION}.1.id_to_k.weight", torch.zeros(1).expand(1 << 16, 2048), "describes tensors of"),  # one number
+    ],
+)
+def test_an_altered_pulid_is_refused_with_its_fault(tmp_path, name, tensor, fault):
     path = tmp_path / "pulid.bin"
-    torch.save({k: v for k, v in TINY_V1.items() if k != "id_adapter_attn_layers.25.id_to_k.weight"}, path)
+    torch.save({key: value for key, value in (TINY_V1 | {name: tensor}).items() if value is not None}, path)
 
-    assert "to_k of site index 25 is missing" in refusal(DamagedWeights, checkpoints.load_pulid, path)
-
-
-@pytest.mark.parametrize("index", [2, 141])
-def test_an_index_without_a_site_is_refused(tmp_path, index):
-    path = tmp_path / "pulid.bin"
-    name = f"id_adapter_attn_layers.{index}.id_to_v.weight"
-    torch.save(TINY_V1 | {name: torch.zeros(2, 2)}, path)
-
-    assert f"{name} belongs to no site" in refusal(DamagedWeights, checkpoints.load_pulid, path)
-
-
-def test_tensors_beside_the_encoder_and_the_sites_are_refused(tmp_path):
-    path = tmp_path / "pulid.bin"
-    torch.save(TINY_V1 | {"optimizer.step": torch.zeros(1)}, path)
-
-    assert "optimizer.step does not belong to it" in refusal(DamagedWeights, checkpoints.load_pulid, path)
-
-
-def test_a_projection_without_a_width_is_refused(tmp_path):
-    path = tmp_path / "pulid.bin"
-    torch.save(TINY_V1 | {"id_adapter_attn_layers.1.id_to_k.weight": torch.tensor(1.0)}, path)
-
-    refusal(DamagedWeights, checkpoints.load_pulid, path)
-
-
-@pytest.fixture(scope="module")
-def containers(tmp_path_factory):
-    """Bytes of small files: a tower that loads, and names of PuLID with sizes that do not."""
-    folder = tmp_path_factory.mktemp("containers")
-    tower = standins.eva_state("published", small=True)
-    tower = {name: tensor for name, tensor in tower.items() if name.startswith("visual.") and ".rope." not in name}
-    for stem, state in (("eva", tower), ("pulid", TINY_V1)):
-        save_file(state, folder / f"{stem} safetensors")
-        torch.save(state, folder / f"{stem} zip")
-        torch.save(state, folder / f"{stem} pickle", _use_new_zipfile_serialization=False)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert fault in refusal(DamagedWeights, checkpoints.load_pulid, path)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch remarks on pickle protocols
 @pytest.mark.parametrize("container", ["safetensors", "zip", "pickle"])
-@pytest.mark.parametrize(("stem", "load"), [("eva", checkpoints.load_vision_tower), ("pulid", checkpoints.load_pulid)])
+@pytest.mark.parametrize("load", [checkpoints.load_vision_tower, checkpoints.load_pulid])
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_no_damage_leads_to_anything_but_our_errors(containers, tmp_path, stem, load, container, data):
-    content = bytearray(containers[f"{stem} {container}"])
+def test_no_damage_leads_to_anything_but_our_errors(tmp_path, load, container, data):
+    path, whole = tmp_path / "damaged", tmp_path / "whole"
+    if not whole.exists():
+        state = TINY_V1 if load is checkpoints.load_pulid else standins.eva_state("timm", small=True)
+        zipped = container == "zip"
+        if container == "safetensors":
+            save_file(state, whole)
+        else:
+            torch.save(state, whole, _use_new_zipfile_serialization=zipped)
+    content = bytearray(whole.read_bytes())
     near_an_end = st.integers(0, 3000) | st.integers(len(content) - 3000, len(content) - 1)
     flips = st.tuples(near_an_end | st.integers(0, len(content) - 1), st.integers(0, 255))
     for place, value in data.draw(st.lists(flips, min_size=1, max_size=4)):
         content[place] = value
     length = data.draw(st.just(len(content)) | near_an_end)
-    path = tmp_path / "damaged"
     path.write_bytes(content[:length])
 
     try:
@@ -487,41 +385,7 @@ def test_no_damage_leads_to_anything_but_our_errors(containers, tmp_path, stem, 
         assert "damaged" in str(error)
 
 
-# ---- Real sizes ----
-
-
-@pytest.mark.parametrize(
-    ("record", "layout", "tensors"),
-    [(catalogue.V1, "v1-converted", 250), (catalogue.V1_1, "v1.1", 312)],
-    ids=["v1", "v1.1"],
-)
-def test_stand_ins_have_the_published_sizes_and_load(folder, record, layout, tensors):
-    path = standins.make_pulid(folder / record.name, layout)
-
-    assert path.stat().st_size == record.size
-    with safe_open(path, "pt") as file:
-        assert len(file.keys()) == tensors
-    projections = checkpoints.load_pulid(path).projections
-    path.unlink()
-    assert [layer.weight.shape[0] for layer in projections.to_v] == [640] * 4 + [1280] * 50 + [640] * 6 + [1280] * 10
-
-
-def test_the_tower_of_timm_loads_at_its_real_size(folder):
-    """Its file holds no rotary tables: they are made, and come on top of what the file has."""
-    path = standins.make_eva(folder / "timm.safetensors", "timm")
-
-    tower = checkpoints.load_vision_tower(path)
-
-    assert sum(tensor.nbytes for tensor in tower.state_dict().values()) > path.stat().st_size
-    path.unlink()
-
-
-def test_tensors_that_are_one_number_over_and_over_are_refused(tmp_path):
-    state = {**TINY_V1, "id_adapter_attn_layers.1.id_to_k.weight": torch.zeros(1).expand(1 << 16, 2048)}
-    path = tmp_path / "pulid.bin"
-    torch.save(state, path)
-
-    assert "describes tensors of" in refusal(DamagedWeights, checkpoints.load_pulid, path)
+# ---- Memory ----
 
 
 MEASURE = """

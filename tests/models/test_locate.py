@@ -12,8 +12,8 @@ import pytest
 from pulid_sdxl.models import catalogue, doctor, inventory, locate
 from pulid_sdxl.models.locate import ModelFolders
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, InputError, MissingWeights
-
-ROOT = Path(__file__).parents[2]
+from pulid_sdxl.tools import ROOT, readme
+from pulid_sdxl.tools.fakes.folders import folders_below
 
 
 def touch(path):
@@ -22,20 +22,24 @@ def touch(path):
     return path
 
 
+def antelopev2(folder):
+    """Both files of antelopev2, empty, in this folder."""
+    for file in (catalogue.SCRFD, catalogue.GLINTR100):
+        touch(folder / file.name)
+    return folder
+
+
 # ---- The catalogue ----
 
 
-def test_every_file_has_one_name_one_place_and_one_https_address():
+def test_every_file_has_a_place_an_https_address_and_a_hash_or_a_commit():
+    hashes = [file.sha256 for file in catalogue.CATALOGUE if file.sha256]
+
     assert len(catalogue.BY_NAME) == len(catalogue.CATALOGUE)
     for file in catalogue.CATALOGUE:
         assert file.folders and not any(PurePosixPath(folder).is_absolute() for folder in file.folders)
-        assert file.url.startswith("https://")
-        assert file.licence and file.needed_for and file.name == PurePosixPath(file.name).name
-
-
-def test_every_file_of_the_loader_is_pinned_by_a_hash_or_a_commit():
-    hashes = [file.sha256 for file in catalogue.CATALOGUE if file.sha256]
-
+        assert file.url.startswith("https://") and file.licence and file.needed_for
+        assert file.name == PurePosixPath(file.name).name
     assert len(hashes) == len(set(hashes)) == 8
     assert all(re.fullmatch(r"[0-9a-f]{64}", text) for text in hashes)
     for need in catalogue.NEEDS:
@@ -43,16 +47,8 @@ def test_every_file_of_the_loader_is_pinned_by_a_hash_or_a_commit():
         assert all(file.copies and (file.sha256 or all(copy.pinned for copy in file.copies)) for file in need.files)
 
 
-def test_a_file_that_nothing_pins_says_so():
-    loose = replace(catalogue.V1, copies=(catalogue.Copy("maker/weights", "file"),))
-
-    assert catalogue.V1_1.checked_by == "sha256"
-    assert catalogue.V1.checked_by == "size and content, at a fixed commit: no hash is published"
-    assert loose.checked_by == "size and content, not pinned: no hash is published"
-
-
 def test_readme_lists_the_catalogue():
-    assert catalogue.markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.markdown_table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows").glob("*.json")), ids=lambda path: path.stem)
@@ -61,7 +57,7 @@ def test_workflows_point_to_the_files_of_the_catalogue(path):
     hints = [
         hint for node in nodes if node["type"].startswith("PuLID_") for hint in node["properties"].get("models", [])
     ]
-    assert [hint for hint in hints if hint != catalogue.workflow_hint(catalogue.BY_NAME[hint["name"]])] == []
+    assert [hint for hint in hints if hint != readme.workflow_hint(catalogue.BY_NAME[hint["name"]])] == []
     asked = {value for node in nodes if node["type"] == "PuLID_Loader" for value in node["widgets_values"]}
     fetchable = {file.name for file in catalogue.choices("pulid_file") if file.name.endswith(".safetensors")}
     assert {hint["name"] for hint in hints} == asked & fetchable
@@ -75,37 +71,21 @@ def test_what_antelopev2_may_be_used_for_is_said_where_the_user_meets_it(page):
 # ---- find ----
 
 
-def test_the_first_folder_that_holds_the_file_decides(tmp_path):
-    touch(tmp_path / "b" / "pulid_v1.1.safetensors")
-    touch(tmp_path / "c" / "pulid_v1.1.safetensors")
+@pytest.mark.parametrize("name", ["mine.bin", "old/mine.bin", "old\\mine.bin"])
+def test_the_first_folder_that_holds_the_file_decides(tmp_path, name):
+    """The name may lie below the folder, with either slash."""
+    found, _ = (touch(tmp_path / folder / name.replace("\\", "/")) for folder in ("b", "c"))
+    (tmp_path / "a" / name.replace("\\", "/")).mkdir(parents=True)  # a folder of that name is not the file
 
-    found = locate.find(catalogue.V1_1, [tmp_path / "a", tmp_path / "b", tmp_path / "c"])
-
-    assert found == tmp_path / "b" / "pulid_v1.1.safetensors"
-
-
-@pytest.mark.parametrize("name", ["old/mine.bin", "old\\mine.bin"])
-def test_a_name_may_lie_below_the_folder_with_either_slash(tmp_path, name):
-    path = touch(tmp_path / "old" / "mine.bin")
-
-    assert locate.find(name, [str(tmp_path)]) == path
+    assert locate.find(name, [tmp_path / "a", str(tmp_path / "b"), tmp_path / "c"]) == found
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.bin", "a\\..\\..\\secret.bin", "/etc/passwd", "C:\\secret.bin", "C:secret"]
-)
+@pytest.mark.parametrize("name", ["a\\..\\..\\secret.bin", "/etc/passwd", "C:\\secret.bin", "C:secret"])
 def test_a_name_cannot_lead_out_of_the_folders(tmp_path, name):
     touch(tmp_path / "secret.bin")
 
     with pytest.raises(InputError, match="inside the model folders"):
         locate.find(name, [tmp_path / "pulid"])
-
-
-def test_a_folder_of_that_name_is_not_the_file(tmp_path):
-    (tmp_path / catalogue.V1_1.name).mkdir()
-
-    with pytest.raises(MissingWeights):
-        locate.find(catalogue.V1_1, [tmp_path])
 
 
 @pytest.mark.parametrize("asked", [catalogue.EVA_CLIP, catalogue.EVA_CLIP.name])
@@ -122,42 +102,25 @@ def test_a_missing_file_is_told_with_everything_needed_to_get_it(tmp_path, asked
     assert "Licence: MIT" in message
 
 
-def test_without_folders_the_message_names_the_usual_place():
+def test_what_is_said_without_folders_and_without_a_record(tmp_path):
     with pytest.raises(MissingWeights, match=r"no folder.*models.pulid.pulid_v1.1.safetensors"):
         locate.find(catalogue.V1_1, [])
-
-
-def test_a_file_nobody_published_has_no_address(tmp_path):
-    with pytest.raises(MissingWeights) as caught:
-        locate.find("mine.safetensors", [tmp_path])
-
-    assert str(caught.value) == (
-        f"mine.safetensors was not found. Looked in: {tmp_path}. Put it in {tmp_path}, or choose another file."
-    )
+    with pytest.raises(MissingWeights, match=r"^mine was not found\. Looked in: .*Put it in .*, or choose"):
+        locate.find("mine", [tmp_path])
 
 
 # ---- antelopev2 ----
 
 
 @pytest.mark.parametrize(
-    "place",
-    ["models/antelopev2", "antelopev2", "models/antelopev2/antelopev2", "antelopev2/antelopev2"],
+    "place", ["models/antelopev2", "antelopev2", "models/antelopev2/antelopev2", "antelopev2/antelopev2"]
 )
-def test_antelopev2_is_found_flat_and_nested(tmp_path, place):
-    for file in (catalogue.SCRFD, catalogue.GLINTR100):
-        touch(tmp_path / "insightface" / place / file.name)
+def test_antelopev2_is_found_flat_and_nested_and_half_of_it_hides_no_whole_one(tmp_path, place):
+    whole = antelopev2(tmp_path / "insightface" / place)
+    for half in ("models/antelopev2", "antelopev2"):
+        touch(tmp_path / "insightface" / half / catalogue.SCRFD.name)
 
-    found = locate.find_antelopev2([tmp_path / "none", tmp_path / "insightface"])
-
-    assert found == tmp_path / "insightface" / place
-
-
-def test_half_of_antelopev2_does_not_hide_a_whole_one(tmp_path):
-    touch(tmp_path / "models" / "antelopev2" / catalogue.SCRFD.name)
-    for file in (catalogue.SCRFD, catalogue.GLINTR100):
-        touch(tmp_path / "models" / "antelopev2" / "antelopev2" / file.name)
-
-    assert locate.find_antelopev2([tmp_path]) == tmp_path / "models" / "antelopev2" / "antelopev2"
+    assert locate.find_antelopev2([tmp_path / "none", tmp_path / "insightface"]) == whole
 
 
 def test_missing_antelopev2_is_told_with_places_address_and_licence(tmp_path):
@@ -187,7 +150,7 @@ def unpack(models, zipped, **published):
     """`unpack_antelopev2`, with the zip at this path as the published one."""
     digest = hashlib.sha256(zipped.read_bytes()).hexdigest()
     record = replace(catalogue.ANTELOPEV2_ZIP, **({"size": zipped.stat().st_size, "sha256": digest} | published))
-    locate.unpack_antelopev2(ModelFolders.below(models), SMALL, record)
+    locate.unpack_antelopev2(folders_below(models), SMALL, record)
 
 
 def make_zip(path, recogniser=RECOGNISER):
@@ -203,10 +166,14 @@ def everything(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
+@pytest.fixture
+def zipped(tmp_path):
+    return make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
+
+
 @pytest.mark.parametrize("place", ["models", ".", "models/antelopev2", "antelopev2"])
 def test_the_zip_is_unpacked_where_its_files_belong(tmp_path, place):
     zipped = make_zip(tmp_path / "insightface" / place / "antelopev2.zip")
-    before = everything(tmp_path)
 
     unpack(tmp_path, zipped)
 
@@ -214,12 +181,10 @@ def test_the_zip_is_unpacked_where_its_files_belong(tmp_path, place):
     assert found == tmp_path / "insightface" / "models" / "antelopev2"
     assert (found / "scrfd_10g_bnkps.onnx").read_bytes() == DETECTOR
     assert (found / "glintr100.onnx").read_bytes() == RECOGNISER
-    new = {"insightface/models/antelopev2/scrfd_10g_bnkps.onnx", "insightface/models/antelopev2/glintr100.onnx"}
-    assert everything(tmp_path) - before - {"insightface/models", "insightface/models/antelopev2"} == new
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == {zipped, *found.glob("*.onnx")}
 
 
-def test_what_is_there_is_neither_unpacked_nor_replaced(tmp_path):
-    zipped = make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
+def test_what_is_there_is_neither_unpacked_nor_replaced(tmp_path, zipped):
     mine = touch(tmp_path / "insightface" / "antelopev2" / "glintr100.onnx")
 
     unpack(tmp_path, zipped)
@@ -231,8 +196,7 @@ def test_what_is_there_is_neither_unpacked_nor_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("verdict", [{"sha256": "0" * 64}, {"size": 5}])
-def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, verdict):
-    zipped = make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
+def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, zipped, verdict):
     before = everything(tmp_path)
 
     with pytest.raises(DamagedWeights, match=r"models.antelopev2\.zip is not the zip that was published: .*instead of"):
@@ -241,8 +205,8 @@ def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, verdict):
     assert everything(tmp_path) == before
 
 
-def test_a_zip_with_another_file_of_that_name_gives_none(tmp_path):
-    zipped = make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip", recogniser=RECOGNISER[:-1] + b"x")
+def test_a_zip_with_another_file_of_that_name_gives_none(tmp_path, zipped):
+    make_zip(zipped, recogniser=RECOGNISER[:-1] + b"x")
 
     with pytest.raises(DamagedWeights, match=r"holds another glintr100\.onnx"):
         unpack(tmp_path, zipped)
@@ -258,10 +222,9 @@ def test_a_folder_that_takes_nothing_is_told(tmp_path):
         unpack(tmp_path, zipped)
 
 
-def test_looking_for_files_writes_nothing(tmp_path):
+def test_looking_for_files_writes_nothing(tmp_path, zipped):
     """What ComfyUI's cache, a list of files and the doctor ask; 361 MB were unpacked by it."""
-    make_zip(tmp_path / "insightface" / "models" / "antelopev2.zip")
-    folders = ModelFolders.below(tmp_path)
+    folders = folders_below(tmp_path)
     before = everything(tmp_path)
 
     with pytest.raises(MissingWeights):
@@ -290,20 +253,17 @@ def test_other_programs_folders_come_last(tmp_path):
     assert locate.find(catalogue.V1_1, [ours], elsewhere) == ours / "pulid_v1.1.safetensors"
 
 
-def test_only_files_of_the_catalogue_are_looked_for_there(tmp_path):
-    hub_file(tmp_path, "guozinan--PuLID", "README.md")
-
-    with pytest.raises(MissingWeights):
-        locate.find("README.md", [tmp_path / "models"], locate.other_programs({}, tmp_path))
-
-
-def test_a_file_is_known_there_by_its_published_name(tmp_path):
+def test_only_files_of_the_catalogue_are_looked_for_there_by_their_published_names(tmp_path):
     repository = "timm--eva02_large_patch14_clip_336.merged2b_s6b_b61k"
-    theirs = hub_file(tmp_path, repository, "open_clip_model.safetensors")
+    tower = hub_file(tmp_path, repository, "open_clip_model.safetensors")
+    bisenet = hub_file(tmp_path, "camenduru--PuLID", "facexlib/parsing_bisenet.pth")
+    hub_file(tmp_path, "guozinan--PuLID", "README.md")
+    elsewhere = locate.other_programs({}, tmp_path)
 
-    assert locate.find(catalogue.EVA_CLIP_TIMM, [], locate.other_programs({}, tmp_path)) == theirs
-    theirs = hub_file(tmp_path, "camenduru--PuLID", "facexlib/parsing_bisenet.pth")
-    assert locate.find(catalogue.BISENET, [], locate.other_programs({}, tmp_path)) == theirs
+    assert locate.find(catalogue.EVA_CLIP_TIMM, [], elsewhere) == tower
+    assert locate.find(catalogue.BISENET, [], elsewhere) == bisenet
+    with pytest.raises(MissingWeights):
+        locate.find("README.md", [tmp_path / "models"], elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -331,13 +291,14 @@ def test_the_version_that_main_names_comes_first(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["antelopev2", "antelopev2/antelopev2"])
-def test_insightfaces_own_folder_serves(tmp_path, place):
-    for file in (catalogue.SCRFD, catalogue.GLINTR100):
-        touch(tmp_path / ".insightface" / "models" / place / file.name)
+def test_insightfaces_own_folder_serves_and_no_download_goes_there(tmp_path, place):
+    theirs = antelopev2(tmp_path / ".insightface" / "models" / place)
+    elsewhere = locate.other_programs({}, tmp_path)
+    folders = folders_below(tmp_path / "models", elsewhere)
 
-    found = locate.find_antelopev2([tmp_path / "models"], locate.other_programs({}, tmp_path))
-
-    assert found == tmp_path / ".insightface" / "models" / place
+    assert locate.find_antelopev2([tmp_path / "models"], elsewhere) == theirs
+    assert folders.locate(catalogue.SCRFD).parent == theirs
+    assert folders.destination(catalogue.SCRFD) == tmp_path / "models" / "insightface" / "models" / "antelopev2"
 
 
 def test_facexlibs_own_folder_serves_without_importing_it(tmp_path, monkeypatch):
@@ -353,7 +314,7 @@ def test_facexlibs_own_folder_serves_without_importing_it(tmp_path, monkeypatch)
 
 
 def test_a_models_folder_is_searched_by_the_names_of_comfyui(tmp_path):
-    folders = ModelFolders.below(tmp_path)
+    folders = folders_below(tmp_path)
     tower = touch(tmp_path / "clip" / catalogue.EVA_CLIP.name)
 
     assert folders.locate(catalogue.EVA_CLIP) == tower
@@ -367,27 +328,15 @@ def test_a_download_goes_to_the_first_configured_folder(tmp_path):
     folders = ModelFolders({"pulid": [tmp_path / "big disk", tmp_path / "small disk"]})
 
     assert folders.destination(catalogue.V1_1) == tmp_path / "big disk"
+    with pytest.raises(MissingWeights, match="No folder 'pulid' is configured"):
+        ModelFolders({}).destination(catalogue.V1_1)
 
 
 def test_the_missing_half_of_antelopev2_goes_beside_the_other(tmp_path):
     nested = tmp_path / "insightface" / "models" / "antelopev2" / "antelopev2"
     touch(nested / catalogue.SCRFD.name)
-    folders = ModelFolders.below(tmp_path)
+    folders = folders_below(tmp_path)
 
     assert folders.locate(catalogue.GLINTR100) is None
     assert folders.locate(catalogue.SCRFD) == nested / catalogue.SCRFD.name
     assert folders.destination(catalogue.GLINTR100) == nested
-
-
-def test_no_download_goes_to_another_programs_folder(tmp_path):
-    for file in (catalogue.SCRFD, catalogue.GLINTR100):
-        touch(tmp_path / ".insightface" / "models" / "antelopev2" / file.name)
-    folders = ModelFolders.below(tmp_path / "models", locate.other_programs({}, tmp_path))
-
-    assert folders.locate(catalogue.SCRFD).parent == tmp_path / ".insightface" / "models" / "antelopev2"
-    assert folders.destination(catalogue.SCRFD) == tmp_path / "models" / "insightface" / "models" / "antelopev2"
-
-
-def test_a_folder_nobody_configured_takes_no_download():
-    with pytest.raises(MissingWeights, match="No folder 'pulid' is configured"):
-        ModelFolders({}).destination(catalogue.V1_1)

@@ -54,68 +54,39 @@ def test_joining_v1_identities_is_encoding_their_photographs_together(encoder, m
     assert torch.equal(joined.uncond, together.uncond)
 
 
-def test_mix_takes_all_tokens_and_auxiliary_the_first_five_of_the_second(pair):
-    first, second = pair
-    mix, auxiliary = combine(*pair, "mix"), combine(*pair, "auxiliary")
-
-    assert torch.equal(mix.cond, torch.cat((first.cond, second.cond), dim=1))
-    assert torch.equal(auxiliary.cond, torch.cat((first.cond, second.cond[:, :5]), dim=1))
+@pytest.mark.parametrize(("mode", "taken"), [("mix", None), ("auxiliary", 5)])
+def test_joining_takes_all_tokens_or_the_first_five_of_the_second_whatever_the_weight(pair, mode, taken):
+    for weight in (0.0, 1.0):
+        joined = combine(*pair, mode, weight).cond
+        assert torch.equal(joined, torch.cat((pair[0].cond, pair[1].cond[:, :taken]), dim=1))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_negative_branch_has_as_many_tokens_as_the_result(pair, mode):
+def test_the_negative_branch_has_as_many_tokens_and_the_two_that_go_in_stay_as_they_are(pair, mode):
+    before = [copy.clone() for one in pair for copy in (one.cond, one.uncond)]
     combined = combine(*pair, mode)
 
     assert combined.uncond.shape == (1, combined.tokens, 2048)
     assert (combined.version, combined.encoder) == (pair[0].version, "print")
-
-
-def test_the_weight_of_average_runs_from_the_first_to_the_second(pair):
-    first, second = pair
-
-    assert torch.equal(combine(*pair, "average", 0.0).cond, first.cond)
-    assert torch.equal(combine(*pair, "average", 1.0).cond, second.cond)
-    quarter = combine(*pair, "average", 0.25).cond
-    assert quarter[0, 3, 7].item() == pytest.approx(
-        0.75 * first.cond[0, 3, 7].item() + 0.25 * second.cond[0, 3, 7].item()
-    )
-
-
-@pytest.mark.parametrize(("mode", "sign"), [("add", 1), ("subtract", -1)])
-def test_add_and_subtract_move_by_what_the_second_adds_to_nobody(pair, mode, sign):
-    first, second = pair
-
-    moved = combine(*pair, mode, 0.5).cond
-
-    for token, channel in ((0, 0), (7, 99), (9, 2047)):
-        person = second.cond[0, token, channel].item() - second.uncond[0, token, channel].item()
-        expected = first.cond[0, token, channel].item() + sign * 0.5 * person
-        assert moved[0, token, channel].item() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(combine(*pair, mode, 0.0).cond, first.cond)
-
-
-def test_a_person_less_themselves_is_nobody(pair):
-    first, _ = pair
-
-    assert torch.allclose(combine(first, first, "subtract", 1.0).cond, first.uncond, atol=1e-5)
-
-
-def test_what_is_added_can_be_taken_away_again(pair):
-    first, second = pair
-
-    assert torch.allclose(combine(combine(*pair, "add"), second, "subtract").cond, first.cond, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", ["mix", "auxiliary"])
-def test_joining_does_not_use_the_weight(pair, mode):
-    assert torch.equal(combine(*pair, mode, 0.0).cond, combine(*pair, mode, 1.0).cond)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_two_that_go_in_stay_as_they_are(pair, mode):
-    before = [copy.clone() for one in pair for copy in (one.cond, one.uncond)]
-    combine(*pair, mode)
     assert all(map(torch.equal, before, [kept for one in pair for kept in (one.cond, one.uncond)]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "parts"),  # of the first, the second and nobody at a weight of a quarter
+    [("average", (0.75, 0.25, 0)), ("add", (1, 0.25, -0.25)), ("subtract", (1, -0.25, 0.25))],
+)
+def test_what_a_weight_moves(pair, mode, parts):
+    of_all = (pair[0].cond, pair[1].cond, pair[1].uncond)
+    expected = sum(part * tokens for part, tokens in zip(parts, of_all, strict=True))
+    assert torch.allclose(combine(*pair, mode, 0.25).cond, expected, atol=1e-5)
+    assert torch.equal(combine(*pair, mode, 0.0).cond, pair[0].cond)
+
+
+def test_a_whole_weight_is_the_second_and_a_person_less_themselves_is_nobody(pair):
+    first, second = pair
+
+    assert torch.equal(combine(*pair, "average", 1.0).cond, second.cond)
+    assert torch.allclose(combine(first, first, "subtract", 1.0).cond, first.uncond, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -178,15 +149,16 @@ def test_the_rounding_of_another_machine_makes_no_other_layout(pair, mode):
     assert torch.equal(combine(first, rounded, mode).uncond, first.uncond)
 
 
-@pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan, math.inf])
-def test_a_weight_outside_its_range_is_refused(pair, weight):
-    with pytest.raises(InputError, match="between 0 and 1, found"):
-        combine(*pair, "average", weight)
-
-
-def test_an_unknown_mode_is_refused_with_the_known_ones(pair):
-    with pytest.raises(InputError, match=r"'blend'.* mix, auxiliary, average, add, subtract"):
-        combine(*pair, "blend")
+@pytest.mark.parametrize(
+    ("mode", "weight", "words"),
+    [
+        *(("average", weight, "between 0 and 1, found") for weight in (-0.1, 1.1, math.nan, math.inf)),
+        ("blend", 1.0, r"'blend'.* mix, auxiliary, average, add, subtract"),
+    ],
+)
+def test_a_weight_outside_its_range_and_an_unknown_mode_are_refused(pair, mode, weight, words):
+    with pytest.raises(InputError, match=words):
+        combine(*pair, mode, weight)
 
 
 def shades(*values):
@@ -203,12 +175,9 @@ def shades(*values):
         (shades(*range(8)), shades(20, 21), [0, 1, 2, 3, 4, 5, 20, 21]),
         (shades(*range(8)), shades(*range(20, 28)), [0, 1, 2, 3, 20, 21, 22, 23]),
     ],
-    ids=["none", "first", "second", "both", "many and few", "many and many"],
 )
 def test_the_faces_of_both_are_shown(pair, first, second, shown):
-    combined = combine(replace(pair[0], preview=first), replace(pair[1], preview=second), "mix")
-
-    found = combined.preview
+    found = combine(replace(pair[0], preview=first), replace(pair[1], preview=second), "mix").preview
     assert (found if found is None else found[:, 0, 0, 0].tolist()) == shown
 
 
@@ -217,6 +186,5 @@ def test_thumbnails_are_small():
 
     small = thumbnails(faces)
 
-    assert small.shape == (20, PREVIEW_SIZE, PREVIEW_SIZE, 3)
-    assert small.dtype == torch.uint8
+    assert (small.shape, small.dtype) == ((20, PREVIEW_SIZE, PREVIEW_SIZE, 3), torch.uint8)
     assert small[:, 5, 5, 1].tolist() == [round(255 * index / 19) for index in range(20)]

@@ -1,7 +1,6 @@
 """The vision tower against timm's, an independent implementation that shares its parameter names."""
 
 import pytest
-import timm
 import torch
 from pulid_sdxl.pulid import eva
 from pulid_sdxl.pulid.errors import ForeignWeights
@@ -11,6 +10,8 @@ SMALL = {"img_size": 70, "embed_dim": 64, "depth": 24, "num_heads": 1, "num_clas
 
 @pytest.fixture(scope="module")
 def oracle():
+    import timm  # takes a second
+
     torch.manual_seed(1)
     model = timm.create_model("eva02_large_patch14_clip_336", pretrained=False, **SMALL).eval()
     for parameter in model.parameters():  # timm starts norms at one and biases at zero, which would hide a mix-up

@@ -3,7 +3,6 @@
 from collections import Counter
 
 import torch
-from diffusers import UNet2DConditionModel
 from pulid_sdxl.pulid.sites import SITES, file_index
 from pulid_sdxl.tools.diffusers_unet import sdxl_config, widths
 
@@ -17,6 +16,8 @@ def test_there_are_70_and_the_middle_block_is_where_comfyui_looks_it_up():
 
 
 def test_channels_follow_diffusers_order_of_sdxl():
+    from diffusers import UNet2DConditionModel  # takes seconds
+
     with torch.device("meta"):
         unet = UNet2DConditionModel(**sdxl_config())
     assert [site.channels for site in SITES] == widths(unet)

@@ -1,38 +1,32 @@
 """From the editor's file to the server's prompt, on small made-up nodes; and the shipped workflows, without a host."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
-from pulid_sdxl.tools.workflow import WorkflowError, misfits, set_inputs, to_prompt
+from pulid_sdxl.tools.workflow import BYPASSED, MUTED, WorkflowError, misfits, set_inputs, to_prompt
 
 SHIPPED = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 
 # Three nodes as /object_info describes them: the first with combos as a list, the last as newer nodes write them.
+FILE = {"file": [["a.png", "b.png"], {"image_upload": True}]}
+SAMPLE = {
+    "image": ["IMAGE", {}],
+    "seed": ["INT", {"min": 0, "max": 100, "control_after_generate": True}],
+    "cfg": ["FLOAT", {"min": 0.0, "max": 10.0}],
+}
+OPTIONAL = {"mask": ["MASK", {}], "note": ["STRING", {}]}
+SAVE = {"images": ["IMAGE"], "kind": ["COMBO", {"options": ["png", "webp"]}]}
 INFO = {
-    "Load": {
-        "input": {"required": {"file": [["a.png", "b.png"], {"image_upload": True}]}},
-        "output": ["IMAGE", "MASK"],
-        "output_name": ["IMAGE", "MASK"],
-    },
+    "Load": {"input": {"required": FILE}, "output": ["IMAGE", "MASK"], "output_name": ["IMAGE", "MASK"]},
     "Sample": {
-        "input": {
-            "required": {
-                "image": ["IMAGE", {}],
-                "seed": ["INT", {"min": 0, "max": 100, "control_after_generate": True}],
-                "cfg": ["FLOAT", {"min": 0.0, "max": 10.0}],
-            },
-            "optional": {"mask": ["MASK", {}], "note": ["STRING", {}]},
-        },
+        "input": {"required": SAMPLE, "optional": OPTIONAL},
         "output": ["IMAGE"],
         "output_name": ["sampled"],
         "display_name": "Sample it",
     },
-    "Save": {
-        "input": {"required": {"images": ["IMAGE"], "kind": ["COMBO", {"options": ["png", "webp"]}]}},
-        "output": [],
-        "output_name": [],
-    },
+    "Save": {"input": {"required": SAVE}, "output": [], "output_name": []},
 }
 
 
@@ -72,16 +66,14 @@ def test_values_get_their_names_and_the_editors_own_widgets_are_left_out():
     assert inputs(prompt, 3) == {"kind": "webp", "images": ["2", 0]}
 
 
-def test_a_seed_saved_without_its_second_widget_is_read_too():
+@pytest.mark.parametrize(("saved", "read"), [
+    ([7, 2.5, "hi"], {"seed": 7, "cfg": 2.5, "note": "hi"}),  # a seed without its second widget
+    ({"seed": 8, "cfg": 1.0, "videopreview": {}}, {"seed": 8, "cfg": 1.0}),
+])  # fmt: skip
+def test_values_may_be_saved_in_other_ways(saved, read):
     flow = workflow()
-    flow["nodes"][1]["widgets_values"] = [7, 2.5, "hi"]
-    assert inputs(to_prompt(flow, INFO), 2)["cfg"] == 2.5
-
-
-def test_values_may_be_saved_by_name():
-    flow = workflow()
-    flow["nodes"][1]["widgets_values"] = {"seed": 8, "cfg": 1.0, "videopreview": {}}
-    assert inputs(to_prompt(flow, INFO), 2) == {"seed": 8, "cfg": 1.0, "image": ["1", 0]}
+    flow["nodes"][1]["widgets_values"] = saved
+    assert inputs(to_prompt(flow, INFO), 2) == {**read, "image": ["1", 0]}
 
 
 def test_a_link_into_a_widget_wins_over_its_value():
@@ -94,33 +86,21 @@ def test_a_link_into_a_widget_wins_over_its_value():
     assert "4" not in prompt
 
 
-def test_a_title_is_the_users_own_else_the_nodes():
+def test_a_title_is_the_users_own_else_the_nodes_and_notes_are_no_part_of_the_prompt():
     flow = workflow()
     flow["nodes"][2]["title"] = "My picture"
-    prompt = to_prompt(flow, INFO)
-    assert [prompt[key]["_meta"]["title"] for key in "123"] == ["Load", "Sample it", "My picture"]
-
-
-def test_notes_are_no_part_of_the_prompt():
-    flow = workflow()
     flow["nodes"].append(node(9, "MarkdownNote", values=["words"]))
-    assert set(to_prompt(flow, INFO)) == {"1", "2", "3"}
+    titles = {key: node["_meta"]["title"] for key, node in to_prompt(flow, INFO).items()}
+    assert titles == {"1": "Load", "2": "Sample it", "3": "My picture"}
 
 
-def test_a_bypassed_node_hands_its_input_on():
+@pytest.mark.parametrize(("mode", "images"), [(BYPASSED, {"images": ["1", 0]}), (MUTED, {})])
+def test_a_bypassed_node_hands_its_input_on_and_a_muted_one_takes_its_links_with_it(mode, images):
     flow = workflow()
-    flow["nodes"][1]["mode"] = 4
+    flow["nodes"][1]["mode"] = mode
     prompt = to_prompt(flow, INFO)
     assert set(prompt) == {"1", "3"}
-    assert inputs(prompt, 3)["images"] == ["1", 0]
-
-
-def test_a_muted_node_takes_its_links_with_it():
-    flow = workflow()
-    flow["nodes"][1]["mode"] = 2
-    prompt = to_prompt(flow, INFO)
-    assert set(prompt) == {"1", "3"}
-    assert "images" not in inputs(prompt, 3)
+    assert inputs(prompt, 3) == {"kind": "webp", **images}
 
 
 def test_reroutes_are_followed():
@@ -154,29 +134,18 @@ def test_a_workflow_that_fits_has_no_misfits():
     assert misfits(workflow(), INFO) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda flow: flow["nodes"][1]["widgets_values"].__setitem__(0, 101), "seed is 101, outside 0 to 100"),
-        (lambda flow: flow["nodes"][1]["widgets_values"].__setitem__(2, "x"), "cfg is 'x', not of type FLOAT"),
-        (lambda flow: flow["nodes"][2]["widgets_values"].__setitem__(0, "gif"), "kind is 'gif'"),
-        (lambda flow: flow["nodes"][2]["widgets_values"].clear(), "no value for kind"),
-        (lambda flow: flow["nodes"][1]["inputs"].reverse(), "inputs ['mask', 'image'], defined ['image', 'mask']"),
-        (lambda flow: flow["nodes"][1]["outputs"][0].update(name="out"), "outputs [('out', 'IMAGE')]"),
-        (lambda flow: flow["nodes"][2].update(type="Gone"), "no node 'Gone'"),
-        (lambda flow: flow["links"].pop(), "input images names link 2"),
-        (lambda flow: flow["links"][0].__setitem__(5, "MASK"), "link 1: is MASK, its output is IMAGE"),
-        (lambda flow: flow["links"][0].__setitem__(1, 77), "link 1: leads from or to a node that is not there"),
-    ],
-)
+@pytest.mark.parametrize(("change", "expected"), [
+    (lambda flow: flow["nodes"][2]["widgets_values"].clear(), "no value for kind"),
+    (lambda flow: flow["nodes"][1]["inputs"].reverse(), "inputs ['mask', 'image'], defined ['image', 'mask']"),
+    (lambda flow: flow["nodes"][1]["outputs"][0].update(name="out"), "outputs [('out', 'IMAGE')]"),
+    (lambda flow: flow["nodes"][2].update(type="Gone"), "no node 'Gone'"),
+    (lambda flow: flow["links"].pop(), "link 2: is not at input 0 of node 3 and"),
+    (lambda flow: flow["links"][0].__setitem__(1, 77), "link 1: is not at output 0 of node 77 and"),
+])  # fmt: skip
 def test_misfits_are_named(change, expected):
     flow = workflow()
     change(flow)
     assert any(expected in line for line in misfits(flow, INFO)), misfits(flow, INFO)
-
-
-def test_workflows_are_shipped():
-    assert {"pulid_simple", "pulid_hosted", "local_and_hosted"} <= {path.stem for path in SHIPPED}
 
 
 def test_one_set_of_values_drives_the_local_and_the_hosted_side():
@@ -218,27 +187,16 @@ class TestShipped:
         title_height = 30  # px, drawn above a node's position
         corners = [(*node["pos"], *node["size"]) for node in flow["nodes"]]
         boxes = [(x, y - title_height, x + width, y + height) for x, y, width, height in corners]
-        covered = [
-            (a, b)
-            for i, a in enumerate(boxes)
-            for b in boxes[:i]
-            if a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-        ]
-        assert covered == []
+        for a, b in itertools.combinations(boxes, 2):
+            assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (a, b)
 
     def test_explains_itself(self, flow):
         assert [node for node in flow["nodes"] if node["type"] in ("Note", "MarkdownNote")]
 
-    def test_points_to_files_that_comfyui_can_fetch(self, flow):
-        models = [model for node in flow["nodes"] for model in node["properties"].get("models", [])]
-        loads = [node for node in flow["nodes"] if "Loader" in node["type"]]
-        assert len(models) == len(loads)
-        for model in models:
+    def test_each_loader_names_the_file_it_asks_for_where_comfyui_can_fetch_it(self, flow):
+        models = [(model, node) for node in flow["nodes"] for model in node["properties"].get("models", [])]
+        assert len(models) == len([node for node in flow["nodes"] if "Loader" in node["type"]])
+        for model, node in models:
+            assert model["name"] in node["widgets_values"]
             assert model["url"].startswith("https://huggingface.co/")
-            assert model["url"].endswith(".safetensors")
-            assert model["name"].endswith(".safetensors")
-
-    def test_each_file_with_an_address_is_the_one_its_node_asks_for(self, flow):
-        for node in flow["nodes"]:
-            for model in node["properties"].get("models", []):
-                assert model["name"] in node["widgets_values"]
+            assert {Path(model[key]).suffix for key in ("name", "url")} == {".safetensors"}

@@ -2,7 +2,7 @@
 
     with FakeFal() as fal:
         fal.plan("submit", 1, accept_then_drop)
-        ...                       # a client, pointed at fal.queue_url, .run_url, .rest_url, .cdn_url or .proxy_url
+        ...                       # a client, pointed at fal.queue_url, .rest_url or .proxy_url
         assert fal.bill <= 1      # accepted submits
 
 Leaving it raises KeyLeak when any part of the key reached an origin, or a place in a request, that must not see it.
@@ -12,6 +12,7 @@ Wire format: <https://fal.ai/docs/api-reference/inference-api/openapi/queue.json
 
 import asyncio
 import base64
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -22,17 +23,17 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import numpy as np
 from aiohttp import web
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import NameOID
 from yarl import URL
 
@@ -43,15 +44,15 @@ ADDRESS = "127.0.0.1"
 MODEL = "fal-ai/pulid"
 EVERY = 0  # as `nth` of a plan
 FILE_DAYS = 7  # that files are kept unless a lifecycle says otherwise
-WEBHOOK_TRIES, WEBHOOK_PAUSE = 10, 0.05  # seconds
+WEBHOOK_PAUSE = 0.05  # seconds
 MOST_BODY = 256 << 20  # bytes
 
 # Which origins are there, and which of them may see the key, in the Authorization header only.
-ORIGINS = ("queue", "run", "rest", "cdn", "foreign", "proxy")
-TRUSTED = {"queue", "run", "rest"}
+ORIGINS = ("queue", "rest", "cdn", "foreign", "proxy")
+TRUSTED = {"queue", "rest"}
 # The public names of what the origins stand for; a proxy is given these.
 PUBLIC_CDN = "https://v3.fal.media"
-PUBLIC = {"https://queue.fal.run": "queue", "https://fal.run": "run", "https://rest.fal.ai": "rest"}
+PUBLIC = {"https://queue.fal.run": "queue", "https://rest.fal.ai": "rest"}
 
 # origin, method, path, route: the name that plans and records use, and the method of FakeFal that answers
 REQUEST = "/{owner}/{app}/requests/{id}"
@@ -60,20 +61,18 @@ ROUTES = (
     ("queue", "GET", REQUEST + "/status{slash:/?}", "status"),
     ("queue", "GET", REQUEST, "result"),
     ("queue", "PUT", REQUEST + "/cancel", "cancel"),
-    ("run", "POST", "/{endpoint:[^/]+/[^/]+}", "run"),
-    ("rest", "POST", "/storage/auth/token", "token"),
     ("rest", "POST", "/storage/upload/initiate", "initiate"),
-    ("rest", "GET", "/.well-known/jwks.json", "jwks"),
-    ("cdn", "POST", "/files/upload", "upload"),
     ("cdn", "PUT", "/files/{name:.+}", "put"),
     ("cdn", "GET", "/files/{name:.+}", "download"),
     ("foreign", "GET", "/{path:.*}", "foreign"),
     ("proxy", "*", "/formula", "formula"),
     ("proxy", "*", "/server-proxy", "server_proxy"),
 )
-WITHOUT_KEY = {"jwks"}  # routes of the trusted origins that anyone may call
 BEFORE_BODY = {reset}  # faults that act while the body is still on its way
 LOGS = ("Warming up", "Denoising", "Denoising", "Encoding")  # two lines are alike on purpose
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class KeyLeak(AssertionError):
@@ -107,13 +106,12 @@ class Job:
     """An accepted submit, which is what costs money."""
 
     id: str
-    input: dict
-    lifetime: float | None  # seconds that its pictures are kept
+    input: dict[str, Any]
     webhook: str | None = None
     polls: int = 0
     cancelled: bool = False
     done: bool = False
-    outcome: tuple[int, Any, dict[str, str]] | None = None  # status, body, headers
+    outcome: tuple[int, Any, dict[str, str]] = field(default=(0, None, {}))  # status, body, headers, once it is done
 
 
 @dataclass
@@ -133,15 +131,6 @@ class Clock:
         self.now += seconds
 
 
-@dataclass
-class Webhook:
-    """How webhooks go out; `sent` has one (url, status) for each try, status None where nobody answered."""
-
-    age: float = 0.0  # seconds by which their time stamp is old
-    wrong_key: bool = False  # sign with a key that the JWKS does not list
-    sent: list[tuple[str, int | None]] = field(default_factory=list)
-
-
 class FakeFal:
     """A context manager, for sync and async tests alike: the server lives in a thread of its own.
 
@@ -149,9 +138,8 @@ class FakeFal:
     script     what a job's first, second ... status request says: a queue position, or a status; the last one stays.
                Read at each request, so changing it moves the jobs that are there.
     obeys      whether a running job ends when it is cancelled
-    strict     refuse an input that breaks the schema when it is submitted, and not only when it runs
     internet   URL -> content: what is public on the web, for references
-    gone       the status of a file that has expired
+    webhooks   (address, status) of each that went out, status None where nobody answered
     """
 
     def __init__(self, tls: Path | None = None):
@@ -162,19 +150,17 @@ class FakeFal:
         self.internet: dict[str, bytes] = {}
         self.files: dict[str, File] = {}
         self.certificate = tls and tls / "fake_fal.pem"
-        self._signer = Ed25519PrivateKey.generate()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop = asyncio.new_event_loop()
         self._held = asyncio.Event()
         self.reset()
 
     def reset(self) -> None:
         """Forget jobs, requests and plans, drop what a fault holds; files stay, and so does what is known of leaks."""
-        if self._loop:
-            self._loop.call_soon_threadsafe(self._held.set)
+        self._loop.call_soon_threadsafe(self._held.set)
         self._held = asyncio.Event()
         self.script: tuple[int | str, ...] = ("IN_PROGRESS", "COMPLETED")
-        self.obeys, self.strict, self.gone = True, False, 404
-        self.webhook = Webhook()
+        self.obeys = True
+        self.webhooks: list[tuple[str, int | None]] = []
         self.requests: list[Seen] = []
         self.jobs: dict[str, Job] = {}
         self.most_open = 0  # the most jobs that were accepted and not yet done at one time
@@ -208,16 +194,11 @@ class FakeFal:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that point the pack's client here."""
-        urls = {name: getattr(self, f"{name}_url") for name in ("queue", "run", "rest", "cdn")}
-        return {"FAL_KEY": self.key, **{f"PULID_FAL_{name.upper()}_URL": url for name, url in urls.items()}}
+        return {"FAL_KEY": self.key, "PULID_FAL_QUEUE_URL": self.queue_url, "PULID_FAL_REST_URL": self.rest_url}
 
     @property
     def queue_url(self) -> str:
         return self._urls["queue"]
-
-    @property
-    def run_url(self) -> str:
-        return self._urls["run"]
 
     @property
     def rest_url(self) -> str:
@@ -245,13 +226,12 @@ class FakeFal:
     # --- life ---
 
     def __enter__(self) -> "FakeFal":
-        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="fake fal", daemon=True)
         self._thread.start()
         self._wait_for(self._start())
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._wait_for(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -259,14 +239,16 @@ class FakeFal:
         if self.leaks and kind is None:
             raise KeyLeak("the key reached\n  " + "\n  ".join(self.leaks))
 
-    def _wait_for(self, coroutine: Coroutine) -> None:
+    def _wait_for(self, coroutine: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
-        self._closing, self._tasks = asyncio.Event(), set()
+        self._closing = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(auto_decompress=False)
-        self._urls, self._runners = {}, []
-        context = self._certify() if self.certificate else None
+        self._urls: dict[str, str] = {}
+        self._runners: list[web.AppRunner] = []
+        context = certify(self.certificate) if self.certificate else None
         for origin in ORIGINS:
             app = web.Application(client_max_size=MOST_BODY)
             for _, method, path, route in (entry for entry in ROUTES if entry[0] == origin):
@@ -288,32 +270,9 @@ class FakeFal:
     async def _close(self) -> None:
         await asyncio.gather(*(runner.cleanup() for runner in self._runners))
 
-    def _certify(self) -> ssl.SSLContext:
-        key, name = (
-            ec.generate_private_key(ec.SECP256R1()),
-            x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake")]),
-        )
-        now = datetime.datetime.now(datetime.timezone.utc)
-        certificate = (
-            x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS))]), critical=False)
-            .sign(key, hashes.SHA256())
-        )
-        private = key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        self.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        private_file = self.certificate.with_suffix(".key")
-        private_file.write_bytes(private)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.certificate, private_file)
-        return context
-
     # --- the door: record, watch the key, then a fault or the route ---
 
-    def _door(self, origin: str, route: str):
+    def _door(self, origin: str, route: str) -> Handler:
         async def enter(request: web.Request) -> web.StreamResponse:
             self._calls[route] += 1
             fault = self._plans.pop((route, self._calls[route]), None) or self._plans.get((route, EVERY))
@@ -325,7 +284,7 @@ class FakeFal:
             self._watch(seen)
 
             async def handle() -> web.Response:
-                if origin in TRUSTED and route not in WITHOUT_KEY and (refusal := self._refusal(seen)):
+                if origin in TRUSTED and (refusal := self._refusal(seen)):
                     return refusal
                 return await getattr(self, f"_{route}")(request, seen)
 
@@ -360,30 +319,24 @@ class FakeFal:
     # --- queue ---
 
     async def _submit(self, request: web.Request, seen: Seen) -> web.Response:
-        longest = seen.query.get("fal_max_queue_length")
-        if longest is not None and len(self._open()) > int(longest):
-            return failure(429, "Queue is full")
         job = self._accept(request, seen)
         if isinstance(job, web.Response):
             return job
         if job.webhook:
-            task = asyncio.create_task(self._finish_and_call(job))
+            task = asyncio.create_task(self._finish_and_call(job, job.webhook))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return web.json_response({"status": "IN_QUEUE", **self._handle(job), "queue_position": 0})
 
     def _accept(self, request: web.Request, seen: Seen) -> Job | web.Response:
-        """From here on it costs money. Unless `strict`, any JSON object will do: a queue knows no model's schema."""
+        """From here on it costs money. Any JSON object will do: a queue knows no model's schema."""
         if request.match_info["endpoint"] != MODEL:
             return failure(404, f'Application "{request.match_info["endpoint"].split("/")[-1]}" not found')
         try:
             body = seen.json
         except ValueError:
             return failure(422, [{"loc": ["body"], "msg": "JSON decode error", "type": "json_invalid"}])
-        if self.strict and (wrong := problems(body)):
-            return failure(422, wrong, {"x-fal-billable-units": "0"})
-        lifetime = lifecycle(seen, "x-fal-object-lifecycle-preference")
-        job = Job(str(uuid.uuid4()), body, lifetime, seen.query.get("fal_webhook"))
+        job = Job(str(uuid.uuid4()), body, seen.query.get("fal_webhook"))
         self.jobs[job.id] = job
         self.most_open = max(self.most_open, len(self._open()))
         return job
@@ -446,14 +399,6 @@ class FakeFal:
         status, text = (200, "OK") if queued else (202, "CANCELLATION_REQUESTED")
         return web.json_response({"status": text}, status=status)
 
-    async def _run(self, request: web.Request, seen: Seen) -> web.Response:
-        job = self._accept(request, seen)
-        if isinstance(job, web.Response):
-            return job
-        self._settle(job)
-        status, body, headers = job.outcome
-        return web.json_response(body, status=status, headers=headers)
-
     # --- the model ---
 
     def _settle(self, job: Job) -> None:
@@ -465,7 +410,8 @@ class FakeFal:
             body = {"detail": "Request was cancelled by the client", "error_type": "client_cancelled"}
             job.outcome = (499, body, {**headers, "X-Fal-Error-Type": "client_cancelled"})
             return
-        wrong, faces = problems(job.input), []
+        wrong = problems(job.input)
+        faces: list[np.ndarray] = []
         if not wrong:
             faces, wrong = read_references(job.input, self._fetch)
         if wrong:
@@ -473,13 +419,13 @@ class FakeFal:
             return
         seed = job.input.get("seed", RANDOM_SEED)
         made = pictures(job.input, seed, faces)
-        entries = [self._publish(png(picture), picture.size, job.lifetime) for picture in made]
+        entries = [self._publish(png(picture), picture.size) for picture in made]
         headers["x-fal-billable-units"] = str(len(made))
         job.outcome = (200, {"images": entries, "seed": seed}, headers)
 
-    def _publish(self, content: bytes, size: tuple[int, int], lifetime: float | None) -> dict:
+    def _publish(self, content: bytes, size: tuple[int, int]) -> dict[str, Any]:
         name = f"{hashlib.sha256(content).hexdigest()[:12]}.png"
-        url = self._store(content, "image/png", name, lifetime)
+        url = self._store(content, "image/png", name, FILE_DAYS * 86400)
         shape = {"width": size[0], "height": size[1]}
         return {"url": url, "content_type": "image/png", "file_name": name, "file_size": len(content), **shape}
 
@@ -496,29 +442,13 @@ class FakeFal:
 
     # --- storage ---
 
-    def _store(self, content: bytes, content_type: str, name: str, lifetime: float | None) -> str:
+    def _store(self, content: bytes, content_type: str, name: str, lifetime: float) -> str:
         place = f"{secrets.token_hex(8)}/{name}"
-        self.files[place] = File(content, content_type, self._expiry(lifetime))
+        self.files[place] = File(content, content_type, self.clock.now + lifetime)
         return f"{self.cdn_url}/files/{place}"
 
-    def _expiry(self, lifetime: float | None) -> float:
-        return self.clock.now + (FILE_DAYS * 86400 if lifetime is None else lifetime)
-
-    async def _token(self, request: web.Request, seen: Seen) -> web.Response:
-        self._upload_token = secrets.token_hex(16)
-        expiry = "2099-01-01T00:00:00+00:00"
-        data = {"token": self._upload_token, "token_type": "Bearer", "base_url": self.cdn_url, "expires_at": expiry}
-        return web.json_response(data)
-
-    async def _upload(self, request: web.Request, seen: Seen) -> web.Response:
-        if seen.authorization != f"Bearer {getattr(self, '_upload_token', None)}":
-            return failure(401, "Invalid token")
-        name = seen.headers.get("x-fal-file-name", "upload.bin")
-        url = self._store(seen.body, seen.headers["content-type"], name, lifecycle(seen, "x-fal-object-lifecycle"))
-        return web.json_response({"access_url": url})
-
     async def _initiate(self, request: web.Request, seen: Seen) -> web.Response:
-        lifetime = lifecycle(seen, "x-fal-object-lifecycle-preference", "x-fal-object-lifecycle")
+        lifetime = json.loads(seen.headers["x-fal-object-lifecycle"])["expiration_duration_seconds"]
         url = self._store(b"", seen.json["content_type"], seen.json["file_name"], lifetime)
         upload_url = f"{url}?signature={secrets.token_hex(8)}"
         return web.json_response({"upload_url": upload_url, "file_url": url.replace(self.cdn_url, PUBLIC_CDN)})
@@ -533,7 +463,7 @@ class FakeFal:
     async def _download(self, request: web.Request, seen: Seen) -> web.Response:
         file = self.files.get(request.match_info["name"])
         if file is None or self.clock.now >= file.expires:
-            return failure(self.gone, "File not found")
+            return failure(404, "File not found")
         return web.Response(body=file.content, content_type=file.content_type)
 
     async def _foreign(self, request: web.Request, seen: Seen) -> web.Response:
@@ -542,60 +472,31 @@ class FakeFal:
 
     # --- webhooks ---
 
-    async def _finish_and_call(self, job: Job) -> None:
-        """Run the job without anybody asking, and tell the webhook, again and again until it says yes."""
+    async def _finish_and_call(self, job: Job, webhook: str) -> None:
+        """Run the job without anybody asking, and tell the webhook, unless it is somebody's own."""
         while not job.done and self.script[-1] != "COMPLETED" and not self._closing.is_set():
             await asyncio.sleep(WEBHOOK_PAUSE)
         self._settle(job)
-        status, body, _ = job.outcome
-        data = {"request_id": job.id, "gateway_request_id": job.id, "status": "OK", "payload": body}
-        if status != 200:
-            data |= {"status": "ERROR", "error": f"Invalid status code: {status}"}
-        content = json.dumps(data).encode()
-        if URL(job.webhook).host != ADDRESS:  # somebody's own: not from a test
-            self.webhook.sent.append((job.webhook, None))
-            return
-        for _ in range(WEBHOOK_TRIES):
-            if self._closing.is_set() or await self._call_webhook(job, content):
-                return
-            await asyncio.sleep(WEBHOOK_PAUSE)
-
-    async def _call_webhook(self, job: Job, content: bytes) -> bool:
-        user, stamp = "fake-user", str(int(time.time() - self.webhook.age))
-        message = "\n".join((job.id, user, stamp, hashlib.sha256(content).hexdigest()))
-        signer = Ed25519PrivateKey.generate() if self.webhook.wrong_key else self._signer
-        headers = {
-            "Content-Type": "application/json",
-            "X-Fal-Webhook-Request-Id": job.id,
-            "X-Fal-Webhook-User-Id": user,
-            "X-Fal-Webhook-Timestamp": stamp,
-            "X-Fal-Webhook-Signature": signer.sign(message.encode()).hex(),
-        }
-        try:
-            async with self._session.post(job.webhook, data=content, headers=headers) as response:
-                status = response.status
-        except aiohttp.ClientError:
-            status = None
-        self.webhook.sent.append((job.webhook, status))
-        return status is not None and status < 300
-
-    async def _jwks(self, request: web.Request, seen: Seen) -> web.Response:
-        x = base64.urlsafe_b64encode(self._signer.public_key().public_bytes_raw()).decode().rstrip("=")
-        return web.json_response({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": x}]})
+        answered = None
+        if URL(webhook).host == ADDRESS:
+            status, body, _ = job.outcome
+            result = {"status": "OK"} if status == 200 else {"status": "ERROR", "error": f"Status code: {status}"}
+            data = {"request_id": job.id, "gateway_request_id": job.id, **result, "payload": body}
+            with contextlib.suppress(aiohttp.ClientError):
+                async with self._session.post(webhook, json=data) as response:
+                    answered = response.status
+        self.webhooks.append((webhook, answered))
 
     # --- proxies ---
 
     async def _formula(self, request: web.Request, seen: Seen) -> web.Response:
         if seen.method not in ("GET", "POST"):
             return failure(405, "Method not allowed")
-        target = seen.headers.get("x-fal-target-url")
-        if target is None:
-            return failure(400, "Missing the x-fal-target-url header")
-        if self._behind(target) is None:
+        behind = self._behind(seen.headers.get("x-fal-target-url", ""))
+        if behind is None:
             return failure(412, "Invalid x-fal-target-url header")
-        if seen.method == "POST" and not seen.headers.get("content-type", "").startswith("application/json"):
-            return failure(415, "Unsupported media type")
-        return await self._forward(seen, target, f"Key {self.key}", forwarded=seen.headers)
+        origin, path = behind
+        return await self._forward(seen, self._urls[origin] + path, f"Key {self.key}", seen.headers)
 
     async def _server_proxy(self, request: web.Request, seen: Seen) -> web.Response:
         target = seen.headers.get("x-fal-target-url", "")
@@ -607,7 +508,7 @@ class FakeFal:
         if seen.method not in ("GET", "POST", "PUT") or not allowed:
             return web.json_response("Invalid request", status=400)
         forwarded = {name: value for name, value in seen.headers.items() if name.startswith("x-fal-")}
-        return await self._forward(seen, target, seen.authorization or f"Key {self.key}", forwarded=forwarded)
+        return await self._forward(seen, self._urls[origin] + path, seen.authorization or f"Key {self.key}", forwarded)
 
     def _behind(self, target: str) -> tuple[str, str] | None:
         """The origin and path that a proxy's target means, by its public name or by its address here."""
@@ -616,12 +517,10 @@ class FakeFal:
                 return origin, target.removeprefix(base)
         return None
 
-    async def _forward(self, seen: Seen, target: str, authorization: str, forwarded: dict[str, str]) -> web.Response:
-        origin, path = self._behind(target)
+    async def _forward(self, seen: Seen, url: str, authorization: str, forwarded: dict[str, str]) -> web.Response:
         dropped = {"host", "content-length", "authorization", "x-fal-target-url", "accept-encoding", "connection"}
         headers = {name: value for name, value in forwarded.items() if name not in dropped}
         headers |= {"content-type": "application/json", "x-fal-client-proxy": "fake", "authorization": authorization}
-        url = self._urls[origin] + path
         async with self._session.request(
             seen.method, url, headers=headers, data=seen.body or None, allow_redirects=False, ssl=False
         ) as response:
@@ -630,13 +529,25 @@ class FakeFal:
             return web.Response(status=response.status, body=content, headers=kept, content_type=response.content_type)
 
 
+def certify(file: Path) -> ssl.SSLContext:
+    """A certificate that nobody vouches for, written to this file and its key beside it."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    file.with_suffix(".key").write_bytes(private)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, file.with_suffix(".key"))
+    return context
+
+
 def failure(status: int, detail: Any, headers: dict[str, str] | None = None) -> web.Response:
     return web.json_response({"detail": detail}, status=status, headers=headers)
-
-
-def lifecycle(seen: Seen, *names: str) -> float | None:
-    """Seconds until expiry from the first of these headers that is there."""
-    for name in names:
-        if name in seen.headers:
-            return json.loads(seen.headers[name])["expiration_duration_seconds"]
-    return None

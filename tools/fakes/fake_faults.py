@@ -56,6 +56,12 @@ class Call:
 Fault = Callable[[Call], Awaitable[web.StreamResponse]]
 
 
+def body_of(response: web.Response) -> bytes:
+    """The body of an answer of the fake, which is always in memory."""
+    assert isinstance(response.body, bytes)
+    return response.body
+
+
 def head(response: web.Response, length: int | None) -> bytes:
     """The start of an HTTP/1.1 answer, with this content length instead of the true one; None leaves it out."""
     headers = {**response.headers, "Connection": "close"}
@@ -93,12 +99,13 @@ async def stall(call: Call) -> web.StreamResponse:
     return call.drop()
 
 
-def late(seconds: float) -> Fault:
-    """The right answer, after a while."""
+def once(holds: Callable[[], object]) -> Fault:
+    """The right answer, as soon as this holds; the request is taken before."""
 
     async def fault(call: Call) -> web.StreamResponse:
         response = await call.handle()
-        await call.wait(seconds)
+        while not holds() and not call.closing.is_set():
+            await call.wait(0.01)
         return response
 
     return fault
@@ -109,9 +116,10 @@ def drip(seconds: float, size: int = 1) -> Fault:
 
     async def fault(call: Call) -> web.StreamResponse:
         response = await call.handle()
-        call.send(head(response, len(response.body)))
-        for start in range(0, len(response.body), size):
-            if call.closing.is_set() or not call.send(response.body[start : start + size]):
+        body = body_of(response)
+        call.send(head(response, len(body)))
+        for start in range(0, len(body), size):
+            if call.closing.is_set() or not call.send(body[start : start + size]):
                 break
             await call.wait(seconds)
         return call.close()
@@ -122,14 +130,16 @@ def drip(seconds: float, size: int = 1) -> Fault:
 async def truncated(call: Call) -> web.StreamResponse:
     """Half of the body, then the end."""
     response = await call.handle()
-    call.send(head(response, len(response.body)) + response.body[: len(response.body) // 2])
+    body = body_of(response)
+    call.send(head(response, len(body)) + body[: len(body) // 2])
     return call.close()
 
 
 async def wrong_length(call: Call) -> web.StreamResponse:
     """A content length of half the body, and all of the body after it."""
     response = await call.handle()
-    call.send(head(response, len(response.body) // 2) + response.body)
+    body = body_of(response)
+    call.send(head(response, len(body) // 2) + body)
     return call.close()
 
 
@@ -192,7 +202,7 @@ def altered(change: Callable[[Any], Any]) -> Fault:
 
     async def fault(call: Call) -> web.StreamResponse:
         response = await call.handle()
-        data = json.loads(response.body)
+        data = json.loads(body_of(response))
         changed = change(data)
         headers = {name: value for name, value in response.headers.items() if name.lower().startswith("x-fal-")}
         return web.json_response(data if changed is None else changed, status=response.status, headers=headers)

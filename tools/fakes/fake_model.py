@@ -99,12 +99,12 @@ SCHEMA = {
 REQUIRED = ("reference_images", "prompt")
 
 
-def problem(kind: str, message: str, *place: str | int) -> dict:
+def problem(kind: str, message: str, *place: str | int) -> dict[str, Any]:
     """One entry of a 422's `detail`."""
     return {"loc": ["body", *place], "msg": message, "type": kind}
 
 
-def problems(body: Mapping[str, Any]) -> list[dict]:
+def problems(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every way in which an input breaks the schema. Names that it lacks are refused, so that none goes lost."""
     missing = [problem("missing", "Field required", name) for name in REQUIRED if name not in body]
     foreign = [problem("extra_forbidden", "Extra inputs are not permitted", name) for name in body.keys() - SCHEMA]
@@ -119,7 +119,7 @@ def data_uri(url: str) -> bytes:
     return base64.b64decode(payload, validate=True)
 
 
-def read_references(body: Mapping[str, Any], fetch: Fetch) -> tuple[list[np.ndarray], list[dict]]:
+def read_references(body: Mapping[str, Any], fetch: Fetch) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
     """The decoded references, each (H,W,3) uint8, and the problems of those that cannot be had."""
     pictures, bad = [], []
     for index, face in enumerate(body["reference_images"]):

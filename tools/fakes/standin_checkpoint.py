@@ -2,8 +2,8 @@
 
     python tools fakes.standin_checkpoint COMFYUI OUT.safetensors
 
-Names and shapes come from the host's own classes, built without memory. To be run in a process of its own: it puts
-ComfyUI on sys.path.
+Names and shapes come from the host's own classes, built without memory. To be run in a process of its own, which
+becomes ComfyUI's.
 """
 
 import importlib.util
@@ -38,6 +38,7 @@ def shapes(comfyui: Path) -> dict[str, tuple[int, ...]]:
 
     pack = Path(__file__).parent / "standin_host" / "__init__.py"
     spec = importlib.util.spec_from_file_location("standin_host", pack)
+    assert spec and spec.loader
     standin_host = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(standin_host)
 

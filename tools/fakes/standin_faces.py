@@ -12,13 +12,15 @@ SCRFD's terms as InsightFace reads them (insightface/model_zoo/scrfd.py).
 """
 
 import warnings
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 OPSET = 13
@@ -28,6 +30,8 @@ SEED = 0
 STRIDES = (8, 16, 32)  # SCRFD's levels, px
 CENTERFACE_STRIDE = 4
 EMBEDDING = 512
+
+Operand = str | float | list[Any] | np.ndarray
 
 
 def make_face_models(models_dir: Path) -> None:
@@ -51,20 +55,20 @@ class Graph:
     Operands are names, or numbers and arrays, which become constants.
     """
 
-    def __init__(self):
-        self.nodes, self.constants = [], []
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.constants: list[TensorProto] = []
 
-    def __getattr__(self, operator: str):
-        def add(*operands, **attributes) -> str:
+    def __getattr__(self, operator: str) -> Callable[..., str]:
+        def add(*operands: Operand, **attributes: Any) -> str:
             output = f"{operator}_{len(self.nodes)}"
-            self.nodes.append(
-                helper.make_node(operator, [self.name(o) for o in operands], [output], output, **attributes)
-            )
+            named = [self.name(operand) for operand in operands]
+            self.nodes.append(helper.make_node(operator, named, [output], output, **attributes))
             return output
 
         return add
 
-    def name(self, operand) -> str:
+    def name(self, operand: Operand) -> str:
         if isinstance(operand, str):
             return operand
         array = np.asarray(operand)
@@ -77,11 +81,11 @@ class Graph:
 
     def model(self, name: str, inputs: dict[str, tuple], outputs: dict[str, tuple]) -> ModelProto:
         """The whole model; inputs and outputs by name, with their shapes (a string is a size that varies)."""
-        ends = (
+        first, last = (
             [helper.make_tensor_value_info(value, TensorProto.FLOAT, shape) for value, shape in end.items()]
             for end in (inputs, outputs)
         )
-        graph = helper.make_graph(self.nodes, name, *ends, self.constants)
+        graph = helper.make_graph(self.nodes, name, first, last, self.constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
 
 
@@ -99,9 +103,9 @@ def make_scrfd() -> ModelProto:
     faces = decode_centerface(graph, pixels=graph.Add(graph.Mul("input", 128.0), 127.5))
     levels = {stride: scrfd_level(graph, faces, stride) for stride in STRIDES}
     outputs = {}
-    for kind, size in (("score", 1), ("bbox", 4), ("kps", 10)):
+    for index, (kind, size) in enumerate((("score", 1), ("bbox", 4), ("kps", 10))):
         for stride in STRIDES:
-            graph.rename(levels[stride][kind], f"{kind}_{stride}")
+            graph.rename(levels[stride][index], f"{kind}_{stride}")
             outputs[f"{kind}_{stride}"] = f"anchors_{stride}", size
     return graph.model("scrfd_standin", {"input": (1, 3, "height", "width")}, outputs)
 
@@ -133,7 +137,7 @@ def decode_centerface(graph: Graph, pixels: str) -> str:
     return graph.Gather(rows, x_before_y, axis=1)
 
 
-def scrfd_level(graph: Graph, faces: str, stride: int) -> dict[str, str]:
+def scrfd_level(graph: Graph, faces: str, stride: int) -> tuple[str, ...]:
     """One level of SCRFD: the best of each block of cells, seen from the block's corner, for both anchors there.
 
     faces (1, 17, h, w) -> scores (n, 1), boxes (n, 4), landmarks (n, 10)
@@ -147,11 +151,11 @@ def scrfd_level(graph: Graph, faces: str, stride: int) -> dict[str, str]:
     to_first = graph.Sub(anchor, channels(graph, face, 1, 3))
     to_last = graph.Sub(channels(graph, face, 3, 5), anchor)
     to_landmarks = graph.Sub(channels(graph, face, 5, 15), graph.Tile(anchor, [1, 5, 1]))
-    return {
-        "score": both_anchors(graph, channels(graph, face, 0, 1), 1),
-        "bbox": both_anchors(graph, graph.Div(graph.Concat(to_first, to_last, axis=1), float(stride)), 4),
-        "kps": both_anchors(graph, graph.Div(to_landmarks, float(stride)), 10),
-    }
+    box = graph.Div(graph.Concat(to_first, to_last, axis=1), float(stride))
+    landmarks = graph.Div(to_landmarks, float(stride))
+    return tuple(
+        both_anchors(graph, *values) for values in ((channels(graph, face, 0, 1), 1), (box, 4), (landmarks, 10))
+    )
 
 
 def channels(graph: Graph, values: str, start: int, stop: int) -> str:
@@ -193,8 +197,7 @@ def make_iresnet100() -> ModelProto:
         return graph.Conv(values, kernel, np.zeros(wide), strides=[stride] * 2, pads=[side // 2] * 4)
 
     def norm(values: str, channels: int) -> str:
-        one, zero = np.ones(channels), np.zeros(channels)
-        return graph.BatchNormalization(values, one, zero, zero, one)
+        return graph.BatchNormalization(values, np.ones(channels), *[np.zeros(channels)] * 2, np.ones(channels))
 
     def bend(values: str, channels: int) -> str:
         return graph.PRelu(values, np.full((channels, 1, 1), 0.25))

@@ -76,11 +76,7 @@ def make_pulid(
 
 
 def make_eva(
-    path: Path,
-    layout: EvaLayout = "published",
-    small: bool = False,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
+    path: Path, layout: EvaLayout = "published", small: bool = False, dtype: torch.dtype = torch.float16, seed: int = 0
 ) -> Path:
     """Write an EVA02-CLIP file: with timm's names as safetensors, as published a pickle with a text tower.
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..models import catalogue, locate
@@ -29,7 +30,7 @@ MAKERS = (
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelFile:
     """One file.
 
     what    in the user's words
@@ -50,49 +51,43 @@ class Part:
         return Path(self.place).name
 
 
-def gather(models: Path | None, checkpoint: Path | None, comfyui: Path | None) -> list[Part]:
+def gather(models: Path | None, checkpoint: Path | None, comfyui: Path | None) -> list[ModelFile]:
     """All files of the workflow, those of the networks that make the picture first.
 
     models      the `models` folder to look for real files in
     checkpoint  an SDXL checkpoint; without one it and the PuLID file, whose widths belong together, are stand-ins
-    comfyui     gives the stand-in checkpoint its names and shapes; without it there is no checkpoint among the parts
+    comfyui     gives the stand-in checkpoint its names and shapes; without it there is no checkpoint among the files
     """
-    parts = []
+    files = []
     if checkpoint:
-        parts.append(Part("SDXL checkpoint", f"checkpoints/{checkpoint.name}", checkpoint.resolve(), True))
+        files.append(ModelFile("SDXL checkpoint", f"checkpoints/{checkpoint.name}", checkpoint.resolve(), True))
     elif comfyui:
         place = f"checkpoints/{STANDIN_CHECKPOINT}"
         made = standins("checkpoint", lambda folder: make_checkpoint(comfyui, folder / place))
         note = "random weights, a fifth of the width, all 70 sites"
-        parts.append(Part("SDXL checkpoint", place, made / place, False, note))
+        files.append(ModelFile("SDXL checkpoint", place, made / place, False, note))
 
     width = 1.0 if checkpoint else FIFTH
-    wanted = [
-        ("PuLID v1.1", catalogue.V1_1, f"pulid-{width:g}", lambda folder: make_pulid(folder, width)),
-        ("vision tower", catalogue.EVA_CLIP, "eva", make_eva),
-        ("face detector", catalogue.SCRFD, "faces", make_faces),
-        ("face recogniser", catalogue.GLINTR100, "faces", make_faces),
-        ("face landmarks", catalogue.RETINAFACE, "faces", make_faces),
-        ("face parsing", catalogue.BISENET, "faces", make_faces),
-    ]
-    for what, record, group, make in wanted:
+    for what, record, group, note in WANTED:
         place = f"{record.folders[0]}/{record.name}"
         real = None if record is catalogue.V1_1 and not checkpoint else installed(models, record)
         if real:
-            parts.append(Part(what, place, real, True))
+            files.append(ModelFile(what, place, real, True))
         else:
-            parts.append(Part(what, place, standins(group, make) / place, False, NOTES[record]))
-    return parts
+            group = f"{group}-{width:g}" if group == "pulid" else group
+            made = standins(group, partial(make_standins, record=record, width=width))
+            files.append(ModelFile(what, place, made / place, False, note))
+    return files
 
 
-NOTES = {
-    catalogue.V1_1: "random weights, the real encoder, projections as wide as the UNet's",
-    catalogue.EVA_CLIP: "random weights, the real architecture",
-    catalogue.SCRFD: "CenterFace, trained, speaking as SCRFD",
-    catalogue.GLINTR100: "a small random network",
-    catalogue.RETINAFACE: "the real architecture, sees no face",
-    catalogue.BISENET: "the real architecture, one rounded shape",
-}
+WANTED = (  # in the user's words, the file, the stand-ins that it is made with, what a stand-in keeps of the real thing
+    ("PuLID v1.1", catalogue.V1_1, "pulid", "random weights, the real encoder, projections as wide as the UNet's"),
+    ("vision tower", catalogue.EVA_CLIP, "eva", "random weights, the real architecture"),
+    ("face detector", catalogue.SCRFD, "faces", "CenterFace, trained, speaking as SCRFD"),
+    ("face recogniser", catalogue.GLINTR100, "faces", "a small random network"),
+    ("face landmarks", catalogue.RETINAFACE, "faces", "the real architecture, sees no face"),
+    ("face parsing", catalogue.BISENET, "faces", "the real architecture, one rounded shape"),
+)
 
 
 def installed(models: Path | None, record: catalogue.WeightFile) -> Path | None:
@@ -132,22 +127,12 @@ def make_checkpoint(comfyui: Path, path: Path) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{made.stderr[-2000:]}")
 
 
-# What makes the stand-ins imports torch and onnx, which takes seconds: only when something has to be made.
+def make_standins(folder: Path, record: catalogue.WeightFile, width: float) -> None:
+    from .fakes import standin_faces, standins  # torch and onnx take seconds: only when something has to be made
 
-
-def make_pulid(folder: Path, width: float) -> None:
-    from .fakes import standins
-
-    standins.make_pulid(folder / "pulid" / catalogue.V1_1.name, layout="v1.1", width_scale=width)
-
-
-def make_eva(folder: Path) -> None:
-    from .fakes import standins
-
-    standins.make_eva(folder / "clip_vision" / catalogue.EVA_CLIP.name)
-
-
-def make_faces(folder: Path) -> None:
-    from .fakes import standin_faces
-
-    standin_faces.make_face_models(folder)
+    if record is catalogue.V1_1:
+        standins.make_pulid(folder / "pulid" / record.name, layout="v1.1", width_scale=width)
+    elif record is catalogue.EVA_CLIP:
+        standins.make_eva(folder / "clip_vision" / record.name)
+    else:
+        standin_faces.make_face_models(folder)

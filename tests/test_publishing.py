@@ -1,0 +1,59 @@
+"""What belongs to the repository and not to the pack: the files under .github, and what the registry is sent."""
+
+import re
+import subprocess
+
+import pytest
+import yaml
+from pulid_sdxl.tools import ROOT
+
+YAML_FILES = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)
+def test_is_yaml(path):
+    assert read(path)
+
+
+def test_the_form_asks_for_what_the_doctor_says():
+    asked = next(part for part in read(".github/ISSUE_TEMPLATE/bug_report.yml")["body"] if part["id"] == "doctor")
+    assert asked["validations"]["required"]
+    assert "run.py doctor" in asked["attributes"]["label"]
+    assert "no name and no key" in asked["attributes"]["description"]
+
+
+def test_every_gate_is_that_of_ci_run():
+    [job] = read(".github/workflows/ci.yml")["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    commands = re.findall(r"run\.py (\w+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert commands == ["lint", "test"]
+    [hook] = read(".pre-commit-config.yaml")["repos"][0]["hooks"]
+    assert hook["entry"].endswith("run.py lint")
+
+
+@pytest.mark.parametrize(("owner", "code"), [("OWNER", 1), ("ada", 0)])
+def test_publishing_is_refused_while_the_address_names_nobody(tmp_path, owner, code):
+    steps = read(".github/workflows/publish.yml")["jobs"]["publish"]["steps"]
+    refusing, publishing = (next(i for i, step in enumerate(steps) if key in step) for key in ("run", "with"))
+    assert refusing < publishing
+    (tmp_path / "pyproject.toml").write_text(re.sub(r"github\.com/\w+/", f"github.com/{owner}/", PYPROJECT))
+    command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", steps[refusing]["run"]]  # as GitHub runs it
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code
+    assert ("in the place of OWNER" in done.stdout) == bool(code)
+
+
+def test_the_registry_is_sent_what_runs_and_nothing_else():
+    ignored = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    named = {line.strip("/") for line in ignored}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    sent = {path.split("/")[0] for path in listed.splitlines()} - named
+    assert sent == {
+        "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "hosted", "locales", "models", "nodes", "pulid",
+        "pyproject.toml", "requirements.txt", "run.py", "web", "workflows",
+    }  # fmt: skip
