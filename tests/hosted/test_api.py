@@ -5,7 +5,8 @@ from dataclasses import fields
 
 import pytest
 from pulid_sdxl.hosted import api
-from pulid_sdxl.pulid.errors import BadAnswer, InputError
+from pulid_sdxl.hosted.errors import BadAnswer
+from pulid_sdxl.pulid.errors import InputError
 
 # The page's example, as it prints it; the negative prompt with the two spaces that the service's own text has.
 PAGE = json.loads("""
@@ -60,14 +61,11 @@ def test_all_eleven_fields_are_there_in_the_pages_order():
     assert list(request(seed=0, id_mix=True).body()) == FIELDS
 
 
-@pytest.mark.parametrize("name", ["square_hd", "square", "portrait_4_3", "portrait_16_9", "landscape_4_3"])
-def test_a_preset_goes_by_its_name(name):
-    assert name in api.PRESETS
-    assert request(image_size=name).body()["image_size"] == name
-
-
-def test_a_size_of_ones_own_always_has_both_numbers():
-    assert request(image_size=api.Size(1280, 720)).body()["image_size"] == {"width": 1280, "height": 720}
+@pytest.mark.parametrize(
+    ("size", "sent"), [((1280, 720), {"width": 1280, "height": 720}), *((name, name) for name in api.PRESETS)]
+)
+def test_a_preset_goes_by_its_name_and_a_size_of_ones_own_has_both_numbers(size, sent):
+    assert request(image_size=size).body()["image_size"] == sent
 
 
 def test_a_request_without_references_or_prompt_is_refused_in_words():
@@ -90,7 +88,7 @@ def test_the_digest_tells_requests_and_accounts_apart(change):
 
 
 def test_the_pages_answer_is_read_whole():
-    answer = api.read_answer(SAMPLE)
+    answer = api.read_answer(api.HostedAnswer, SAMPLE)
 
     [image] = answer.images
     assert {name: getattr(image, name) for name in SAMPLE["images"][0]} == SAMPLE["images"][0]
@@ -99,24 +97,25 @@ def test_the_pages_answer_is_read_whole():
 
 
 def test_a_seed_beyond_64_bits_keeps_every_digit():
-    assert api.read_answer({**SAMPLE, "seed": 17454220438242315174}).seed == "17454220438242315174"
+    assert api.read_answer(api.HostedAnswer, {**SAMPLE, "seed": 17454220438242315174}).seed == "17454220438242315174"
 
 
 def test_only_the_address_of_a_picture_is_needed_and_other_keys_are_passed_over():
     data = {"images": [{"url": "u", "width": "wide", "extra": 1}], "timings": {}, "has_nsfw_concepts": [False]}
 
-    answer = api.read_answer(data)
+    answer = api.read_answer(api.HostedAnswer, data)
 
-    assert answer == api.HostedAnswer((api.HostedImage("u"),), "unknown")
+    assert answer == api.HostedAnswer(images=(api.HostedImage(url="u"),))
+    assert answer.seed == "unknown"
 
 
 @pytest.mark.parametrize("data", [None, [], "x", {}, {"images": None}, {"images": []}, {"images": "x"}])
 def test_an_answer_without_pictures_is_an_error(data):
-    with pytest.raises(BadAnswer, match="without pictures"):
-        api.read_answer(data)
+    with pytest.raises(BadAnswer, match="lacks what must be in it"):
+        api.read_answer(api.HostedAnswer, data)
 
 
 @pytest.mark.parametrize("entry", [None, {}, {"url": None}, {"url": ""}])
 def test_a_picture_without_an_address_is_an_error(entry):
-    with pytest.raises(BadAnswer, match="without its address"):
-        api.read_answer({"images": [{"url": "u"}, entry], "seed": 1})
+    with pytest.raises(BadAnswer, match=r"lacks what must be in it: images\.1"):
+        api.read_answer(api.HostedAnswer, {"images": [{"url": "u"}, entry], "seed": 1})

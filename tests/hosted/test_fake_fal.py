@@ -3,15 +3,10 @@
 fal-client has to pass on the fake, and has to lose money on it where it does on the real service.
 """
 
-import asyncio
-import base64
-import gc
-import hashlib
 import io
 import json
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -19,13 +14,13 @@ from contextlib import contextmanager
 import fal_client
 import numpy as np
 import pytest
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from PIL import Image
 from pulid_sdxl.tools.fakes import fake_faults as faults
 from pulid_sdxl.tools.fakes.fake_fal import EVERY, MODEL, FakeFal, KeyLeak
 from pulid_sdxl.tools.fakes.fake_model import NEGATIVE_PROMPT, RANDOM_SEED, png
 from pulid_sdxl.tools.fakes.webhook_receiver import listening
+
+from .helpers import wait_until
 
 FACE = png(Image.new("RGB", (8, 8), (200, 150, 120)))
 ARGUMENTS = {
@@ -39,17 +34,10 @@ BODY = json.dumps(ARGUMENTS).encode()
 
 @pytest.fixture
 def pointed(fal, monkeypatch):
-    """fal-client's addresses set to the fake's, its retries made quick; nothing else of it is touched."""
-    point(fal, monkeypatch)
-    return fal
-
-
-def point(fal, monkeypatch):
+    """fal-client's address set to the fake's, its retries made quick; nothing else of it is touched."""
     monkeypatch.setattr(fal_client.client, "QUEUE_URL_FORMAT", f"{fal.queue_url}/")
-    monkeypatch.setattr(fal_client.client, "RUN_URL_FORMAT", f"{fal.run_url}/")
-    monkeypatch.setattr(fal_client.client, "REST_URL", fal.rest_url)
-    monkeypatch.setattr(fal_client.client, "CDN_URL", fal.cdn_url)
     monkeypatch.setattr(fal_client.client, "BASE_DELAY", 0.001)
+    return fal
 
 
 @contextmanager
@@ -108,14 +96,7 @@ def pixels(url):
     return np.asarray(Image.open(io.BytesIO(content)))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestFalClient:
-    @pytest.fixture(autouse=True)
-    def collected(self):
-        """fal-client leaves its storage connections to the garbage collector: let that be here, where it is known."""
-        yield
-        gc.collect()
-
     def test_subscribes(self, pointed, client):
         pointed.script = (2, 1, 0, "IN_PROGRESS", "IN_PROGRESS", "COMPLETED")
         seen = []
@@ -142,10 +123,6 @@ class TestFalClient:
         assert sent["x-fal-runner-hint"] == "runner"
         assert float(sent["x-fal-request-timeout"]) == 30
 
-    def test_runs_directly(self, pointed, client):
-        assert client.run(MODEL, ARGUMENTS)["seed"] == 7
-        assert pointed.bill == 1
-
     def test_cancels(self, pointed, client):
         pointed.script = (1,)
         handle = client.submit(MODEL, ARGUMENTS)
@@ -160,27 +137,6 @@ class TestFalClient:
         with pytest.raises(fal_client.FalClientHTTPError) as caught:
             client.cancel(MODEL, handle.request_id)
         assert caught.value.status_code == 400
-
-    def test_uploads_and_uses_what_it_uploaded(self, pointed, client):
-        url = client.upload(FACE, "image/png", "face.png", lifecycle=fal_client.StorageSettings(expires_in="1h"))
-        assert call(url)[2] == FACE
-        uploaded = client.run(MODEL, {**ARGUMENTS, "reference_images": [{"image_url": url}]})
-        direct = client.run(MODEL, ARGUMENTS)
-        assert np.array_equal(pixels(uploaded["images"][0]["url"]), pixels(direct["images"][0]["url"]))
-
-    def test_async_does_the_same(self, pointed):
-        async def run():
-            client = fal_client.AsyncClient(key=pointed.key)
-            url = await client.upload(FACE, "image/png", "face.png")
-            arguments = {**ARGUMENTS, "reference_images": [{"image_url": url}]}
-            result = await client.subscribe(MODEL, arguments, with_logs=True)
-            handle = await client.submit(MODEL, ARGUMENTS)
-            await client.status(MODEL, handle.request_id)
-            await client.cancel(MODEL, handle.request_id)
-            await (await client._client).aclose()
-            return result
-
-        assert asyncio.run(run())["seed"] == 7
 
     def test_sees_the_models_own_error(self, pointed, client):
         with pytest.raises(fal_client.FalClientHTTPError) as caught:
@@ -200,19 +156,10 @@ class TestFalClient:
 
     def test_tries_a_busy_queue_ten_times_whatever_it_is_told(self, pointed, client):
         pointed.plan("submit", EVERY, faults.busy(retry_after="3600"))
-        start = time.monotonic()
         with pytest.raises(fal_client.FalClientHTTPError):
             client.submit(MODEL, ARGUMENTS)
         assert len(pointed.seen("submit")) == 10
-        assert time.monotonic() - start < 60
         assert pointed.bill == 0
-
-    def test_sends_its_key_to_any_address_an_upload_is_given(self, monkeypatch):
-        with pytest.raises(KeyLeak, match="cdn: PUT /files/"), FakeFal() as fal:
-            point(fal, monkeypatch)
-            fal.plan("upload", EVERY, faults.answer(500, {"detail": "no"}))
-            with sync_client(fal) as client:
-                client.upload(FACE, "image/png", "face.png")
 
     def test_reaches_the_queue_over_tls(self, tmp_path):
         code = f"import fal_client; print(fal_client.submit({MODEL!r}, {ARGUMENTS!r}).request_id)"
@@ -257,11 +204,6 @@ class TestQueue:
         assert call(f"{fal.queue_url}/fal-ai/other", "POST", b"{}", authorized(fal))[0] == 404
         assert fal.bill == 1
 
-    def test_a_long_queue_can_be_refused(self, fal):
-        submit(fal)
-        status, *_ = call(f"{fal.queue_url}/{MODEL}?fal_max_queue_length=0", "POST", b"{}", authorized(fal))
-        assert (status, fal.bill) == (429, 1)
-
     @pytest.mark.parametrize(
         ("script", "obeys", "answer", "result"),
         [
@@ -281,14 +223,12 @@ class TestQueue:
         get(fal, handle["status_url"])
         assert get(fal, handle["response_url"])[0] == result
 
-    def test_the_schema_counts_when_the_job_runs_or_at_once_when_strict(self, fal):
+    def test_the_schema_counts_when_the_job_runs(self, fal):
         wrong = {"prompt": 1, "num_images": 9, "seed": -1}
         status, headers, body = finish(fal, wrong)
         assert status == 422
         assert [entry["loc"][1] for entry in body["detail"]] == ["reference_images", "prompt", "num_images", "seed"]
         assert headers["X-Fal-Retryable"] == "false"
-        fal.strict = True
-        assert call(f"{fal.queue_url}/{MODEL}", "POST", json.dumps(wrong).encode(), authorized(fal))[0] == 422
         assert fal.bill == 1
 
 
@@ -315,9 +255,6 @@ class TestPictures:
         made = [pixels(image["url"]) for image in body["images"]]
         assert [picture.shape for picture in made] == [(1024, 576, 3)] * 3
         assert not np.array_equal(made[0], made[1])
-
-    def test_one_side_alone_is_filled_up_with_512(self, fal):
-        assert finish(fal, {**ARGUMENTS, "image_size": {"width": 64}})[2]["images"][0]["height"] == 512
 
     def test_an_omitted_seed_is_drawn_beyond_64_bits(self, fal):
         body = finish(fal, {name: value for name, value in ARGUMENTS.items() if name != "seed"})[2]
@@ -346,10 +283,11 @@ class TestPictures:
 
 
 class TestStorage:
-    def initiate(self, fal, **headers):
+    def initiate(self, fal):
         body = json.dumps({"file_name": "a.png", "content_type": "image/png"}).encode()
         url = f"{fal.rest_url}/storage/upload/initiate?storage_type=fal-cdn-v3"
-        return json.loads(call(url, "POST", body, authorized(fal, **headers))[2])
+        lifetime = {"X-Fal-Object-Lifecycle": json.dumps({"expiration_duration_seconds": 3600})}
+        return json.loads(call(url, "POST", body, authorized(fal, **lifetime))[2])
 
     def test_a_signed_address_takes_bytes_without_a_key(self, fal):
         urls = self.initiate(fal)
@@ -358,23 +296,12 @@ class TestStorage:
         assert call(fal.here(urls["file_url"]), "PUT", b"other")[0] == 403
 
     def test_uploads_expire(self, fal):
-        lifetime = json.dumps({"expiration_duration_seconds": 3600})
-        urls = self.initiate(fal, **{"X-Fal-Object-Lifecycle": lifetime})
+        urls = self.initiate(fal)
         call(urls["upload_url"], "PUT", FACE, {"Content-Type": "image/png"})
         fal.clock.advance(3599)
         assert call(fal.here(urls["file_url"]))[0] == 200
         fal.clock.advance(1)
         assert call(fal.here(urls["file_url"]))[0] == 404
-
-    def test_pictures_expire_after_a_week_or_as_told(self, fal):
-        weekly = finish(fal)[2]["images"][0]["url"]
-        lifetime = {"X-Fal-Object-Lifecycle-Preference": json.dumps({"expiration_duration_seconds": 60})}
-        short = finish(fal, **lifetime)[2]["images"][0]["url"]
-        fal.clock.advance(61)
-        fal.gone = 410
-        assert [call(url)[0] for url in (weekly, short)] == [200, 410]
-        fal.clock.advance(7 * 86400)
-        assert call(weekly)[0] == 410
 
 
 class TestTheKey:
@@ -398,46 +325,6 @@ class TestTheKey:
 
 
 class TestFaults:
-    def post(self, fal):
-        return call(f"{fal.queue_url}/{MODEL}", "POST", json.dumps(ARGUMENTS).encode(), authorized(fal))
-
-    @pytest.mark.parametrize(("fault", "bill"), [(faults.accept_then_drop, 1), (faults.reset, 0)])
-    def test_a_cut_connection(self, fal, fault, bill):
-        fal.plan("submit", 1, fault)
-        with pytest.raises(OSError):
-            self.post(fal)
-        assert fal.bill == bill
-        assert self.post(fal)[0] == 200  # the plan was for one call
-
-    def test_bodies_that_are_cut_or_of_the_wrong_length(self, fal):
-        fal.plan("submit", 1, faults.truncated)
-        with pytest.raises(Exception, match="IncompleteRead"):
-            self.post(fal)
-        fal.plan("submit", 1, faults.wrong_length)
-        with pytest.raises(ValueError):
-            json.loads(self.post(fal)[2])
-        assert fal.bill == 2
-
-    def test_a_drip_is_slow_and_whole(self, fal):
-        fal.plan("submit", 1, faults.drip(0.01, size=50))
-        start = time.monotonic()
-        assert json.loads(self.post(fal)[2])["request_id"] in fal.jobs
-        assert time.monotonic() - start > 0.05
-
-    def test_answers_instead_of_the_servers(self, fal):
-        fal.plan("submit", 1, faults.gateway(502))
-        fal.plan("submit", 2, faults.busy("7"))
-        fal.plan("submit", 3, faults.locked())
-        fal.plan("submit", 4, faults.redirect(f"{fal.foreign_url}/x", status=307))
-        status, _, content = self.post(fal)
-        assert (status, b"nginx" in content) == (502, True)
-        status, headers, _ = self.post(fal)
-        assert (status, headers["Retry-After"]) == (429, "7")
-        status, _, content = self.post(fal)
-        assert (status, b"User is locked" in content) == (403, True)
-        assert self.post(fal)[0] == 307
-        assert fal.bill == 0
-
     def test_altered_answers(self, fal):
         fal.plan("status", EVERY, faults.without("logs"))
         fal.plan("result", 1, faults.with_values(seed=2**70))
@@ -472,12 +359,9 @@ class TestProxies:
         status_url = json.loads(content)["status_url"]
         assert self.through(getattr(fal, flavour), f"{status_url}?logs=1", "GET", None)[0] == 202
 
-    def test_the_formula_knows_two_methods_two_domains_and_json(self, fal):
-        proxy, target = fal.formula_proxy_url, f"https://queue.fal.run/{MODEL}"
-        assert self.through(proxy, target, "PUT")[0] == 405
-        assert self.through(proxy, None)[0] == 400
-        assert self.through(proxy, "https://example.org/x")[0] == 412
-        assert self.through(proxy, target, **{"Content-Type": "image/png"})[0] == 415
+    def test_the_formula_knows_two_methods_and_two_domains(self, fal):
+        assert self.through(fal.formula_proxy_url, f"https://queue.fal.run/{MODEL}", "PUT")[0] == 405
+        assert self.through(fal.formula_proxy_url, "https://example.org/x")[0] == 412
         assert fal.bill == 0
 
     def test_the_published_package_has_a_list_of_targets(self, fal):
@@ -485,7 +369,8 @@ class TestProxies:
         assert self.through(fal.proxy_url, cancel, "PUT", b"")[0] == 202
         upload = "https://rest.fal.ai/storage/upload/initiate?storage_type="
         body = json.dumps({"file_name": "a.png", "content_type": "image/png"}).encode()
-        assert self.through(fal.proxy_url, f"{upload}fal-cdn-v3", body=body)[0] == 200
+        lifetime = {"x-fal-object-lifecycle": json.dumps({"expiration_duration_seconds": 3600})}
+        assert self.through(fal.proxy_url, f"{upload}fal-cdn-v3", body=body, **lifetime)[0] == 200
         assert self.through(fal.proxy_url, f"{upload}gcs", body=body)[0] == 400
         assert self.through(fal.proxy_url, "https://rest.fal.ai/storage/auth/token", body=b"{}")[0] == 400
         assert self.through(fal.proxy_url, "https://queue.falrun.com/x")[0] == 400
@@ -495,46 +380,15 @@ class TestProxies:
         assert self.through(fal.proxy_url, target, Authorization="Key of:mine")[0] == 401
 
 
-def verify(fal, headers, content):
-    """As fal's documentation tells a receiver to; raises InvalidSignature."""
-    message = [headers[f"X-Fal-Webhook-{name}"] for name in ("Request-Id", "User-Id", "Timestamp")]
-    message.append(hashlib.sha256(content).hexdigest())
-    [key] = json.loads(call(f"{fal.rest_url}/.well-known/jwks.json")[2])["keys"]
-    public = Ed25519PublicKey.from_public_bytes(base64.urlsafe_b64decode(key["x"] + "="))
-    public.verify(bytes.fromhex(headers["X-Fal-Webhook-Signature"]), "\n".join(message).encode())
-
-
 class TestWebhooks:
-    def deliver(self, fal, refusals=0, arguments=ARGUMENTS):
-        """The calls that arrived until one was taken."""
-        with listening(refusals) as listener:
-            submit(fal, arguments, query=f"?fal_webhook=http%3A%2F%2F127.0.0.1%3A{listener.server_port}%2Fhook")
-            deadline = time.monotonic() + 5
-            while (not fal.webhook.sent or fal.webhook.sent[-1][1] != 204) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            return listener.calls
-
-    def test_bring_the_result_signed(self, fal):
-        [(headers, content)] = self.deliver(fal)
-        verify(fal, headers, content)
-        data = json.loads(content)
-        assert (data["status"], data["request_id"]) == ("OK", next(iter(fal.jobs)))
-        assert pixels(data["payload"]["images"][0]["url"]).shape == (96, 64, 3)
-
-    def test_come_again_until_they_are_taken(self, fal):
-        assert len(self.deliver(fal, refusals=2)) == 3
-        assert [status for _, status in fal.webhook.sent] == [503, 503, 204]
-
-    def test_bring_errors_too(self, fal):
-        [(_, content)] = self.deliver(fal, arguments={"prompt": "p"})
-        assert json.loads(content)["status"] == "ERROR"
-
-    def test_can_be_stale_or_forged(self, fal):
-        fal.webhook.age, fal.webhook.wrong_key = 400, True
-        [(headers, content)] = self.deliver(fal)
-        assert time.time() - int(headers["X-Fal-Webhook-Timestamp"]) > 300
-        with pytest.raises(InvalidSignature):
-            verify(fal, headers, content)
+    @pytest.mark.parametrize(("arguments", "status"), [(ARGUMENTS, "OK"), ({"prompt": "p"}, "ERROR")])
+    def test_bring_the_result_or_the_error(self, fal, arguments, status):
+        with listening() as (address, calls):
+            request_id = submit(fal, arguments, query=f"?fal_webhook={address}/hook")["request_id"]
+            wait_until(lambda: fal.webhooks)
+        [data] = map(json.loads, calls)
+        assert (data["status"], data["request_id"]) == (status, request_id)
+        assert fal.webhooks == [(f"{address}/hook", 204)]
 
 
 def test_nothing_here_can_leave_this_machine(outside):

@@ -5,8 +5,8 @@ import socket
 from contextlib import asynccontextmanager
 
 import pytest
+from pulid_sdxl.hosted.errors import AnswerLost, BadAnswer, Unreachable, UnsafeAddress
 from pulid_sdxl.hosted.transport import AiohttpTransport, Terms
-from pulid_sdxl.pulid.errors import AnswerLost, BadAnswer, Unreachable, UnsafeAddress
 from yarl import URL
 
 FIVE_SECONDS = Terms(seconds=5)
@@ -146,24 +146,33 @@ def test_no_error_carries_the_headers_that_were_sent():
     assert "secret" not in f"{error!r} {vars(error)}"
 
 
-def test_connections_go_to_addresses_that_were_checked():
-    asked = []
+@pytest.mark.parametrize(
+    ("found", "safe"),
+    [
+        (["8.8.8.8", "2606:4700::1"], True),
+        (["8.8.8.8", "10.0.0.1"], False),
+        (["127.0.0.1"], False),
+        (["::ffff:10.0.0.1"], False),
+    ],
+)
+def test_every_address_that_a_name_leads_to_must_be_public(monkeypatch, found, safe):
+    tried = []
 
-    async def resolve(host, port):
-        asked.append((host, port))
-        return ["127.0.0.1"]
+    def look_up(host, port, *_, **__):
+        four = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in found if ":" not in ip]
+        six = [(socket.AF_INET6, socket.SOCK_STREAM, 6, "", (ip, port, 0, 0)) for ip in found if ":" in ip]
+        return four + six
 
-    async def refuse(host, port):
-        raise UnsafeAddress("private")
+    def connect(self, address):
+        tried.append(address[0])
+        raise OSError("not from a test")
 
     async def run():
-        async with server(says("HTTP/1.1 200 OK\nContent-Length: 0\n\n")) as (url, _):
-            named = url.with_host("pictures.example")
-            async with AiohttpTransport(resolve) as transport:
-                assert (await transport.send("GET", named)).status == 200
-                assert asked == [("pictures.example", url.port)]
-            async with AiohttpTransport(refuse) as transport:
-                await transport.send("GET", named)
+        async with AiohttpTransport(public=True) as transport:
+            await transport.send("GET", URL("https://pictures.example/a"))
 
-    with pytest.raises(UnsafeAddress, match="private"):
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    with pytest.raises(Unreachable if safe else UnsafeAddress, match="nothing was sent" if safe else "private address"):
         asyncio.run(run())
+    assert set(tried) == (set(found) if safe else set())

@@ -1,95 +1,24 @@
-"""Pictures on their way in: which addresses are read, and what is decoded."""
+"""Pictures on their way in, what is decoded of them, and that they are kept whole or not at all."""
 
 import asyncio
 import base64
 import io
+import os
+import stat
 
 import pytest
 from PIL import Image
-from pulid_sdxl.hosted import download
-from pulid_sdxl.hosted.addresses import Addresses
 from pulid_sdxl.hosted.api import HostedImage
-from pulid_sdxl.hosted.download import Downloader, check_address, decode, decode_data_uri, is_public, public_only
+from pulid_sdxl.hosted.endpoints import Endpoints
+from pulid_sdxl.hosted.errors import BadAnswer, Refused, UnsafeAddress
+from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, as_batches, decode, decode_data_uri
 from pulid_sdxl.hosted.transport import Reply
-from pulid_sdxl.pulid.errors import BadAnswer, Refused, UnsafeAddress
-from yarl import URL
-
-HERE = Addresses(cdn=URL("http://127.0.0.1:5000"))
 
 
 def picture(kind="PNG", size=(6, 4), mode="RGB", color=(10, 200, 30)):
     file = io.BytesIO()
     Image.new(mode, size, color).save(file, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return file.getvalue()
-
-
-# ---- Addresses ----
-
-
-@pytest.mark.parametrize("address", ["8.8.8.8", "151.101.1.1", "2606:4700::1111", "2a00:1450:4001:81b::200e"])
-def test_addresses_of_the_internet_are_public(address):
-    assert is_public(address)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "192.0.2.1",
-        "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1",
-        "fec0::1", "ff02::1", "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::",
-        "2001:0:a00:1::", "2001:db8::1", "100::1",
-    ],
-)  # fmt: skip
-def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://v3.fal.media/a.png",
-        "https://v3.fal.media:8443/a.png",
-        "https://me@v3.fal.media/a.png",
-        "https://10.0.0.1/a.png",
-        "https://[::1]/a.png",
-        "http://127.0.0.1:5001/a.png",
-        "http://localhost:5000/a.png",
-        "ftp://v3.fal.media/a.png",
-        "file:///etc/passwd",
-        "a.png",
-        "//v3.fal.media/a.png",
-    ],
-)
-def test_addresses_that_are_not_safe_are_refused(url):
-    with pytest.raises(UnsafeAddress):
-        check_address(URL(url), HERE)
-
-
-@pytest.mark.parametrize("url", ["https://v3.fal.media/a.png", "https://8.8.8.8/a.png", "http://127.0.0.1:5000/a.png"])
-def test_public_addresses_and_the_configured_storage_are_read(url):
-    assert check_address(URL(url), HERE) == URL(url)
-
-
-@pytest.mark.parametrize(
-    ("host", "port", "found", "safe"),
-    [
-        ("v3.fal.media", 443, ["8.8.8.8", "2606:4700::1"], True),
-        ("v3.fal.media", 443, ["8.8.8.8", "10.0.0.1"], False),
-        ("2130706433", 443, ["127.0.0.1"], False),
-        ("127.0.0.1", 5000, ["127.0.0.1"], True),
-        ("127.0.0.1", 5001, ["127.0.0.1"], False),
-    ],
-)
-def test_every_address_that_a_name_leads_to_must_be_public(host, port, found, safe):
-    async def look_up(host, port):
-        return found
-
-    resolve = public_only(HERE, look_up)
-    if safe:
-        assert asyncio.run(resolve(host, port)) == found
-    else:
-        with pytest.raises(UnsafeAddress, match="private address"):
-            asyncio.run(resolve(host, port))
 
 
 # ---- Fetching ----
@@ -113,7 +42,7 @@ def page(content=b"", status=200, **headers):
 
 
 def fetch(web, name):
-    return asyncio.run(Downloader(web, Addresses()).fetch(f"https://host/{name}"))
+    return asyncio.run(PictureFetcher(web, Endpoints()).fetch(f"https://host/{name}"))
 
 
 def test_redirects_are_followed_a_few_times_without_credentials():
@@ -156,8 +85,8 @@ def test_pictures_that_have_expired_are_said_to_have(status):
         fetch(Web(a=page(status=status)), "a")
 
 
-def pictures(web, *images):
-    return asyncio.run(Downloader(web, Addresses()).pictures(images))
+def pictures(web, *images, **limits):
+    return asyncio.run(PictureFetcher(web, Endpoints(), **limits).fetch_all(images))
 
 
 def test_pictures_come_in_order_and_differences_are_noted():
@@ -166,8 +95,8 @@ def test_pictures_come_in_order_and_differences_are_noted():
 
     found, notes = pictures(
         web,
-        HostedImage("https://host/a", width=6, height=4, file_size=length),
-        HostedImage("https://host/b", width=9, height=2, file_size=1),
+        HostedImage(url="https://host/a", width=6, height=4, file_size=length),
+        HostedImage(url="https://host/b", width=9, height=2, file_size=1),
     )
 
     assert [image.size for image in found] == [(6, 4), (2, 2)]
@@ -177,16 +106,17 @@ def test_pictures_come_in_order_and_differences_are_noted():
 def test_a_picture_inside_the_answer_is_taken_from_there():
     uri = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
 
-    [image], _ = pictures(Web(), HostedImage(uri))
+    [image], _ = pictures(Web(), HostedImage(url=uri))
 
     assert image.getpixel((0, 0)) == (10, 200, 30)
 
 
-def test_one_job_brings_so_much_and_no_more(monkeypatch):
-    monkeypatch.setattr(download, "JOB_BYTES", 2 * len(picture()))
+def test_one_answer_brings_so_much_and_no_more():
+    images, most = [HostedImage(url="https://host/a")] * 3, 2 * len(picture())
 
+    assert len(pictures(Web(a=page(picture())), *images[1:], largest_answer=most)[0]) == 2
     with pytest.raises(BadAnswer, match="together are larger"):
-        pictures(Web(a=page(picture())), *[HostedImage("https://host/a")] * 3)
+        pictures(Web(a=page(picture())), *images, largest_answer=most)
 
 
 # ---- Decoding ----
@@ -221,14 +151,110 @@ def test_a_damaged_picture_is_an_error_and_never_grey(kind, part):
 
 
 def test_the_size_is_checked_before_decoding(monkeypatch):
-    monkeypatch.setattr(download, "LARGEST_PIXELS", 6 * 4 - 1)
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
 
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
-        decode(picture())
+        decode(picture(), largest_pixels=6 * 4 - 1)
 
 
 @pytest.mark.parametrize("uri", ["data:image/png,abc", "data:image/png;base64,***", "data:", "data:;base64,a"])
 def test_a_damaged_data_uri_is_an_error(uri):
     with pytest.raises(BadAnswer):
         decode_data_uri(uri)
+
+
+# ---- Keeping ----
+
+
+def outcome(color="red", count=1, size=(8, 6), request_id="r"):
+    images = tuple(Image.new("RGB", size, color) for _ in range(count))
+    return Outcome(images, "17454220438242315174", request_id, {"seed": "17454220438242315174", "notes": []})
+
+
+def test_what_was_kept_comes_back_the_same(tmp_path):
+    kept = outcome(count=2)
+
+    assert PictureStore(tmp_path / "results").put("r", kept)
+    found = PictureStore(tmp_path / "results").get("r")
+
+    assert [image.tobytes() for image in found.images] == [image.tobytes() for image in kept.images]
+    assert (found.seed, found.request_id, found.info) == (kept.seed, kept.request_id, kept.info)
+
+
+def test_what_was_not_kept_is_none(tmp_path):
+    assert PictureStore(tmp_path).get("r") is None
+
+
+@pytest.mark.parametrize("harm", ["missing", "damaged", "no facts"])
+def test_damaged_files_count_as_none(tmp_path, harm):
+    PictureStore(tmp_path).put("r", outcome())
+    file = tmp_path / "r" / ("outcome.json" if harm == "no facts" else "0.png")
+    file.unlink() if harm == "missing" else file.write_bytes(file.read_bytes()[:20])
+
+    assert PictureStore(tmp_path).get("r") is None
+
+
+def test_a_second_outcome_takes_the_place_of_the_first(tmp_path):
+    results = PictureStore(tmp_path)
+    results.put("r", outcome("red", count=2))
+    results.put("r", outcome("blue"))
+
+    assert [image.getpixel((0, 0)) for image in results.get("r").images] == [(0, 0, 255)]
+
+
+def test_the_ones_not_used_for_longest_go_first(tmp_path):
+    results = PictureStore(tmp_path)
+    results.put("size", outcome())
+    size = sum(file.stat().st_size for file in (tmp_path / "size").iterdir())
+    results = PictureStore(tmp_path / "few", largest=3 * size)
+    for number in range(3):
+        results.put(str(number), outcome())
+        os.utime(tmp_path / "few" / str(number), (number, number))
+    results.get("0")  # used just now
+
+    results.put("3", outcome())
+
+    assert sorted(place.name for place in (tmp_path / "few").iterdir()) == ["0", "2", "3"]
+
+
+def test_the_newest_stays_even_if_it_is_too_large_alone(tmp_path):
+    results = PictureStore(tmp_path, largest=1)
+
+    results.put("r", outcome())
+
+    assert results.get("r") is not None
+
+
+def test_a_disk_that_takes_nothing_costs_no_pictures(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way")
+
+    assert not PictureStore(tmp_path / "file").put("r", outcome())
+    assert "could not be kept" in caplog.text
+
+
+def test_nothing_half_written_is_left(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+
+    assert not PictureStore(tmp_path).put("r", outcome())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_else_can_look_at_the_pictures(tmp_path):
+    PictureStore(tmp_path / "results").put("r", outcome())
+
+    assert stat.S_IMODE((tmp_path / "results").stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"), [([1, 1, 1], [3]), ([1, 2, 2], [1, 2]), ([1, 2, 1], [1, 1, 1]), ([2], [1])]
+)
+def test_pictures_of_one_size_come_together_and_none_is_dropped(sizes, expected):
+    images = [Image.new("RGB", (size, size)) for size in sizes]
+
+    batches = as_batches(images)
+
+    assert [len(batch) for batch in batches] == expected
+    assert [image for batch in batches for image in batch] == images

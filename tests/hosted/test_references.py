@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pulid_sdxl.hosted.storage import Reference, encode, inline, read_lines, unreachable_for_service
+from pulid_sdxl.hosted.references import Reference, encode, inline, read_lines, unreachable_for_service
 from pulid_sdxl.pulid.errors import InputError
 
 

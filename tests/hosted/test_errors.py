@@ -1,15 +1,15 @@
 """What a failure is called: both styles of error body, texts, gateways, and what to do next."""
 
 import json
+import re
 
 import pytest
-from pulid_sdxl.hosted.transport import Reply
-from pulid_sdxl.hosted.wording import Problem, read_failure, reported_failure
+from pulid_sdxl.hosted.errors import Problem, read_failure, reported_failure
 
 
 def failure(status, body=b"", **headers):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return read_failure(Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, content))
+    return read_failure(status, {name.replace("_", "-"): value for name, value in headers.items()}, content)
 
 
 def test_a_list_of_problems_names_the_nodes_inputs():
@@ -19,15 +19,11 @@ def test_a_list_of_problems_names_the_nodes_inputs():
         {"loc": ["body", "prompt"], "msg": "field required", "type": "value_error.missing"},
     ]})  # fmt: skip
 
-    assert [problem.where for problem in found.problems] == [
-        "reference 2",
-        "image_size, width or height.width",
-        "prompt",
-    ]
+    assert [problem.where for problem in found.problems] == ["reference 2", "image_size.width", "prompt"]
     assert found.kinds == {"face_detection_error", "less_than", "value_error.missing"}
     assert found.words("It failed", "abc-1") == (
-        "It failed (HTTP 422). reference 2: no face; image_size, width or height.width: too large; "
-        "prompt: field required. The service found no face there. Use a photograph with a clear, large face. "
+        "It failed (HTTP 422). reference 2: no face; image_size.width: too large; prompt: field required. "
+        "The service found no face there. Use a photograph with a clear, large face. "
         "(request abc-1)"
     )
 
@@ -83,8 +79,6 @@ def test_no_kind_is_none_at_all():
     ],
 )
 def test_every_failure_says_what_to_do_next(status, body, headers, words):
-    import re
-
     assert re.search(words, failure(status, body, **headers).words("It failed"))
 
 

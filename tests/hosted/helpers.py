@@ -1,0 +1,46 @@
+"""A small request and a client that was just started, against the fake service."""
+
+import asyncio
+import time
+from dataclasses import replace
+
+import torch
+from pulid_sdxl.hosted import job as jobs
+from pulid_sdxl.hosted.api import HostedRequest
+from pulid_sdxl.hosted.job import Job
+from pulid_sdxl.hosted.journal import Guard
+from pulid_sdxl.hosted.queue import SubmitOptions
+from pulid_sdxl.hosted.references import encode
+from pulid_sdxl.hosted.service import Watch, open_service
+
+FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
+
+
+def a_job(seed=7, references=None, num_images=1, guard=None, **others):
+    references = tuple(references or [encode(FACE)])
+    digests = tuple(reference.digest for reference in references)
+    request = HostedRequest(digests, "portrait", num_images=num_images, seed=seed, image_size=(32, 48))
+    return Job(request, references, SubmitOptions(), guard or Guard(), run="run", **others)
+
+
+def perform(fal, folder, act=None, watch=None, told=None, change=lambda service: service, **environ):
+    """What `act(service)` gives, a request's pictures unless said otherwise, on a client that was just started."""
+    act = act or (lambda service: jobs.generate(a_job(), service))
+
+    async def run():
+        report = (told if told is not None else []).append
+        async with open_service(fal.environment | environ, folder, watch or Watch(), report) as service:
+            return await act(change(replace(service, poll_seconds=(0.02,))))
+
+    return asyncio.run(run())
+
+
+def generate(fal, folder, job=None, **others):
+    return perform(fal, folder, lambda service: jobs.generate(job or a_job(), service), **others)
+
+
+def wait_until(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)

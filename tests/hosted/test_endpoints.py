@@ -1,0 +1,292 @@
+"""Where requests go, which addresses may be read, where the key comes from, and that it shows nowhere."""
+
+import copy
+import logging
+import os
+import pickle
+
+import pytest
+from pulid_sdxl.hosted import endpoints, job, pictures
+from pulid_sdxl.hosted.endpoints import (
+    BACKUP_QUEUE,
+    HIDDEN,
+    Endpoints,
+    Key,
+    QuietFilter,
+    check_address,
+    find_key,
+    is_public,
+    quieten,
+)
+from pulid_sdxl.hosted.errors import MissingKey, UnsafeAddress
+from yarl import URL
+
+HERE = Endpoints(queue=URL("http://127.0.0.1:5000"), rest=URL("http://127.0.0.1:5001"))
+VALUE = "0d6ef3f2-aaaa-4bbb:0123456789abcdef"
+
+
+def test_without_settings_requests_go_to_fal():
+    assert Endpoints.from_environment({}) == Endpoints(URL("https://queue.fal.run"), URL("https://rest.fal.ai"), None)
+
+
+def test_every_address_can_be_set():
+    names = ("queue", "rest", "proxy")
+
+    found = Endpoints.from_environment({f"PULID_FAL_{name.upper()}_URL": f"https://{name}.example/" for name in names})
+
+    assert {name: str(getattr(found, name)) for name in names} == {name: f"https://{name}.example" for name in names}
+
+
+def test_fals_own_variables_are_honoured_below_ours():
+    host = Endpoints.from_environment({"FAL_RUN_HOST": "fal.example"})
+    both = Endpoints.from_environment({"FAL_RUN_HOST": "fal.example", "FAL_QUEUE_RUN_HOST": "q.example"})
+    ours = Endpoints.from_environment(
+        {"FAL_QUEUE_RUN_HOST": "q.example", "PULID_FAL_QUEUE_URL": "https://ours.example"}
+    )
+
+    assert host.queue == URL("https://queue.fal.example")
+    assert both.queue == URL("https://q.example")
+    assert ours.queue == URL("https://ours.example")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", "http://localhost:1", "http://[::1]:9", "http://127.8.8.8"])
+def test_plain_http_will_do_for_this_machine(url):
+    assert Endpoints.from_environment({"PULID_FAL_QUEUE_URL": url}).queue == URL(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://fal.run",
+        "http://192.168.0.2",
+        "http://127.0.0.1.example.com",
+        "ftp://fal.run",
+        "fal.run",
+        "https://",
+        "https://me:word@fal.run",
+        "https://fal.run?a=b",
+        "https://fal.run:port",
+    ],
+)
+def test_an_address_that_is_not_safe_is_refused_and_not_repeated(url):
+    with pytest.raises(UnsafeAddress, match="PULID_FAL_REST_URL is not an address that a key may be sent to") as caught:
+        Endpoints.from_environment({"PULID_FAL_REST_URL": url})
+    assert url not in str(caught.value).replace("https://host", "")
+
+
+def test_the_key_may_go_to_queue_and_rest_alone():
+    found = Endpoints()
+
+    for url in ("https://queue.fal.run/a", "https://rest.fal.ai/c", "https://queue.falrun.com/d"):
+        assert found.may_see_key(URL(url))
+    for url in (
+        "https://fal.run/b",
+        "https://v3.fal.media/a",
+        "http://queue.fal.run/a",
+        "https://queue.fal.run:444/a",
+        "https://queue.fal.run.example.com",
+    ):
+        assert not found.may_see_key(URL(url))
+
+
+def test_no_key_goes_anywhere_through_a_proxy():
+    found = Endpoints(proxy=URL("https://proxy.example"))
+
+    assert not found.may_see_key(URL("https://queue.fal.run"))
+    assert not found.may_see_key(URL("https://proxy.example"))
+
+
+def test_the_backup_address_belongs_to_fals_own_queue_alone():
+    assert Endpoints().backup_queue == BACKUP_QUEUE
+    assert Endpoints(queue=URL("https://other.example")).backup_queue is None
+    assert Endpoints(proxy=URL("https://proxy.example")).backup_queue is None
+
+
+# ---- Addresses that others name ----
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "151.101.1.1", "2606:4700::1111", "2a00:1450:4001:81b::200e"])
+def test_addresses_of_the_internet_are_public(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "192.0.2.1",
+        "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1",
+        "fec0::1", "ff02::1", "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::",
+        "2001:0:a00:1::", "2001:db8::1", "100::1",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://v3.fal.media/a.png",
+        "https://v3.fal.media:8443/a.png",
+        "https://me@v3.fal.media/a.png",
+        "https://10.0.0.1/a.png",
+        "https://[::1]/a.png",
+        "http://127.0.0.2:5001/a.png",
+        "http://localhost:5000/a.png",
+        "ftp://v3.fal.media/a.png",
+        "file:///etc/passwd",
+        "a.png",
+        "//v3.fal.media/a.png",
+        "https://[",
+    ],
+)
+def test_addresses_that_are_not_safe_are_refused(url):
+    with pytest.raises(UnsafeAddress):
+        check_address(url, HERE)
+
+
+@pytest.mark.parametrize("url", ["https://v3.fal.media/a.png", "https://8.8.8.8/a.png", "http://127.0.0.1:9/a.png"])
+def test_public_addresses_are_read_and_a_storage_beside_a_service_on_this_machine(url):
+    assert check_address(url, HERE) == URL(url)
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [Endpoints(), Endpoints(queue=HERE.queue), Endpoints(rest=HERE.rest), Endpoints(proxy=URL("http://127.0.0.1:9"))],
+)
+def test_nothing_on_this_machine_is_read_for_a_service_that_is_elsewhere(elsewhere):
+    with pytest.raises(UnsafeAddress):
+        check_address("http://127.0.0.1:9/a.png", elsewhere)
+
+
+# ---- The key ----
+
+
+def key_file(folder, text, mode=0o600):
+    path = folder / "fal.toml"
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def found(environ, file):
+    return find_key(environ, file).header["Authorization"]
+
+
+def test_fal_key_comes_first_then_the_pair_then_the_file(tmp_path):
+    file = key_file(tmp_path, 'FAL_KEY = "from:file"')
+    pair = {"FAL_KEY_ID": "from", "FAL_KEY_SECRET": "pair"}
+
+    assert found({"FAL_KEY": "from:variable", **pair}, file) == "Key from:variable"
+    assert found(pair, file) == "Key from:pair"
+    assert found({}, file) == "Key from:file"
+
+
+@pytest.mark.parametrize("text", ["FAL_KEY=a:b", " FAL_KEY = 'a:b' \n", '# mine\nFAL_KEY = "a:b"  # really\n'])
+def test_the_file_has_a_line_as_in_toml(tmp_path, text):
+    assert found({}, key_file(tmp_path, text)) == "Key a:b"
+
+
+def test_another_file_can_be_named(tmp_path):
+    (tmp_path / "own").mkdir()
+    own = key_file(tmp_path / "own", "FAL_KEY=own:file")
+
+    assert found({"PULID_FAL_KEY_FILE": str(own)}, key_file(tmp_path, "FAL_KEY=a:b")) == "Key own:file"
+
+
+@pytest.mark.parametrize("nothing", ["", "  \n", "YOUR_FAL_KEY", " YOUR_API_KEY "])
+def test_a_placeholder_hides_no_key_that_comes_after_it(tmp_path, nothing):
+    assert found({"FAL_KEY": nothing}, key_file(tmp_path, "FAL_KEY=a:b")) == "Key a:b"
+    assert found({"FAL_KEY": "a:b"}, key_file(tmp_path, "FAL_KEY=YOUR_FAL_KEY")) == "Key a:b"
+
+
+def test_white_space_around_a_key_is_no_part_of_it_and_a_colon_is_not_needed(tmp_path):
+    assert found({"FAL_KEY": f" {VALUE}\n"}, tmp_path / "none") == f"Key {VALUE}"
+    assert found({"FAL_KEY": "withoutcolon"}, tmp_path / "none") == "Key withoutcolon"
+
+
+def test_no_key_is_said_with_the_variable_and_the_file_but_no_private_path(tmp_path):
+    file = tmp_path / "someone" / "user" / "__pulid" / "fal.toml"
+
+    with pytest.raises(MissingKey, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
+        find_key({"FAL_KEY_ID": "half"}, file)
+    assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["a:b\r\nX-Evil: 1", "a:b c", "a:\x07b", "schlüssel:b"])
+def test_a_key_with_control_characters_is_refused_without_being_shown(value, tmp_path):
+    with pytest.raises(MissingKey, match="characters that no key has") as caught:
+        find_key({"FAL_KEY": value}, tmp_path / "none")
+    assert value not in str(caught.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o606])
+def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
+    with pytest.raises(MissingKey, match="chmod 600"):
+        find_key({}, key_file(tmp_path, f"FAL_KEY={VALUE}", mode))
+
+
+def test_a_key_file_that_is_no_text_is_named(tmp_path):
+    file = key_file(tmp_path, "")
+    file.write_bytes(b"\xff\xfe")
+
+    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+        find_key({}, file)
+
+
+def test_a_key_shows_nowhere_but_in_its_header():
+    key = Key(VALUE)
+
+    shown = f"{key} {key!r} {[key]} {key.account} {vars(Key).keys()}"
+    assert not any(part in shown for part in VALUE.split(":"))
+    for write in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="never written"):
+            write(key)
+    assert key.header == {"Authorization": f"Key {VALUE}"}
+
+
+def test_accounts_differ_by_the_id_of_the_key():
+    assert Key("me:one").account == Key("me:two").account != Key("you:one").account
+
+
+def test_text_loses_the_key_and_its_parts():
+    key_id, secret = VALUE.split(":")
+
+    assert Key(VALUE).hide(f"[{VALUE}] [{key_id}] [{secret}]") == f"[{HIDDEN}] [{HIDDEN}] [{HIDDEN}]"
+    assert Key("a:b").hide("a bad word") == "a bad word"  # short parts are no secret, and hiding them hides words
+
+
+@pytest.mark.parametrize("name", [job.logger.name, pictures.logger.name, "aiohttp.client", "asyncio"])
+def test_no_logger_writes_the_key(caplog, name):
+    quieten(Key(VALUE))
+    try:
+        with caplog.at_level(logging.DEBUG):
+            logging.getLogger(name).warning("sent %s", {"Authorization": f"Key {VALUE}"})
+            logging.getLogger(name).error("Authorization: Bearer %s", "other-token-of-somebody")
+            try:
+                raise ValueError(VALUE)
+            except ValueError:
+                logging.getLogger(name).exception("failed")
+    finally:
+        forget()
+
+    assert "failed" in caplog.text and "ValueError" in caplog.text
+    assert not any(part in caplog.text for part in (*VALUE.split(":"), "other-token"))
+
+
+def test_a_logger_keeps_one_filter_however_many_runs_there_are():
+    for number in range(3):
+        quieten(Key(f"key{number}:secret"))
+    try:
+        filters = [f for f in logging.getLogger("asyncio").filters if isinstance(f, QuietFilter)]
+    finally:
+        forget()
+    assert len(filters) == 1
+
+
+def forget():
+    for name in endpoints.LOGGERS:
+        logger = logging.getLogger(name)
+        for known in [known for known in logger.filters if isinstance(known, QuietFilter)]:
+            logger.removeFilter(known)
