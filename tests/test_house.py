@@ -159,3 +159,16 @@ def test_what_run_py_takes_from_the_pack_needs_no_more():
     modules = {"pulid_sdxl.models.inventory", "pulid_sdxl.models.doctor", "pulid_sdxl.tools.develop", *taken}
     code = "\n".join(f"import {module}" for module in sorted(modules))
     assert in_a_process(f"{code}\nprint('fine')", "-I", "-S") == "fine\n"
+
+
+def test_contributing_answers_twenty_questions_truly():
+    """Every file and every name in it that the table of CONTRIBUTING.md gives is there."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+\?) \| (.+) \|$", text, re.MULTILINE)
+    assert len(rows) >= 20 and len(text.splitlines()) <= 300
+    for question, answer in rows:
+        paths = re.findall(r"`((?:pulid|models|hosted|nodes|locales)/[\w./]+)`", answer)
+        assert paths, question
+        found = "".join((ROOT / path).read_text(encoding="utf-8") for path in paths)
+        names = re.findall(r"`(\w+)`", answer)
+        assert [name for name in names if not re.search(rf"\b{name}\b", found)] == [], question
