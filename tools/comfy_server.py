@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +42,11 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
+def hear_interrupts() -> None:
+    """In a new process: Ctrl-C counts, even where a shell started all of this in the background and ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class ComfyServer:
     """A context manager; leaving it ends the process, whatever happened.
 
@@ -73,7 +79,12 @@ class ComfyServer:
         command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=self.base, env=self.environment
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self.base,
+                env=self.environment,
+                preexec_fn=None if os.name == "nt" else hear_interrupts,
             )
         try:
             self._wait()
