@@ -88,8 +88,8 @@ class PulidLoader(io.ComfyNode):
         with advised(folders):
             notes = fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
             path = folders.find(pulid_file, like=catalogue.V1_1)
-            weights = load_weights(path)
-            tower = load_tower(folders.find(eva_clip, like=catalogue.EVA_CLIP))
+            tower_path = folders.find(eva_clip, like=catalogue.EVA_CLIP)  # before a gigabyte is read in vain
+            weights, tower = load_weights(path), load_tower(tower_path)
             analyzer, about_faces = _face_analyzer(provider, folders)
         notes += [f"PuLID {weights.version}, {path.name}.", *about_faces]
         host.say("\n".join(notes))

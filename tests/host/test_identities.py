@@ -205,3 +205,18 @@ def test_the_model_browser_of_comfyui_shows_the_faces(server):
     difference = np.asarray(picture).astype(int) - identity().preview[0].numpy()
     assert picture.size == (128, 128)
     assert np.abs(difference).mean() < 40  # it comes as lossy WebP, and noise is hard on that
+
+
+def test_a_file_that_is_gone_has_no_state_and_another_in_its_place_another(folders):
+    save()
+    name = "anna_00001_.safetensors"
+    before = PulidLoadIdentity.fingerprint_inputs(name)
+    assert PulidLoadIdentity.fingerprint_inputs(name) == before
+
+    path = folders / "output" / "pulid_identities" / name
+    os.utime(path, (0, 0))
+    assert PulidLoadIdentity.fingerprint_inputs(name) == before  # it goes by content
+    path.unlink()
+    assert PulidLoadIdentity.fingerprint_inputs(name) is None
+    save(tokens=20)
+    assert PulidLoadIdentity.fingerprint_inputs(name) not in (None, before)

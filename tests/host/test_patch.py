@@ -2,6 +2,7 @@
 
 import gc
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -342,6 +343,28 @@ class TestComposition:
         lora_first = sample(apply(before, pulid, identity))
         assert torch.equal(lora_first, sample(after))
         assert not torch.allclose(lora_first, sample(apply(model, pulid, identity)), atol=1e-4)
+
+    def test_threads_share_a_patch_without_meeting(self, model, pulid, identity):
+        patched = apply(model, pulid, identity, start_at=0.1, attn_mask=torch.rand(1, 32, 32))
+        on = patched.model_options["transformer_options"]["patches_replace"]["attn2"][("middle", 0, 0)]
+        channels = WIDTHS[-1]
+
+        def work(number):
+            with torch.inference_mode():
+                generator = torch.Generator().manual_seed(number)
+                q, k, v = torch.randn(3, 2, 24, channels, generator=generator)
+                options = {
+                    "n_heads": channels // 64,
+                    "cond_or_uncond": [number % 2, 1 - number % 2],
+                    "sigmas": torch.full((2,), 1.0 + number),
+                    "activations_shape": [2, channels, 4, 6],
+                }
+                return on(q, k, v, options)
+
+        alone = [work(number) for number in range(8)]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(work, range(8)))
+        assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
     def test_a_clone_holds_no_copies_of_tensors(self, model, pulid, identity):
         patched = apply(model, pulid, identity)

@@ -13,7 +13,7 @@ import pytest
 import skimage.data
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as bindings
-from pulid_sdxl.models import face_networks
+from pulid_sdxl.models import face_networks, onnx_providers
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer, MissingFaceNetworks
 from pulid_sdxl.models.onnx_providers import available_providers
 from pulid_sdxl.pulid import faces
@@ -384,3 +384,10 @@ def test_a_provider_that_is_not_offered_is_refused_in_words(monkeypatch, choice)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(InputError, match=f"does not offer '{choice}'; it offers: CPU"):
         available_providers(choice)
+
+
+def test_trying_a_provider_logs_errors_and_what_is_fatal(monkeypatch):
+    asked, make = [], onnxruntime.SessionOptions
+    monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: asked.append(make()) or asked[-1])
+    onnx_providers.provider_in_use(["CPUExecutionProvider"])
+    assert [one.log_severity_level for one in asked] == [3]  # ONNX Runtime's ERROR; 4 is FATAL

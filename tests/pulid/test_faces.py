@@ -7,6 +7,8 @@ import pytest
 import torch
 from pulid_sdxl.pulid import faces
 from pulid_sdxl.pulid.errors import InputError, MissingPackage, NoFaceError
+from pulid_sdxl.tools.conformance import FOLDER
+from safetensors.torch import load_file
 
 
 def face_at(x, y, width=40, height=50, score=0.9):
@@ -298,3 +300,13 @@ def test_without_opencv_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingPackage, match="-m pip install --upgrade opencv-python"):
         faces.align(np.zeros((64, 64, 3), np.uint8), faces.CROP_LANDMARKS)
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"THE AUTHORS' NUMBERS ARE NOT CHECKED: no {FOLDER}")
+def test_alignment_is_the_authors_to_the_last_bit():
+    reference = load_file(FOLDER / "alignment.safetensors")
+    landmarks = reference["landmarks"].numpy()
+    photo = np.ascontiguousarray(reference["image_bgr_u8"].numpy()[..., ::-1])
+
+    assert np.array_equal(faces.alignment(landmarks), reference["affine"].numpy())
+    assert np.array_equal(faces.align(photo, landmarks)[..., ::-1], reference["crop_bgr_u8"].numpy())
