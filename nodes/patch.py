@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
-from ..pulid.attention import Fusion, HeadKV, Sampling, SiteKV, fuse, mask_to_tokens
+from ..pulid.attention import Fuse, Fusion, HeadKV, Sampling, SiteKV, fuse_for, mask_to_tokens
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from .host import cross_attention
@@ -63,6 +63,18 @@ class AttentionPatch:
     mask: TokenMask | None = None
     base: Replacement | None = None
     added: list[tuple[Callable, dict]] = field(default_factory=list)
+    _ways: dict[tuple, tuple[HeadKV, Fuse]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._ways = {(self.kv.keys.device, self.kv.keys.dtype): (self.kv, fuse_for(self.kv))}
+
+    def _way(self, q: Tensor) -> tuple[HeadKV, Fuse]:
+        """Keys and values like q, converted once where a model computes in another dtype than it said or elsewhere."""
+        where = q.device, q.dtype
+        if where not in self._ways:
+            kv = self.kv.to(q)
+            self._ways[where] = kv, fuse_for(kv)
+        return self._ways[where]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         if self.base is not None:
@@ -72,7 +84,7 @@ class AttentionPatch:
                 q, k, v, extra_options["n_heads"],
                 attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options,
             )  # fmt: skip
-        kv = self.kv.to(q)
+        kv, fuse = self._way(q)
         strength = None
         if self.schedule is not None:
             strength = self.schedule.strength(extra_options["sigmas"].flatten()[0]).to(q.dtype)

@@ -42,6 +42,7 @@ MODES = {  # name in the files: fusion, zero tokens
     "none": (Fusion.PLAIN, 0),
 }
 SHARED_MODES = {"fidelity": (Fusion.SHARED_V2, 8), "style": (Fusion.ORTHOGONAL, 16), "neutral": (Fusion.PLAIN, 0)}
+Attend = Callable[..., Tensor]  # attention.fuse, or what stands in for it
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def relative(ours: Tensor, reference: Tensor) -> float:
 class Reference:
     """A folder of reference vectors."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, device: str = "cpu"):
+        self.folder, self.device = folder, device
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.folder / f"{name}.safetensors")
+        return load_file(self.folder / f"{name}.safetensors", self.device)
 
     def json(self, name: str) -> dict:
         return json.loads((self.folder / f"{name}.json").read_text())
@@ -148,7 +149,7 @@ def _site_kv(site: Mapping[str, Tensor], tokens: Tensor) -> SiteKV:
     return projections.project(tokens)[0]
 
 
-def attention_official(reference: Reference) -> Iterator[Line]:
+def attention_official(reference: Reference, attend: Attend = fuse) -> Iterator[Line]:
     site = reference.tensors("attention_official")
     heads = int(site["heads"])
     base = _host_attention(site, heads)
@@ -159,11 +160,11 @@ def attention_official(reference: Reference) -> Iterator[Line]:
         _, mode, tokens, scale = name.split(".", 3)
         fusion, zero_tokens = MODES[mode]
         kv = _site_kv(site, site[f"tokens.{tokens}"]).prepare(heads, zero_tokens, float(scale.removeprefix("scale_")))
-        out = fuse(site["q"], base, kv, range(len(base)), fusion)
+        out = attend(site["q"], base, kv, range(len(base)), fusion)
         yield Line(f"attention, {name.removeprefix('out.')}", relative(out, expected), TOLERANCE)
 
 
-def attention_shared_workflows(reference: Reference) -> Iterator[Line]:
+def attention_shared_workflows(reference: Reference, attend: Attend = fuse) -> Iterator[Line]:
     site = reference.tensors("attention_shared_workflows")
     heads = int(site["heads"])
     base = _host_attention(site, heads)
@@ -175,7 +176,7 @@ def attention_shared_workflows(reference: Reference) -> Iterator[Line]:
     for mode, (fusion, zero_tokens) in SHARED_MODES.items():
         kv = _site_kv(site, torch.cat((site["cond"], site["uncond"]))).prepare(heads, zero_tokens, 0.8)
         for name, where in ((f"out.{mode}", None), (f"out.{mode}.mask", mask)):
-            out = fuse(site["q"], base, kv, negative_first, fusion, mask=where)
+            out = attend(site["q"], base, kv, negative_first, fusion, mask=where)
             yield Line(f"shared workflows, {name.removeprefix('out.')}", relative(out, site[name]), TOLERANCE)
 
 

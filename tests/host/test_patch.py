@@ -28,7 +28,7 @@ from comfy_extras.nodes_sag import SelfAttentionGuidance
 from pulid_sdxl.nodes import apply as apply_node
 from pulid_sdxl.nodes import host, patch
 from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
-from pulid_sdxl.pulid.attention import IdProjections
+from pulid_sdxl.pulid.attention import IdProjections, fuse
 from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
 from pulid_sdxl.pulid.identity import IdEmbedding
@@ -248,13 +248,13 @@ class TestSchedule:
 
 class TestMasks:
     def test_the_grid_is_the_sites_own_for_odd_sizes_too(self, model, pulid, identity, monkeypatch):
-        seen, fuse = {}, patch.fuse
+        seen = {}
 
         def recording(q, base, kv, rows, fusion, strength, mask):
             seen[q.shape[1]] = mask
             return fuse(q, base, kv, rows, fusion, strength, mask)
 
-        monkeypatch.setattr(patch, "fuse", recording)
+        monkeypatch.setattr(patch, "fuse_for", lambda kv: recording)
         top = torch.zeros(1, 33, 10)
         top[:, :11] = 1  # the upper third
         sample(apply(model, pulid, identity, attn_mask=top), height=33, width=13)
@@ -457,13 +457,13 @@ def unknown_guider(model, **branches):
 @pytest.fixture
 def rows_seen(monkeypatch):
     """The rows of every call of fuse."""
-    seen, fuse = [], patch.fuse
+    seen = []
 
     def recording(q, base, kv, rows, *args):
         seen.append(rows)
         return fuse(q, base, kv, rows, *args)
 
-    monkeypatch.setattr(patch, "fuse", recording)
+    monkeypatch.setattr(patch, "fuse_for", lambda kv: recording)
     return seen
 
 
