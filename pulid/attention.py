@@ -213,8 +213,8 @@ def _projected_share(base: Tensor, attention: Tensor, values: Tensor) -> Tensor:
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
-    """(B, N, C) -> (B, 1, C) float32, summed over N in float32 without a float32 copy of x."""
-    if x.dtype == torch.float32:
+    """(B, N, C) -> (B, 1, C), summed over N in float32, or float64 for such an x, without a float32 copy of it."""
+    if x.dtype in (torch.float32, torch.float64):
         return x.square().sum(dim=1, keepdim=True)  # many times faster than vector_norm on a CPU
     return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .attention import FACE_TOKENS, TINY, Fusion, HeadKV
 
-BLOCK = 128  # positions that one program works on
+BLOCK, WARPS = 128, 4  # positions that one program works on, and by how many warps
 TABLE = 32  # blocks whose sums are added up at a time
 WIDTHS = (16, 32, 64, 128)  # of a head
 MOST_TOKENS = 128
@@ -174,7 +174,7 @@ def fuse(
     steps = kv.keys.stride()[:3]
     assert steps == kv.values.stride()[:3] and kv.keys.stride(3) == kv.values.stride(3) == 1
     which = _on(q.device, tuple(rows))
-    sizes = {"H": heads, "D": width, "T": max(16, triton.next_power_of_2(tokens)), "BLOCK": BLOCK}
+    sizes = {"H": heads, "D": width, "T": max(16, triton.next_power_of_2(tokens)), "BLOCK": BLOCK, "num_warps": WARPS}
     out, table, elsewhere = torch.empty_like(base), None, None
     if fusion is not Fusion.PLAIN:
         table = q.new_empty((2, batch, blocks, channels), dtype=torch.float32)

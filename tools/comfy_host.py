@@ -1,4 +1,4 @@
-"""A real ComfyUI in this process, on the CPU: for the tests, the conformance run and the bench."""
+"""A real ComfyUI in this process, on the CPU unless asked otherwise: for tests, the conformance run and the bench."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 
-def enter(path: Path | str, *arguments: str) -> None:
+def enter(path: Path | str, *arguments: str, device: str = "cpu") -> None:
     """Make the ComfyUI in this folder importable, as its own main.py would start it. Once per process."""
     path = str(Path(path).expanduser().resolve())
     if "comfy" in sys.modules:
@@ -20,7 +20,7 @@ def enter(path: Path | str, *arguments: str) -> None:
             raise RuntimeError(f"This process already holds the ComfyUI of {sys.modules['comfy'].__path__[0]}.")
         return
     sys.path.insert(0, path)
-    rest, sys.argv[1:] = sys.argv[1:], ["--cpu", *arguments]
+    rest, sys.argv[1:] = sys.argv[1:], [*(["--cpu"] if device == "cpu" else []), *arguments]
     import comfy.options
 
     comfy.options.enable_args_parsing()
@@ -51,8 +51,13 @@ SDXL_CONFIG = {
 }
 
 
-def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int | None = 0) -> "ModelPatcher":
-    """A MODEL with SDXL's UNet at this width (320 is the real one), weights drawn from `seed`, left alone if None."""
+def sdxl(
+    model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int | None = 0, device: str = "cpu"
+) -> "ModelPatcher":
+    """A MODEL with SDXL's UNet at this width (320 is the real one), weights drawn from `seed`, left alone if None.
+
+    device  where it computes; its weights are made there, and rest on the CPU when the host wants that
+    """
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
@@ -60,7 +65,7 @@ def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int
     config = comfy.supported_models.SDXL({**SDXL_CONFIG, "model_channels": model_channels, "dtype": dtype})
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         config.set_inference_dtype(dtype, torch.float32)
-    network = config.get_model({}, "", device=torch.device("cpu")).eval()
+    network = config.get_model({}, "", device=torch.device(device)).eval()
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -72,8 +77,8 @@ def sdxl(model_channels: int = 64, dtype: torch.dtype = torch.float32, seed: int
                     values = 0.1 * values + name.endswith("weight")
                 parameter.copy_(values)
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    cpu = torch.device("cpu")
-    return patcher(network.requires_grad_(False), load_device=cpu, offload_device=cpu)
+    there, cpu = (torch.device(name) for name in (device, "cpu"))
+    return patcher(network.requires_grad_(False), load_device=there, offload_device=cpu)
 
 
 def load_diffusers_state(model: "ModelPatcher", state: Mapping[str, torch.Tensor]) -> None:

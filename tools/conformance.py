@@ -63,8 +63,8 @@ def relative(ours: Tensor, reference: Tensor) -> float:
     """Largest error over the reference's standard deviation; infinite where the shapes differ."""
     if ours.shape != reference.shape:
         return float("inf")
-    reference = reference.double()
-    return ((ours.double() - reference).abs().max() / reference.std()).item()
+    ours, reference = ours.cpu().double(), reference.cpu().double()
+    return ((ours - reference).abs().max() / reference.std()).item()
 
 
 class Reference:

@@ -18,14 +18,19 @@ if TYPE_CHECKING:
 
 def model_of(whole: UnetReference) -> "ModelPatcher":
     """A MODEL with the reference's weights."""
-    model = comfy_host.sdxl(whole.config["block_out_channels"][0], seed=None)
+    device = whole.vectors["x"].device.type
+    model = comfy_host.sdxl(whole.config["block_out_channels"][0], seed=None, device=device)
     comfy_host.load_diffusers_state(model, whole.state)
     return model
 
 
 def run(model: "ModelPatcher", vectors: dict[str, Tensor]) -> Tensor:
     """One pass of the UNet as the host's sampling makes it: options of the model, negative row first."""
-    options = {**model.model_options["transformer_options"], "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)}
+    options = {
+        **model.model_options["transformer_options"],
+        "cond_or_uncond": [1, 0],
+        "sigmas": torch.ones(1).to(vectors["x"]),
+    }
     return model.model.diffusion_model(
         vectors["x"], vectors["timesteps"], context=vectors["context"], y=vectors["y"], transformer_options=options
     )

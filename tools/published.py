@@ -28,3 +28,17 @@ def published(
         return (base32 + weight * (attended32 - projection)).to(q.dtype)
     share = (query @ key.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)[:, :, :5].sum(dim=-1, keepdim=True)
     return (base32 + weight * (attended32 + (share - 1) * projection)).to(q.dtype)
+
+
+def most_used(
+    q: Tensor, base: Tensor, tokens: Tensor, to_k: Tensor, to_v: Tensor, heads: int, zero_tokens: int, weight: float
+) -> Tensor:
+    """`published` in ortho_v2 as the pack of older shared workflows computes it: m is one number per image."""
+    tokens = torch.cat((tokens, tokens.new_zeros(len(tokens), zero_tokens, tokens.shape[-1])), dim=1)
+    keys, values = F.linear(tokens, to_k).to(q.dtype), F.linear(tokens, to_v).to(q.dtype)
+    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, keys, values))
+    attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).float()
+    base32 = base.float()
+    share = (q @ keys.transpose(-2, -1)).softmax(dim=-1).mean(dim=1, keepdim=True)[:, :, :5].sum(dim=-1, keepdim=True)
+    projection = (base32 * attended).sum(-2, keepdim=True) / (base32 * base32).sum(-2, keepdim=True) * base32
+    return (base32 + weight * (attended + (share - 1) * projection)).to(q.dtype)
