@@ -224,3 +224,10 @@ def test_a_person_cut_out_of_a_group_is_found_in_it(analyzer, group, person):
     x, y = (SHRUNK * value for value in MIDDLES[person])
     assert columns.min() < x < columns.max() < columns.min() + 120
     assert rows.min() < y < rows.max() < rows.min() + 160
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_a_group_compared_with_itself_is_as_alike_as_can_be(analyzer, group):
+    out = PulidFaceSimilarity.execute(loaded_with(analyzer), group, torch.cat((group, torch.zeros_like(group))))
+    assert out.args[0] == pytest.approx(1, abs=1e-4)
+    assert out.args[1] == "Picture 1 of 2: 1.000, the best of 6 faces\nPicture 2 of 2: no face, no score"

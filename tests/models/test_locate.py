@@ -13,6 +13,7 @@ from pulid_sdxl.models import catalogue, doctor, inventory, locate
 from pulid_sdxl.models.locate import ModelFolders
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, InputError, MissingWeights
 from pulid_sdxl.tools import ROOT, readme
+from pulid_sdxl.tools.fakes.damage import damages
 from pulid_sdxl.tools.fakes.folders import folders_below
 
 
@@ -153,12 +154,12 @@ def unpack(models, zipped, **published):
     locate.unpack_antelopev2(folders_below(models), SMALL, record)
 
 
-def make_zip(path, recogniser=RECOGNISER):
+def make_zip(path, recogniser=RECOGNISER, inside="antelopev2/"):
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("antelopev2/scrfd_10g_bnkps.onnx", DETECTOR)
-        packed.writestr("antelopev2/glintr100.onnx", recogniser)
-        packed.writestr("antelopev2/genderage.onnx", b"not needed")
+        packed.writestr(f"{inside}scrfd_10g_bnkps.onnx", DETECTOR)
+        packed.writestr(f"{inside}glintr100.onnx", recogniser)
+        packed.writestr(f"{inside}genderage.onnx", b"not needed")
     return path
 
 
@@ -202,6 +203,19 @@ def test_a_zip_that_is_not_as_published_gives_nothing(tmp_path, zipped, verdict)
     with pytest.raises(DamagedWeights, match=r"models.antelopev2\.zip is not the zip that was published: .*instead of"):
         unpack(tmp_path, zipped, **verdict)
 
+    assert everything(tmp_path) == before
+
+
+def test_no_zip_but_the_published_one_is_opened(tmp_path, zipped):
+    """Damaged, or made to fill the disk or to write elsewhere, and put there by hand under the published name."""
+    whole, before = zipped.read_bytes(), everything(tmp_path)
+    published = {"size": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
+    harmful = [make_zip(zipped, bytes(1 << 28)).read_bytes(), make_zip(zipped, inside="../../../").read_bytes()]
+
+    for content in (*harmful, *damages(whole, 300)):
+        zipped.write_bytes(content)
+        with pytest.raises(DamagedWeights, match=r"models.antelopev2\.zip is not the zip that was published"):
+            unpack(tmp_path, zipped, **published)
     assert everything(tmp_path) == before
 
 

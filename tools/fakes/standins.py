@@ -23,7 +23,7 @@ from ...pulid.eva import EvaConfig, EvaVisionTower, rotary_table
 from ...pulid.sites import SITES, file_index
 
 PulidLayout = Literal["v1-converted", "v1-published", "v1.1"]
-EvaLayout = Literal["published", "timm"]
+EvaLayout = Literal["published", "open_clip", "timm"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 SDXL_WIDTHS = tuple(site.channels for site in SITES)
@@ -78,15 +78,15 @@ def make_pulid(
 def make_eva(
     path: Path, layout: EvaLayout = "published", small: bool = False, dtype: torch.dtype = torch.float16, seed: int = 0
 ) -> Path:
-    """Write an EVA02-CLIP file: with timm's names as safetensors, as published a pickle with a text tower.
+    """Write an EVA02-CLIP file: a pickle with a text tower as published; timm's safetensors, with one from open_clip.
 
     small  a tower of width 64 for images of 56 pixels instead of EVA02-CLIP-L/14-336
     """
     state = eva_state(layout, small, dtype, seed)
-    if layout == "timm":
-        save_file(state, path)
-    else:
+    if layout == "published":
         torch.save(state, path)
+    else:
+        save_file(state, path)
     return Path(path)
 
 
@@ -113,12 +113,15 @@ def eva_state(
     tower = random_state({name: shape for name, shape in shapes.items() if "rope" not in name}, dtype, seed)
     if layout == "timm":
         return tower
+    text = random_state(_text_shapes(*(SMALL_TEXT if small else FULL_TEXT), config.embed_dim), dtype, seed)
+    if layout == "open_clip":
+        return {f"visual.trunk.{name}": tensor for name, tensor in tower.items()} | text
     tables = rotary_table(config.grid, config.width // config.heads, config.rope_grid)
     rope = {"freqs_cos": tables[0].to(dtype), "freqs_sin": tables[1].to(dtype)}  # shared by all places, as published
     places = ["rope", *(f"blocks.{block}.attn.rope" for block in range(config.depth))]
     state = {f"visual.{_published(name)}": tensor for name, tensor in tower.items()}
     state |= {f"visual.{place}.{part}": table for place in places for part, table in rope.items()}
-    return state | random_state(_text_shapes(*(SMALL_TEXT if small else FULL_TEXT), config.embed_dim), dtype, seed)
+    return state | text
 
 
 def random_state(shapes: Shapes, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
