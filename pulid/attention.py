@@ -69,7 +69,7 @@ class SiteKV:
             counts = F.pad(counts, (0, 1), value=math.log(zero_tokens))
         keys, values = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (keys, values))  # (rows, heads, T, dim)
         counts = counts.unsqueeze(-1)
-        return HeadKV(keys, values, counts, counts * (1 - keys.shape[-1] ** 0.5))
+        return HeadKV(keys, values, counts, counts * (1 - keys.shape[-1] ** 0.5), zero_tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +80,14 @@ class HeadKV:
     values      (rows, heads, T, dim), weighted
     log_counts  (T, 1) logarithm of how many times each token counts in the softmax; added to scaled logits
     unscaling   (T, 1) added to scaled logits times 1 / scale, it gives unscaled logits plus log_counts
+    zero_tokens how many tokens the last one stands for; with 0 it is one of the identity's own
     """
 
     keys: Tensor
     values: Tensor
     log_counts: Tensor
     unscaling: Tensor
+    zero_tokens: int
 
     @property
     def rows(self) -> int:
@@ -100,7 +102,7 @@ class HeadKV:
         return self.keys, self.values, self.log_counts, self.unscaling
 
     def to(self, *args: Any, **kwargs: Any) -> "HeadKV":
-        return HeadKV(*(t.to(*args, **kwargs) for t in self._tensors))
+        return HeadKV(*(t.to(*args, **kwargs) for t in self._tensors), self.zero_tokens)
 
 
 class IdProjections(nn.Module):

@@ -1,8 +1,8 @@
 """`pulid.attention.fuse` as two Triton kernels a site: the first sums over positions, the second writes the output.
 
 q and base are read twice and the output is written once; nothing as large as an image's activations lies in between.
-Both kernels compute the attention, since reading q again costs less than keeping what came of it. Sums go from each
-block of positions into a small table and from there in a fixed order: the same input gives the same picture to the bit.
+Both kernels compute the attention, since reading q again costs less than keeping what came of it. Sums go through a
+small table and from there in a fixed order: the same input gives the same picture to the bit.
 
 `fuse` in attention.py is the definition; `fuse_for` there says where this one stands in for it.
 """
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import FACE_TOKENS, TINY, Fusion, HeadKV
+from .attention import FACE_TOKENS, Fusion, HeadKV
 
-BLOCK, WARPS = 128, 4  # positions that one program works on, and by how many warps
-TABLE = 32  # blocks whose sums are added up at a time
+BLOCK, WARPS = 64, 4  # positions that a program works on at a time, and by how many warps
+TABLE = 16  # rows of the table of sums: a program of the first kernel fills one
 WIDTHS = (16, 32, 64, 128)  # of a head
 MOST_TOKENS = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,129 +26,128 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def fits(kv: HeadKV) -> bool:
     """Whether the kernels take these keys and values, and queries of their dtype."""
-    *_, tokens, width = kv.keys.shape
-    return kv.keys.dtype in DTYPES and width in WIDTHS and FACE_TOKENS <= tokens <= MOST_TOKENS
+    rows, heads, tokens, width = kv.keys.shape
+    own = (tokens * heads * width, width, heads * width, 1)  # as SiteKV.prepare leaves them
+    laid_out = all(size == 1 or a == b for t in (kv.keys, kv.values) for size, a, b in zip(t.shape, t.stride(), own))
+    return kv.keys.dtype in DTYPES and width in WIDTHS and FACE_TOKENS <= tokens <= MOST_TOKENS and laid_out
 
 
 @triton.jit
-def _positions(image, head, block, N, H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Which positions a program has, which of them there are, where the image lies, and their head in it (BLOCK, D)."""
-    n = block * BLOCK + tl.arange(0, BLOCK)
-    return n, n < N, image.to(tl.int64) * N * (H * D), n[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
+def _head(x, row, head, kept, tokens, H: tl.constexpr, D: tl.constexpr, T: tl.constexpr):
+    """One head of keys or values (rows, kept, H, D): (T, D), zeros beyond `tokens`."""
+    t = tl.arange(0, T)[:, None]
+    return tl.load(x + ((row * kept + t) * H + head) * D + tl.arange(0, D)[None, :], mask=t < tokens, other=0.0)
 
 
 @triton.jit
-def _tokens(x, row, head, tokens, row_step, head_step, token_step, T: tl.constexpr, D: tl.constexpr):
-    """One head of keys or values, (T, D), zeros beyond `tokens`."""
-    t = tl.arange(0, T)
-    at = row * row_step + head * head_step + t[:, None] * token_step + tl.arange(0, D)[None, :]
-    return tl.load(x + at, mask=t[:, None] < tokens, other=0.0)
+def _tile(x, image, head, n, N, H: tl.constexpr, D: tl.constexpr):
+    """Positions n of one head of x (B, N, H, D): pointers (BLOCK, D), of which those where n < N may be used."""
+    return x + image.to(tl.int64) * N * (H * D) + n[:, None] * (H * D) + head * D + tl.arange(0, D)[None, :]
 
 
 @triton.jit
-def _log_counts(counts, tokens, T: tl.constexpr):
-    """(1, T) float32, minus infinity beyond `tokens`."""
-    t = tl.arange(0, T)
-    return tl.load(counts + t, mask=t < tokens, other=float("-inf")).to(tl.float32)[None, :]
+def _attention(logits, tokens, zeros, T: tl.constexpr):
+    """Softmax of (BLOCK, T) over the first `tokens` and `zeros` tokens of logit 0, of which nothing else is needed."""
+    logits = tl.where(tl.arange(0, T)[None, :] < tokens, logits, float("-inf"))
+    most = tl.maximum(tl.max(logits, 1), tl.where(zeros > 0, 0.0, float("-inf")))
+    raised = tl.exp(logits - most[:, None])
+    return raised / (tl.sum(raised, 1) + zeros * tl.exp(-most))[:, None]
 
 
 @triton.jit
-def _softmax(logits):
-    raised = tl.exp(logits - tl.max(logits, 1)[:, None])
-    return raised / tl.sum(raised, 1)[:, None]
-
-
-@triton.jit
-def _beyond_face(logits, FACE: tl.constexpr, T: tl.constexpr):
-    """The attention that does not go to the face tokens: logits (POSITIONS, T) -> (POSITIONS,)."""
-    return tl.sum(tl.where(tl.arange(0, T)[None, :] < FACE, 0.0, _softmax(logits)), 1)
+def _to_face(logits, tokens, zeros, FACE: tl.constexpr, T: tl.constexpr):
+    """The attention that goes to the face tokens: logits (BLOCK, T) -> (BLOCK,)."""
+    return tl.sum(tl.where(tl.arange(0, T)[None, :] < FACE, _attention(logits, tokens, zeros, T), 0.0), 1)
 
 
 @triton.jit
 def _sums(
-    q, base, keys, values, counts, rows, table, elsewhere, N, tokens, row_step, head_step, token_step, scale,
-    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BY_HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    q, base, keys, values, rows, table, N, span, tokens, kept, zeros,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """table (2, B, blocks, C): sums over a block's positions of base * A and of base squared.
+    """table (2, B, programs, C): sums over a program's positions of base * A and of base squared.
 
-    With BY_HEAD, elsewhere (B, H, N): the attention beyond the face tokens by unscaled logits.
+    With FACE tokens, there follows (B, H, N): the attention to them by unscaled logits.
     """
-    image, head, block = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    n, inside, start, at = _positions(image, head, block, N, H, D, BLOCK)
+    image, head, program = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+    images, programs = tl.num_programs(0) // H, tl.num_programs(1)
     row = tl.load(rows + image)
-    k = _tokens(keys, row, head, tokens, row_step, head_step, token_step, T, D)
-    v = _tokens(values, row, head, tokens, row_step, head_step, token_step, T, D)
-    lc = _log_counts(counts, tokens, T)
-    raw = tl.dot(tl.load(q + start + at, mask=inside[:, None], other=0.0), tl.trans(k), input_precision="ieee")
-    attended = tl.dot(_softmax(raw * scale + lc).to(v.dtype), v, input_precision="ieee")
-    b = tl.load(base + start + at, mask=inside[:, None], other=0.0).to(tl.float32)
-    into = table + ((image * tl.num_programs(1) + block) * H + head) * D + tl.arange(0, D)
-    tl.store(into, tl.sum(b * attended, 0))
-    tl.store(into + tl.num_programs(0) * tl.num_programs(1) * D, tl.sum(b * b, 0))
-    if BY_HEAD:
-        tl.store(elsewhere + (image * H + head) * N + n, _beyond_face(raw + lc, FACE, T), mask=inside)
+    k = tl.trans(_head(keys, row, head, kept, tokens, H, D, T))
+    through, squares = tl.zeros((T, D), tl.float32), tl.zeros((D,), tl.float32)
+    for start in range(program * span, min(program * span + span, N), BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        inside = n[:, None] < N
+        raw = tl.dot(tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0), k, input_precision="ieee")
+        b = tl.load(_tile(base, image, head, n, N, H, D), inside, 0.0)
+        attention = _attention(raw * (D**-0.5), tokens, zeros, T)
+        through = tl.dot(tl.trans(attention.to(b.dtype)), b, through, input_precision="ieee")
+        squares += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
+        if FACE:
+            face = table + 2 * images * programs * H * D + (image * H + head) * N + n
+            tl.store(face, _to_face(raw, tokens, zeros, FACE, T), n < N)
+    v = _head(values, row, head, kept, tokens, H, D, T)
+    into = table + ((image * programs + program) * H + head) * D + tl.arange(0, D)
+    tl.store(into, tl.sum(through * v.to(tl.float32), 0))
+    tl.store(into + images * programs * H * D, squares)
 
 
 @triton.jit
 def _headless(
-    q, keys, counts, rows, elsewhere, N, tokens, row_step, head_step, token_step,
+    q, keys, rows, face, N, tokens, kept, zeros,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """elsewhere (B, blocks) for SHARED_V2: summed over a block's positions, by logits summed over heads."""
-    image, block = tl.program_id(0), tl.program_id(1)
+    """face (B, programs) for SHARED_V2: attention to the face tokens by logits summed over heads, over positions."""
+    image, program = tl.program_id(0), tl.program_id(1)
+    n = program * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + image)
-    _, inside, start, at = _positions(image, 0, block, N, H, D, BLOCK)
     raw = tl.zeros((BLOCK, T), tl.float32)
     for head in range(H):
-        k = _tokens(keys, row, head, tokens, row_step, head_step, token_step, T, D)
-        x = tl.load(q + start + head * D + at, mask=inside[:, None], other=0.0)
-        raw += tl.dot(x, tl.trans(k), input_precision="ieee")
-    beyond = _beyond_face(raw + _log_counts(counts, tokens, T), FACE, T)
-    tl.store(elsewhere + image * tl.num_programs(1) + block, tl.sum(tl.where(inside, beyond, 0.0), 0))
+        k = tl.trans(_head(keys, row, head, kept, tokens, H, D, T))
+        raw = tl.dot(tl.load(_tile(q, image, head, n, N, H, D), n[:, None] < N, 0.0), k, raw, input_precision="ieee")
+    shares = tl.where(n < N, _to_face(raw, tokens, zeros, FACE, T), 0.0)
+    tl.store(face + image * tl.num_programs(1) + program, tl.sum(shares, 0))
 
 
 @triton.jit
 def _output(
-    q, base, keys, values, counts, rows, table, elsewhere, strength, mask, out, N, mask_step, tokens,
-    row_step, head_step, token_step, scale, tiny,
-    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FUSION: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr,
+    q, base, keys, values, rows, table, strength, mask, out, N, summed, tokens, kept, zeros,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FUSION: tl.constexpr, MASK: tl.constexpr,
+    BLOCK: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """out = base + strength * mask * (A - elsewhere * share * base), share from `table`; FUSION is a Fusion's value."""
-    image, head, block = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
-    blocks = tl.num_programs(1)
-    n, inside, start, at = _positions(image, head, block, N, H, D, BLOCK)
+    """out = base + strength * mask * (A - (1 - m) * share * base), from a table of `summed` rows; FUSION by value."""
+    image, head, program = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
+    images = tl.num_programs(0) // H
+    n = program * BLOCK + tl.arange(0, BLOCK)
+    inside = n[:, None] < N
     row = tl.load(rows + image)
-    k = _tokens(keys, row, head, tokens, row_step, head_step, token_step, T, D)
-    v = _tokens(values, row, head, tokens, row_step, head_step, token_step, T, D)
-    raw = tl.dot(tl.load(q + start + at, mask=inside[:, None], other=0.0), tl.trans(k), input_precision="ieee")
-    attention = _softmax(raw * scale + _log_counts(counts, tokens, T))
-    added = tl.dot(attention.to(v.dtype), v, input_precision="ieee")
-    b = tl.load(base + start + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    b = tl.load(_tile(base, image, head, n, N, H, D), inside, 0.0).to(tl.float32)
+    k, v = _head(keys, row, head, kept, tokens, H, D, T), _head(values, row, head, kept, tokens, H, D, T)
+    raw = tl.dot(tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0), tl.trans(k), input_precision="ieee")
+    added = tl.dot(_attention(raw * (D**-0.5), tokens, zeros, T).to(v.dtype), v, input_precision="ieee")
     if FUSION != "none":
-        dot, square = tl.zeros((D,), tl.float32), tl.zeros((D,), tl.float32)
-        for first in range(0, blocks, TABLE):
-            i = first + tl.arange(0, TABLE)
-            sums = table + ((image * blocks + i)[:, None] * H + head) * D + tl.arange(0, D)[None, :]
-            known = (i < blocks)[:, None]
-            dot += tl.sum(tl.load(sums, mask=known, other=0.0), 0)
-            square += tl.sum(tl.load(sums + tl.num_programs(0) * blocks * D, mask=known, other=0.0), 0)
-        projected = b * (dot / (square + N * tiny))[None, :]
-        if FUSION == "ortho_v2":
-            beyond = tl.zeros((BLOCK,), tl.float32)
+        i = tl.arange(0, TABLE)[:, None]
+        sums = table + ((image * summed + i) * H + head) * D + tl.arange(0, D)[None, :]
+        dot = tl.sum(tl.load(sums, i < summed, 0.0), 0)
+        squares = tl.sum(tl.load(sums + images * summed * H * D, i < summed, 0.0), 0)
+        share = dot / tl.maximum(squares, 1e-30)  # 0 for a channel that is zero everywhere
+        face = table + 2 * images * summed * H * D
+        if FUSION == "ortho":
+            added -= b * share[None, :]
+        elif FUSION == "ortho_v2":
+            m = tl.zeros((BLOCK,), tl.float32)
             for each in tl.static_range(H):
-                beyond += tl.load(elsewhere + (image * H + each) * N + n, mask=inside, other=0.0)
-            projected *= (beyond / H)[:, None]
-        elif FUSION != "ortho":
-            beyond_all = 0.0
-            for each in range(blocks):
-                beyond_all += tl.load(elsewhere + image * blocks + each)
-            projected *= beyond_all / N
-        added -= projected
+                m += tl.load(face + (image * H + each) * N + n, n < N, 0.0)
+            added -= b * share[None, :] * (1 - m / H)[:, None]
+        else:
+            m_all = 0.0
+            for each in range(tl.num_programs(1)):
+                m_all += tl.load(face + image * tl.num_programs(1) + each)
+            added -= b * share[None, :] * (1 - m_all / N)
     if strength is not None:
         added *= tl.load(strength).to(tl.float32)
-    if mask is not None:
-        added *= tl.load(mask + image * mask_step + n, mask=inside, other=0.0).to(tl.float32)[:, None]
-    tl.store(out + start + at, (b + added).to(out.dtype.element_ty), mask=inside[:, None])
+    if MASK:
+        added *= tl.load(mask + (image * N if MASK == 2 else 0) + n, n < N, 0.0).to(tl.float32)[:, None]
+    tl.store(_tile(out, image, head, n, N, H, D), (b + added).to(out.dtype.element_ty), inside)
 
 
 @lru_cache(256)
@@ -169,29 +168,30 @@ def fuse(
     """attention.fuse, where kv `fits`: on its device and in its dtype."""
     q, base = q.contiguous(), base.contiguous()
     batch, positions, channels = q.shape
-    _, heads, tokens, width = kv.keys.shape
-    blocks = triton.cdiv(positions, BLOCK)
-    steps = kv.keys.stride()[:3]
-    assert steps == kv.values.stride()[:3] and kv.keys.stride(3) == kv.values.stride(3) == 1
+    _, heads, kept, width = kv.keys.shape
+    tokens, zeros = kept - bool(kv.zero_tokens), float(kv.zero_tokens)
+    programs = triton.cdiv(positions, BLOCK)
+    span = BLOCK * triton.cdiv(programs, TABLE)
+    summed = triton.cdiv(positions, span)
     which = _on(q.device, tuple(rows))
     sizes = {"H": heads, "D": width, "T": max(16, triton.next_power_of_2(tokens)), "BLOCK": BLOCK, "num_warps": WARPS}
-    out, table, elsewhere = torch.empty_like(base), None, None
+    table = None
     if fusion is not Fusion.PLAIN:
-        table = q.new_empty((2, batch, blocks, channels), dtype=torch.float32)
-        if fusion is Fusion.ORTHOGONAL_V2:
-            elsewhere = q.new_empty((batch, heads, positions), dtype=torch.float32)
-        _sums[batch * heads, blocks](
-            q, base, kv.keys, kv.values, kv.log_counts, which, table, elsewhere, positions, tokens, *steps, width**-0.5,
-            FACE=FACE_TOKENS, BY_HEAD=elsewhere is not None, **sizes,
-        )  # fmt: skip
-    if fusion is Fusion.SHARED_V2:
-        elsewhere = q.new_empty((batch, blocks), dtype=torch.float32)
-        _headless[batch, blocks](
-            q, kv.keys, kv.log_counts, which, elsewhere, positions, tokens, *steps, FACE=FACE_TOKENS, **sizes
+        face = {Fusion.ORTHOGONAL_V2: batch * heads * positions, Fusion.SHARED_V2: batch * programs}.get(fusion, 0)
+        sums = 2 * batch * summed * channels
+        table = q.new_empty(sums + face, dtype=torch.float32)
+        counted = FACE_TOKENS if fusion is Fusion.ORTHOGONAL_V2 else 0
+        _sums[batch * heads, summed](
+            q, base, kv.keys, kv.values, which, table, positions, span, tokens, kept, zeros, FACE=counted, **sizes
         )
-    mask_step = 0 if mask is None or len(mask) == 1 else positions
-    _output[batch * heads, blocks](
-        q, base, kv.keys, kv.values, kv.log_counts, which, table, elsewhere, strength, mask, out, positions, mask_step,
-        tokens, *steps, width**-0.5, TINY, FUSION=fusion.value, TABLE=TABLE, **sizes,
+        if fusion is Fusion.SHARED_V2:
+            _headless[batch, programs](
+                q, kv.keys, which, table[sums:], positions, tokens, kept, zeros, FACE=FACE_TOKENS, **sizes
+            )
+    out = torch.empty_like(base)
+    masks = 0 if mask is None else 1 if len(mask) == 1 else 2
+    _output[batch * heads, programs](
+        q, base, kv.keys, kv.values, which, table, strength, mask, out, positions, summed, tokens, kept, zeros,
+        FUSION=fusion.value, MASK=masks, TABLE=TABLE, **sizes,
     )  # fmt: skip
     return out

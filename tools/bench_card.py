@@ -148,7 +148,10 @@ class Bench:
 
     @cached_property
     def projections(self) -> IdProjections:
-        made = IdProjections(self.widths, device=self.card.device, dtype=self.card.dtype).requires_grad_(False)
+        from ..nodes.host import OPERATIONS
+
+        factory = {"operations": OPERATIONS, "device": self.card.device, "dtype": self.card.dtype}
+        made = IdProjections(self.widths, **factory).requires_grad_(False)
         self.card.fill(made)
         return made
 
