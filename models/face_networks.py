@@ -174,6 +174,8 @@ def load_onnx(file: Path, task: str, providers: list[str]) -> OnnxModel:
     options = onnxruntime.SessionOptions()
     # SCRFD's file declares shapes for 640 px, and there is a warning at every other size.
     options.log_severity_level = LOG_ERRORS
+    # Threads that wait in a circle for the next photograph take the processor from torch, which has the next turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         # One session serves all sizes; InsightFace 2 would otherwise build and keep one for each. Version 1 ignores
         # this and the options.

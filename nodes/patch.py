@@ -93,7 +93,7 @@ class AttentionPatch:
             grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
             mask = self.mask.tokens(q, grid, len(extra_options["cond_or_uncond"]))
         rows = identity_rows(kv.rows - 1, len(q), extra_options)
-        out = fuse(q, base, kv, rows, self.fusion, strength, mask)
+        out = fuse(q, base, kv, rows, self.fusion, strength, mask, overwrite=self.base is None)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
 
     def _with_added(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:

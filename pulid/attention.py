@@ -158,8 +158,9 @@ def fuse(
     fusion: Fusion,
     strength: Tensor | None = None,
     mask: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """The output of a site with PuLID, (B, N, C), before `to_out`; `base` is left as it is.
+    """The output of a site with PuLID, (B, N, C), before `to_out`.
 
     q         (B, N, C) queries
     base      (B, N, C) what the site gives without PuLID
@@ -167,6 +168,7 @@ def fuse(
     rows      for each of the B batch rows, the row of kv it uses
     strength  0-dimensional tensor that multiplies the whole addition, for a schedule that lives on the device
     mask      (1 or B, N) where the addition applies, 0..1; the projection is made before it
+    overwrite whether base may be changed, since nobody needs it afterwards; else it is left as it is
 
     Sums over positions are made in float32, or in float32 accumulators where a matrix product makes them.
     """

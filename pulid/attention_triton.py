@@ -9,6 +9,7 @@ small table and from there in a fixed order: the same input gives the same pictu
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -21,6 +22,7 @@ BLOCK, WARPS = 64, 4  # positions that a program works on at a time, and by how 
 TABLE = 16  # rows of the table of sums: a program of the first kernel fills one
 WIDTHS = (16, 32, 64, 128)  # of a head
 MOST_TOKENS = 128
+ALIGNMENT = 16  # bytes, of what a kernel is specialised for
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -156,6 +158,31 @@ def _on(device: torch.device, rows: tuple[int, ...]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
+class Launch:
+    """Launches a kernel that Triton is asked for once per set of sizes: its own lookup takes longer than the launch."""
+
+    def __init__(self, kernel: Any):
+        self._kernel = kernel
+        self._compiled: dict[tuple, Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], tensors: Sequence[Tensor | None], numbers: tuple) -> None:
+        """tensors and numbers are the kernel's arguments, in order; it is specialised for all of the numbers."""
+        if torch.compiler.is_compiling() or any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors):
+            self._kernel[grid](*tensors, *numbers, num_warps=WARPS)
+            return
+        first = tensors[0]
+        assert first is not None
+        key = first.device, first.dtype, numbers, *(t is None for t in tensors)
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            compiled[grid](*tensors, *numbers)
+        elif (compiled := self._kernel[grid](*tensors, *numbers, num_warps=WARPS)) is not None:
+            self._compiled[key] = compiled  # Triton's interpreter has none
+
+
+SUMS, HEADLESS, OUTPUT = Launch(_sums), Launch(_headless), Launch(_output)
+
+
 def fuse(
     q: Tensor,
     base: Tensor,
@@ -164,34 +191,37 @@ def fuse(
     fusion: Fusion,
     strength: Tensor | None = None,
     mask: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """attention.fuse, where kv `fits`: on its device and in its dtype."""
     q, base = q.contiguous(), base.contiguous()
     batch, positions, channels = q.shape
     _, heads, kept, width = kv.keys.shape
-    tokens, zeros = kept - bool(kv.zero_tokens), float(kv.zero_tokens)
-    programs = triton.cdiv(positions, BLOCK)
-    span = BLOCK * triton.cdiv(programs, TABLE)
-    summed = triton.cdiv(positions, span)
-    which = _on(q.device, tuple(rows))
-    sizes = {"H": heads, "D": width, "T": max(16, triton.next_power_of_2(tokens)), "BLOCK": BLOCK, "num_warps": WARPS}
-    table = None
+    tokens = kept - bool(kv.zero_tokens)
+    programs = -(-positions // BLOCK)
+    span = BLOCK * -(-programs // TABLE)
+    summed = -(-positions // span)
+    which, table = _on(q.device, tuple(rows)), None
+    of_head = heads, width, max(16, 1 << (tokens - 1).bit_length())
+    zeros = float(kv.zero_tokens)
     if fusion is not Fusion.PLAIN:
-        face = {Fusion.ORTHOGONAL_V2: batch * heads * positions, Fusion.SHARED_V2: batch * programs}.get(fusion, 0)
         sums = 2 * batch * summed * channels
+        face = {Fusion.ORTHOGONAL_V2: batch * heads * positions, Fusion.SHARED_V2: batch * programs}.get(fusion, 0)
         table = q.new_empty(sums + face, dtype=torch.float32)
-        counted = FACE_TOKENS if fusion is Fusion.ORTHOGONAL_V2 else 0
-        _sums[batch * heads, summed](
-            q, base, kv.keys, kv.values, which, table, positions, span, tokens, kept, zeros, FACE=counted, **sizes
-        )
+        by_head = FACE_TOKENS if fusion is Fusion.ORTHOGONAL_V2 else 0
+        SUMS(
+            (batch * heads, summed, 1), (q, base, kv.keys, kv.values, which, table),
+            (positions, span, tokens, kept, zeros, *of_head, by_head, BLOCK),
+        )  # fmt: skip
         if fusion is Fusion.SHARED_V2:
-            _headless[batch, programs](
-                q, kv.keys, which, table[sums:], positions, tokens, kept, zeros, FACE=FACE_TOKENS, **sizes
-            )
-    out = torch.empty_like(base)
+            HEADLESS(
+                (batch, programs, 1), (q, kv.keys, which, table[sums:]),
+                (positions, tokens, kept, zeros, *of_head, FACE_TOKENS, BLOCK),
+            )  # fmt: skip
+    out = base if overwrite else torch.empty_like(base)
     masks = 0 if mask is None else 1 if len(mask) == 1 else 2
-    _output[batch * heads, programs](
-        q, base, kv.keys, kv.values, which, table, strength, mask, out, positions, summed, tokens, kept, zeros,
-        FUSION=fusion.value, MASK=masks, TABLE=TABLE, **sizes,
+    OUTPUT(
+        (batch * heads, programs, 1), (q, base, kv.keys, kv.values, which, table, strength, mask, out),
+        (positions, summed, tokens, kept, zeros, *of_head, fusion.value, masks, BLOCK, TABLE),
     )  # fmt: skip
     return out

@@ -250,9 +250,9 @@ class TestMasks:
     def test_the_grid_is_the_sites_own_for_odd_sizes_too(self, model, pulid, identity, monkeypatch):
         seen = {}
 
-        def recording(q, base, kv, rows, fusion, strength, mask):
+        def recording(q, base, kv, rows, fusion, strength, mask, overwrite):
             seen[q.shape[1]] = mask
-            return fuse(q, base, kv, rows, fusion, strength, mask)
+            return fuse(q, base, kv, rows, fusion, strength, mask, overwrite)
 
         monkeypatch.setattr(patch, "fuse_for", lambda kv: recording)
         top = torch.zeros(1, 33, 10)
@@ -459,9 +459,9 @@ def rows_seen(monkeypatch):
     """The rows of every call of fuse."""
     seen = []
 
-    def recording(q, base, kv, rows, *args):
+    def recording(q, base, kv, rows, *args, **options):
         seen.append(rows)
-        return fuse(q, base, kv, rows, *args)
+        return fuse(q, base, kv, rows, *args, **options)
 
     monkeypatch.setattr(patch, "fuse_for", lambda kv: recording)
     return seen
