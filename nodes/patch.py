@@ -3,10 +3,10 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from types import CellType
 from typing import Any
 from uuid import uuid4
-from weakref import WeakKeyDictionary
 
 import comfy.patcher_extension
 import numpy as np
@@ -33,31 +33,45 @@ PIXELS = 8  # of a picture for each pixel of its latent, in both directions
 Replacement = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 
 
+NUMBERS = count()
+
+
 class TokenMask:
-    """A mask (M, H, W) 0..1 on the CPU, which lies on the whole picture, and its token grids, each made once."""
+    """A mask (M, H, W) 0..1 on the CPU, which lies on the whole picture, and its token grids.
+
+    A grid is made once for each placement, which keeps it: `prepare`, before the network runs, makes the usual ones.
+    """
 
     def __init__(self, mask: Tensor, sampling: Sampling = "area"):
-        self.mask, self.sampling = mask, sampling
-        self._grids: WeakKeyDictionary[Placement, dict[tuple, Tensor]] = WeakKeyDictionary()
+        self.mask, self.sampling, self.number = mask, sampling, next(NUMBERS)
+
+    def __deepcopy__(self, memo: dict) -> "TokenMask":
+        return self
+
+    def prepare(self, like: Tensor, placement: Placement) -> None:
+        """like  (B, C, H, W) what the network is given, in the dtype of its activations"""
+        grid = like.shape[-2:]
+        for _ in range(2):
+            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+            self.tokens(like, grid, placement)
 
     def tokens(self, like: Tensor, grid: tuple[int, int], placement: Placement) -> Tensor:
-        """(1 or B, N) for activations like (B, N, C), whose rows' grids have these rows and columns of tokens."""
-        grids = self._grids.setdefault(placement, {})
-        key = grid, like.dtype, like.device
-        if key not in grids:
-            grids[key] = self._made(grid, placement).to(like)
-        return grids[key]
+        """(1 or B, N) for activations of B rows, whose grids have these rows and columns of tokens."""
+        key = self.number, *grid, like.device.index
+        if key not in placement.tokens:
+            placement.tokens[key] = self._made(grid, placement).to(like)
+        return placement.tokens[key]
 
     def _made(self, grid: tuple[int, int], placement: Placement) -> Tensor:
         masks = placement.masks(len(self.mask))
-        if placement.parts is None:
+        if placement.parts() is None:
             tokens = mask_to_tokens(self.mask, grid, self.sampling)
             return tokens[masks] if len(tokens) > 1 else tokens
         size = tuple(PIXELS * side for side in placement.size)
         pictures = F.interpolate(self.mask.unsqueeze(1), size=size, mode="area").squeeze(1)
         cut = [
             pictures[number][_pixels(part.ys)][:, _pixels(part.xs)]
-            for number, part in zip(masks, placement.parts, strict=True)
+            for number, part in zip(masks, placement.parts(), strict=True)
         ]
         return mask_to_tokens(torch.stack(cut), grid, self.sampling)
 
@@ -74,13 +88,13 @@ class Installed:
     node_id    of that node, to say things on; None where it runs outside of a workflow
     sites      the keys of the sites that carry a patch
     schedule   Schedule.percents; None where it always acts
-    mask_size  height and width of its mask in pixels
+    mask       where in the picture it acts
     """
 
     node_id: str | None
     sites: tuple[tuple, ...]
     schedule: tuple[float, float, str] | None
-    mask_size: tuple[int, int] | None
+    mask: TokenMask | None
     token: str = field(default_factory=lambda: uuid4().hex)  # tells two nodes with equal settings apart
 
 
@@ -219,7 +233,14 @@ def _run_of(guider: CFGGuider, noise: Tensor, installed: Sequence[Installed]) ->
         for percents in {one.schedule for one in installed if one.schedule is not None}
     }
     return SamplingRun(
-        frozenset(positives), areas, shown, others, len(noise), (noise.shape[-2], noise.shape[-1]), schedules
+        frozenset(positives),
+        areas,
+        shown,
+        others,
+        len(noise),
+        (noise.shape[-2], noise.shape[-1]),
+        schedules,
+        [one.mask for one in installed if one.mask is not None],
     )
 
 
@@ -256,9 +277,9 @@ def _holds(replacement: object, installed: Installed, depth: int = 5) -> bool:
 
 def _misfit(installed: Installed, size: tuple[int, int]) -> list[str]:
     """What to say of a mask that is larger than the picture or of another shape, which may be a tile of one."""
-    if installed.mask_size is None:
+    if installed.mask is None:
         return []
-    (height, width), (rows, columns) = installed.mask_size, (PIXELS * size[0], PIXELS * size[1])
+    (height, width), (rows, columns) = installed.mask.mask.shape[1:], (PIXELS * size[0], PIXELS * size[1])
     if height <= rows and width <= columns and abs(height * columns / (width * rows) - 1) < MISFIT:
         return []
     return [
@@ -296,7 +317,7 @@ def patch_model(
         host.executing_node(),
         tuple(site.key for site, weight in zip(SITES, site_weights, strict=True) if weight),
         None if schedule is None else schedule.percents,
-        None if mask is None else (mask.mask.shape[1], mask.mask.shape[2]),
+        mask,
     )
     options[INSTALLED] = *options.get(INSTALLED, ()), installed
     for site, kv, weight in zip(SITES, site_kvs, site_weights, strict=True):

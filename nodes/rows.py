@@ -8,8 +8,8 @@ they make a new one, the prompt in each row tells. What cannot be known is an er
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache, partial
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 from uuid import UUID
 
 import numpy as np
@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 KEY = "pulid_sdxl"  # of our wrappers; in transformer_options, of the Call under way
 COMPILE_KEY = "torch.compile"  # of ComfyUI's wrapper that puts the compiled network in place
 ENTERED = {stage: f"{KEY} {stage}" for stage in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)}
+
+
+class Mask(Protocol):
+    def prepare(self, like: Tensor, placement: "Placement") -> None: ...
+
 
 Area = Sequence[int]  # height, width, y, x in latent pixels
 
@@ -63,11 +68,13 @@ class Placement:
 
     size     height and width of the whole latent
     derived  placements of batches that were made of this one, by what tells them apart
+    tokens   masks that were cut for these rows
     """
 
     rows: Sequence[Row]
     size: tuple[int, int]
     derived: dict[Hashable, "Placement"] = field(default_factory=dict)
+    tokens: dict[tuple, Tensor] = field(default_factory=dict)
 
     def identities(self, count: int) -> list[int]:
         """For each row, the row of keys and values: 0 .. count - 1, or `count` for what is not positive.
@@ -80,7 +87,6 @@ class Placement:
         """For each row the number of its mask: picture j gets mask j, the last one repeats."""
         return [_number(row, count) for row in self.rows]
 
-    @cached_property
     def parts(self) -> list[Part] | None:
         """What each row shows; None where each shows the whole picture. Raises MismatchError."""
         if any(row.part is None for row in self.rows):
@@ -111,7 +117,6 @@ def _all_of(size: tuple[int, int]) -> Part:
     return Part(np.arange(size[0]), np.arange(size[1]))
 
 
-@lru_cache(64)
 def without_a_run(chunks: tuple[int, ...], rows: int) -> Placement:
     """Where the network is called without a sampler: a chunk for each index, and 0 is the positive."""
     images, rest = divmod(rows, len(chunks))
@@ -129,6 +134,7 @@ class SamplingRun:
     shown, others     (1, S, D) the prompts of the positive conds, and of all others
     pictures, size    of the latent: its rows, and (height, width)
     schedules         of the model that samples, by Schedule.percents
+    masks             that are cut for every batch before the network runs
     """
 
     positives: frozenset[UUID]
@@ -138,6 +144,7 @@ class SamplingRun:
     pictures: int
     size: tuple[int, int]
     schedules: Mapping[tuple, Schedule | None]
+    masks: Sequence[Mask]
     said: set[str] = field(default_factory=set)
     known: dict[Hashable, Placement] = field(default_factory=dict)
 
@@ -181,6 +188,10 @@ class SamplingRun:
         if theirs:
             options["patches"] = {**patches, "attn2_patch": [_mark_queries, *theirs, _read_queries]}
         options[KEY] = Call(self, placement, tuple(map(id, theirs)))
+        model = executor.class_obj
+        like = plain(x).to(model.manual_cast_dtype or model.get_dtype())
+        for mask in self.masks:
+            mask.prepare(like, placement)
         return executor(plain(x), t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _arrive_within(

@@ -17,9 +17,11 @@ import comfy.ldm.modules.attention as host_attention
 import comfy.patcher_extension
 import comfy.samplers
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 from pulid_sdxl.nodes import host
 from pulid_sdxl.tools.fakes import networks as fakes
+from torch._dynamo.utils import counters
 
 from . import sampling
 from .sampling import MODEL_CHANNELS, NEGATIVE, SITES, apply, conditioning, make_identity, sample, sites_of
@@ -231,3 +233,16 @@ class TestMaskOfATile:
 def test_equal_prompts_are_told_apart_by_comfyuis_order(model, pulid, identity):
     both = {"positive": conditioning(NEGATIVE), "negative": conditioning(NEGATIVE)}
     assert sample(apply(model, pulid, identity), **both).isfinite().all()
+
+
+def test_a_compiled_model_stays_one_graph_and_gives_the_same_picture(model, pulid, identity, monkeypatch):
+    monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)  # no break of its own
+    mask = torch.rand(1, 128, 192, generator=torch.Generator().manual_seed(1))
+    patched = apply(model, pulid, identity, start_at=0.05, attn_mask=mask)
+    expected = sample(patched)
+    torch._dynamo.reset()
+    counters.clear()
+    set_torch_compile_wrapper(patched, backend="eager")
+    compiled = sample(patched)
+    assert (sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]) == (0, 1)
+    assert torch.allclose(compiled, expected, atol=2e-5 * expected.std())
