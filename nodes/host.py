@@ -12,6 +12,7 @@ import folder_paths
 import torch
 from comfy.ldm.modules.attention import CrossAttention
 from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
@@ -69,6 +70,22 @@ def say(text: str, node_id: str | None = None) -> None:
     server = getattr(server_type, "instance", None)
     if server is not None and (node_id := node_id or server.last_node_id) is not None:
         server.send_progress_text(text, node_id, server.client_id)
+
+
+def executing_node() -> str | None:
+    """The id of the node that runs; None outside of a workflow."""
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def origin_of(function: object) -> str:
+    """The folder of the pack that a function or an object's class comes from, else its module, for messages."""
+    kind = function if hasattr(function, "__qualname__") else type(function)
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    parts = Path(file).parts if file else ()
+    if "custom_nodes" in parts[:-1]:
+        return parts[parts.index("custom_nodes") + 1]
+    return kind.__module__
 
 
 def file_names(*names: str) -> list[str]:

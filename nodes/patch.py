@@ -1,13 +1,17 @@
 """What goes on a MODEL: one AttentionPatch per cross-attention site, over whatever was there before."""
 
-import logging
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
+from types import CellType
 from typing import Any
+from uuid import uuid4
 
 import comfy.patcher_extension
+import numpy as np
 import torch
+import torch.nn.functional as F
 from comfy.ldm.modules import attention as host_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider
@@ -16,37 +20,82 @@ from torch import Tensor
 from ..pulid.attention import Fuse, Fusion, HeadKV, Sampling, SiteKV, fuse_for, mask_to_tokens
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
+from . import host
 from .host import cross_attention
-
-log = logging.getLogger(__name__)
+from .rows import KEY, Placement, SamplingRun, without_a_run
 
 # The branches of a guider that hold what the picture is to show: CFG and most others, DualCFG's second prompt.
 POSITIVE_BRANCHES = ("positive", "middle")
-KEY = "pulid_sdxl"  # of our wrapper and callback on a model, and of what we leave in transformer_options
+INSTALLED = f"{KEY} installed"  # in transformer_options: the Installed of every Apply node, in order
+MISFIT = 0.02  # between the shapes of mask and picture, which are multiples of some pixels each
+PIXELS = 8  # of a picture for each pixel of its latent, in both directions
 
 Replacement = Callable[[Tensor, Tensor, Tensor, dict], Tensor]
 
 
+NUMBERS = count()
+
+
 class TokenMask:
-    """A mask (M, H, W) 0..1 on the CPU, and its token grids, each made once."""
+    """A mask (M, H, W) 0..1 on the CPU, which lies on the whole picture, and its token grids.
+
+    A grid is made once for each placement, which keeps it: `prepare`, before the network runs, makes the usual ones.
+    """
 
     def __init__(self, mask: Tensor, sampling: Sampling = "area"):
-        self.mask, self.sampling = mask, sampling
-        self._grids: dict[tuple, Tensor] = {}
+        self.mask, self.sampling, self.number = mask, sampling, next(NUMBERS)
 
-    def tokens(self, like: Tensor, grid: tuple[int, int], chunks: int) -> Tensor:
-        """(1 or B, N) for activations like (B, N, C): mask m applies to latent m of a chunk, the last one repeats.
+    def __deepcopy__(self, memo: dict) -> "TokenMask":
+        return self
 
-        grid  rows and columns of the N image tokens
-        """
-        images = len(like) // chunks
-        key = (images, chunks, grid, like.dtype, like.device)
-        if key not in self._grids:
-            tokens = mask_to_tokens(self.mask, grid, self.sampling).to(like)
-            if len(tokens) > 1:
-                tokens = tokens[[min(i, len(tokens) - 1) for i in range(images)] * chunks]
-            self._grids[key] = tokens
-        return self._grids[key]
+    def prepare(self, like: Tensor, placement: Placement) -> None:
+        """like  (B, C, H, W) what the network is given, in the dtype of its activations"""
+        grid = like.shape[-2:]
+        for _ in range(2):
+            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
+            self.tokens(like, grid, placement)
+
+    def tokens(self, like: Tensor, grid: tuple[int, int], placement: Placement) -> Tensor:
+        """(1 or B, N) for activations of B rows, whose grids have these rows and columns of tokens."""
+        key = self.number, *grid, like.device.index
+        if key not in placement.tokens:
+            placement.tokens[key] = self._made(grid, placement).to(like)
+        return placement.tokens[key]
+
+    def _made(self, grid: tuple[int, int], placement: Placement) -> Tensor:
+        masks = placement.masks(len(self.mask))
+        if placement.parts() is None:
+            tokens = mask_to_tokens(self.mask, grid, self.sampling)
+            return tokens[masks] if len(tokens) > 1 else tokens
+        size = tuple(PIXELS * side for side in placement.size)
+        pictures = F.interpolate(self.mask.unsqueeze(1), size=size, mode="area").squeeze(1)
+        cut = [
+            pictures[number][_pixels(part.ys)][:, _pixels(part.xs)]
+            for number, part in zip(masks, placement.parts(), strict=True)
+        ]
+        return mask_to_tokens(torch.stack(cut), grid, self.sampling)
+
+
+def _pixels(places: np.ndarray) -> Tensor:
+    """The lines (or columns) of a picture that these of its latent stand for."""
+    return (torch.from_numpy(places)[:, None] * PIXELS + torch.arange(PIXELS)).flatten()
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What one Apply node put on a model.
+
+    node_id    of that node, to say things on; None where it runs outside of a workflow
+    sites      the keys of the sites that carry a patch
+    schedule   Schedule.percents; None where it always acts
+    mask       where in the picture it acts
+    """
+
+    node_id: str | None
+    sites: tuple[tuple, ...]
+    schedule: tuple[float, float, str] | None
+    mask: TokenMask | None
+    token: str = field(default_factory=lambda: uuid4().hex)  # tells two nodes with equal settings apart
 
 
 @dataclass(eq=False)
@@ -59,6 +108,7 @@ class AttentionPatch:
 
     kv: HeadKV
     fusion: Fusion
+    installed: Installed
     schedule: Schedule | None = None
     mask: TokenMask | None = None
     base: Replacement | None = None
@@ -77,6 +127,16 @@ class AttentionPatch:
         return self._ways[where]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
+        call, schedule = extra_options.get(KEY), self.schedule
+        if call is None:
+            placement = without_a_run(tuple(extra_options["cond_or_uncond"]), len(q))
+        else:
+            placement = call.at_site(q, extra_options)
+            schedule = call.run.schedules.get(self.installed.schedule, schedule)
+        if len(k) > len(q):  # behind the rows of the prompts, NAG puts those that it guides away from
+            k, v = k[: len(q)], v[: len(q)]
+            if call is not None:
+                call.run.say(SURPLUS_KEYS, self.installed.node_id)
         if self.base is not None:
             base = self.base(q, k, v, extra_options)
         else:
@@ -86,21 +146,25 @@ class AttentionPatch:
             )  # fmt: skip
         kv, fuse = self._way(q)
         strength = None
-        if self.schedule is not None:
-            strength = self.schedule.strength(extra_options["sigmas"].flatten()[0]).to(q.dtype)
+        if schedule is not None:
+            strengths = {} if call is None else call.strengths
+            if (schedule, q.dtype) not in strengths:  # the same at all sites
+                strengths[schedule, q.dtype] = schedule.strength(extra_options["sigmas"].flatten()[0]).to(q.dtype)
+            strength = strengths[schedule, q.dtype]
         mask = None
         if self.mask is not None:
             grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
-            mask = self.mask.tokens(q, grid, len(extra_options["cond_or_uncond"]))
-        rows = identity_rows(kv.rows - 1, len(q), extra_options)
-        out = fuse(q, base, kv, rows, self.fusion, strength, mask, overwrite=self.base is None)
+            mask = self.mask.tokens(q, grid, placement)
+        rows, alone = placement.identities(kv.rows - 1), self.base is None
+        out = fuse(q, base, kv, rows, self.fusion, strength, mask, overwrite=alone)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
 
     def _with_added(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         sigma = extra_options["sigmas"].flatten()[0].item()  # their contract compares numbers
         for callback, kwargs in self.added:
             if kwargs.get("sigma_end", 0.0) <= sigma <= kwargs.get("sigma_start", float("inf")):
-                out = out + callback(out, q, k, v, extra_options, **kwargs).to(out)
+                residual = callback(out, q, k, v, extra_options, **kwargs)  # a tensor, or 0 where it does nothing
+                out = out + (residual.to(out) if isinstance(residual, Tensor) else residual)
         return out
 
     def add(self, callback: Callable, **kwargs: Any) -> None:
@@ -108,8 +172,8 @@ class AttentionPatch:
         self.added.append((callback, kwargs))
 
     def copy(self) -> "AttentionPatch":
-        """A patch of its own for another model; tensors are shared, since nobody changes them."""
-        return replace(self, added=list(self.added))
+        """A patch of its own for another model, down to the last below it; tensors are shared: nobody changes them."""
+        return replace(self, added=list(self.added), base=_own_copy(self.base))
 
     def __deepcopy__(self, memo: dict) -> "AttentionPatch":
         return self.copy()
@@ -121,44 +185,123 @@ class AttentionPatch:
         return replace(self, kv=self.kv.to(target))
 
 
-def identity_rows(identities: int, batch: int, extra_options: Mapping) -> list[int]:
-    """For each batch row the row of the keys and values: 0 .. identities - 1, or `identities` for the negative branch.
+SURPLUS_KEYS = (
+    "NAG is inactive while PuLID is applied: it works inside the cross-attention that PuLID replaces. PuLID and the "
+    "prompts act as without NAG."
+)
 
-    A chunk of the batch is negative when the guider calls it so. Where no guider told us, index 0 is the positive.
-    Latent j of a batch gets identity j, the last one repeats.
+
+def _own_copy(replacement: Replacement | None) -> Replacement | None:
+    """Of what can be changed by `add`, a copy that only its owner can reach; anything else as it is."""
+    if isinstance(replacement, AttentionPatch):
+        return replacement.copy()
+    if not hasattr(replacement, "add"):
+        return replacement
+    own = copy.copy(replacement)
+    for name, value in vars(own).items():
+        if isinstance(value, list | dict):
+            setattr(own, name, value.copy())
+    return own
+
+
+def _start(
+    executor: Callable[..., Tensor], guider: CFGGuider, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor,
+    *args: Any, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """Once per sampling run, before the first step: collects what the sites ask of it, and looks at who lies on them.
+
+    The index that a pass carries does not say whose it is: PerpNeg and DualCFG put other conds at 0, SAG sends the
+    negative alone. A cond that no guider knows (the old PerpNeg node's empty prompt) is therefore not a positive.
     """
-    chunks = extra_options["cond_or_uncond"]
-    images = batch // len(chunks)
-    positive_uuids = extra_options.get(KEY)
-    if positive_uuids is None:
-        positive = [chunk == 0 for chunk in chunks]
-    else:
-        positive = [cond in positive_uuids for cond in extra_options["uuids"]]
-    return [min(j, identities - 1) if is_positive else identities for is_positive in positive for j in range(images)]
+    options = extra_args["model_options"]["transformer_options"]
+    installed: tuple[Installed, ...] = options.get(INSTALLED, ())
+    run = _run_of(guider, noise, installed)
+    run.follow(extra_args["model_options"])
+    if not run.positives:
+        branches = [*guider.conds]
+        run.say(
+            f"PuLID is not applied: of this guider's branches, {branches}, none is known as the positive one.", None
+        )
+    for one in installed:
+        for text in (*_displaced(one, options), *_misfit(one, run.size)):
+            run.say(text, one.node_id)
+    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
 
 
-def _tell_positives(
-    executor: Callable[..., Tensor], guider: CFGGuider, sigmas: Tensor, extra_args: dict, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Once per sampling run, before the first step: leave the uuids of the guider's positive conds in the options.
-
-    The index that a pass carries does not say: PerpNeg and DualCFG put other conds at 0, SAG sends the negative alone.
-    A cond that no guider knows (the old PerpNeg node's empty prompt) is therefore not a positive.
-    """
-    positives, seen = set(), set()
-    for name, conds in guider.conds.items():
+def _run_of(guider: CFGGuider, noise: Tensor, installed: Sequence[Installed]) -> SamplingRun:
+    seen, positives, areas = set(), set(), {}
+    shown: list[Tensor] = []
+    others: list[Tensor] = []
+    for branch, conds in guider.conds.items():
         for cond in conds or ():
             if cond["uuid"] in seen:  # the host completes areas with a copy of the other branch's cond, uuid and all
-                cond["uuid"] = uuid.uuid4()
+                cond["uuid"] = uuid4()
             seen.add(cond["uuid"])
-            if name in POSITIVE_BRANCHES:
+            if branch in POSITIVE_BRANCHES:
                 positives.add(cond["uuid"])
-    if not positives:
-        log.warning(
-            "PuLID is not applied: of this guider's branches, %s, none is known as the positive one.", [*guider.conds]
-        )
-    extra_args["model_options"]["transformer_options"][KEY] = frozenset(positives)
-    return executor(guider, sigmas, extra_args, *args, **kwargs)
+            if (area := cond.get("area")) is not None:
+                areas[cond["uuid"]] = area
+            if (prompt := cond.get("model_conds", {}).get("c_crossattn")) is not None:
+                (shown if branch in POSITIVE_BRANCHES else others).append(prompt.cond)
+    percent_to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+    schedules = {
+        percents: Schedule.make(percent_to_sigma, *percents, device=noise.device)
+        for percents in {one.schedule for one in installed if one.schedule is not None}
+    }
+    return SamplingRun(
+        frozenset(positives),
+        areas,
+        shown,
+        others,
+        len(noise),
+        (noise.shape[-2], noise.shape[-1]),
+        schedules,
+        [one.mask for one in installed if one.mask is not None],
+    )
+
+
+def _displaced(installed: Installed, options: dict) -> list[str]:
+    """Which packs put something of their own in the place of a node's patches, and what to do."""
+    replacements = options["patches_replace"]["attn2"]
+    lost = [site for site in installed.sites if not _holds(replacements.get(site), installed)]
+    if not lost:
+        return []
+    packs = sorted({host.origin_of(replacements[site]) for site in lost if site in replacements})
+    return [
+        f"{' and '.join(packs) or 'Another node'} took {len(lost)} of {len(installed.sites)} places in the model from "
+        "PuLID, which acts there no more. Put that node before Apply PuLID."
+    ]
+
+
+def _holds(replacement: object, installed: Installed, depth: int = 5) -> bool:
+    """Whether a patch of that node is what lies there, or can be reached from it: other packs wrap what they find."""
+    if isinstance(replacement, AttentionPatch):
+        return replacement.installed == installed or _holds(replacement.base, installed, depth)
+    if depth == 0 or replacement is None or isinstance(replacement, Tensor | torch.nn.Module | str | type):
+        return False
+    if isinstance(replacement, dict):
+        inside = [*replacement.values()]
+    elif isinstance(replacement, list | tuple):
+        inside = [*replacement]
+    else:
+        cells = getattr(replacement, "__closure__", None) or ()
+        inside = [cell.cell_contents for cell in cells if cell != CellType()]
+        inside += [getattr(replacement, name, None) for name in ("__self__", "__wrapped__", "func", "args", "keywords")]
+        inside += [*getattr(replacement, "__dict__", {}).values()]
+    return any(_holds(one, installed, depth - 1) for one in inside)
+
+
+def _misfit(installed: Installed, size: tuple[int, int]) -> list[str]:
+    """What to say of a mask that is larger than the picture or of another shape, which may be a tile of one."""
+    if installed.mask is None:
+        return []
+    (height, width), (rows, columns) = installed.mask.mask.shape[1:], (PIXELS * size[0], PIXELS * size[1])
+    if height <= rows and width <= columns and abs(height * columns / (width * rows) - 1) < MISFIT:
+        return []
+    return [
+        f"PuLID's mask of {width} x {height} px is fitted to the {columns} x {rows} px that are sampled. If these are "
+        "a tile of a larger picture, the mask should be that tile's: nothing tells PuLID where the tile lies."
+    ]
 
 
 def _own_patches(_: ModelPatcher, clone: ModelPatcher) -> None:
@@ -184,19 +327,26 @@ def patch_model(
     site_weights  per site; a site of weight 0 is not patched
     """
     clone = model.clone()
-    existing = dict(clone.model_options["transformer_options"].get("patches_replace", {}).get("attn2", {}))
+    options = clone.model_options["transformer_options"]
+    existing = dict(options.get("patches_replace", {}).get("attn2", {}))
+    installed = Installed(
+        host.executing_node(),
+        tuple(site.key for site, weight in zip(SITES, site_weights, strict=True) if weight),
+        None if schedule is None else schedule.percents,
+        mask,
+    )
+    options[INSTALLED] = *options.get(INSTALLED, ()), installed
     for site, kv, weight in zip(SITES, site_kvs, site_weights, strict=True):
         if weight == 0:
             continue
-        base = existing.get(site.key, existing.get(site.key[:2]))
+        base = _own_copy(existing.get(site.key, existing.get(site.key[:2])))
         attention = cross_attention(model, site)
         assert attention is not None, "check_layout has looked at every site"
         prepared = kv.prepare(attention.heads, zero_tokens, weight)
-        clone.set_model_attn2_replace(
-            AttentionPatch(prepared, fusion, schedule, mask, base), site.part, site.number, site.block
-        )
+        patch = AttentionPatch(prepared, fusion, installed, schedule, mask, base)
+        clone.set_model_attn2_replace(patch, site.part, site.number, site.block)
     wrapper, callback = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, comfy.patcher_extension.CallbacksMP.ON_CLONE
     if not clone.get_wrappers(wrapper, KEY):
-        clone.add_wrapper_with_key(wrapper, KEY, _tell_positives)
+        clone.add_wrapper_with_key(wrapper, KEY, _start)
         clone.add_callback_with_key(callback, KEY, _own_patches)
     return clone

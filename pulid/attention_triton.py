@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attention import FACE_TOKENS, Fusion, HeadKV
 
+SUMS_BLOCK, SUMS_WARPS, FORM = 64, 4, 0
 BLOCK, WARPS = 64, 4  # positions that a program works on at a time, and by how many warps
 TABLE = 16  # rows of the table of sums: a program of the first kernel fills one
 WIDTHS = (16, 32, 64, 128)  # of a head
@@ -28,9 +29,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def fits(kv: HeadKV) -> bool:
     """Whether the kernels take these keys and values, and queries of their dtype."""
-    rows, heads, tokens, width = kv.keys.shape
-    own = (tokens * heads * width, width, heads * width, 1)  # as SiteKV.prepare leaves them
-    laid_out = all(size == 1 or a == b for t in (kv.keys, kv.values) for size, a, b in zip(t.shape, t.stride(), own))
+    _, heads, tokens, width = kv.keys.shape
+    steps = tokens * heads * width, width, heads * width, 1  # as SiteKV.prepare lays them out
+    laid_out = kv.keys.stride() == kv.values.stride() == steps
     return kv.keys.dtype in DTYPES and width in WIDTHS and FACE_TOKENS <= tokens <= MOST_TOKENS and laid_out
 
 
@@ -64,33 +65,44 @@ def _to_face(logits, tokens, zeros, FACE: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _sums(
-    q, base, keys, values, rows, table, N, span, tokens, kept, zeros,
-    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr,
+    q, base, keys, values, rows, table, N, tokens, kept, zeros,
+    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    FORM: tl.constexpr,
 ):  # fmt: skip
-    """table (2, B, programs, C): sums over a program's positions of base * A and of base squared.
+    """table (2, B, programs, C): sums over a program's STEPS blocks of base * A and of base squared.
 
     With FACE tokens, there follows (B, H, N): the attention to them by unscaled logits.
     """
     image, head, program = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     images, programs = tl.num_programs(0) // H, tl.num_programs(1)
     row = tl.load(rows + image)
-    k = tl.trans(_head(keys, row, head, kept, tokens, H, D, T))
-    through, squares = tl.zeros((T, D), tl.float32), tl.zeros((D,), tl.float32)
-    for start in range(program * span, min(program * span + span, N), BLOCK):
-        n = start + tl.arange(0, BLOCK)
+    k, v = _head(keys, row, head, kept, tokens, H, D, T), _head(values, row, head, kept, tokens, H, D, T)
+    through, products, squares = (
+        tl.zeros((T, D), tl.float32),
+        tl.zeros((BLOCK, D), tl.float32),
+        tl.zeros((BLOCK, D), tl.float32),
+    )
+    for step in range(STEPS):
+        n = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = n[:, None] < N
-        raw = tl.dot(tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0), k, input_precision="ieee")
+        x = tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0)
         b = tl.load(_tile(base, image, head, n, N, H, D), inside, 0.0)
-        attention = _attention(raw * (D**-0.5), tokens, zeros, T)
-        through = tl.dot(tl.trans(attention.to(b.dtype)), b, through, input_precision="ieee")
-        squares += tl.sum(b.to(tl.float32) * b.to(tl.float32), 0)
+        raw = tl.dot(x, tl.trans(k), input_precision="ieee")
+        attention = _attention(raw * (D**-0.5), tokens, zeros, T).to(v.dtype)
+        if FORM == 0:
+            through = tl.dot(tl.trans(attention), b, through, input_precision="ieee")
+        else:
+            products += tl.dot(attention, v, input_precision="ieee") * b.to(tl.float32)
+        squares += b.to(tl.float32) * b.to(tl.float32)
         if FACE:
             face = table + 2 * images * programs * H * D + (image * H + head) * N + n
             tl.store(face, _to_face(raw, tokens, zeros, FACE, T), n < N)
-    v = _head(values, row, head, kept, tokens, H, D, T)
     into = table + ((image * programs + program) * H + head) * D + tl.arange(0, D)
-    tl.store(into, tl.sum(through * v.to(tl.float32), 0))
-    tl.store(into + images * programs * H * D, squares)
+    if FORM == 0:
+        tl.store(into, tl.sum(through * v.to(tl.float32), 0))
+    else:
+        tl.store(into, tl.sum(products, 0))
+    tl.store(into + images * programs * H * D, tl.sum(squares, 0))
 
 
 @triton.jit
@@ -123,8 +135,9 @@ def _output(
     inside = n[:, None] < N
     row = tl.load(rows + image)
     b = tl.load(_tile(base, image, head, n, N, H, D), inside, 0.0).to(tl.float32)
+    x = tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0)
     k, v = _head(keys, row, head, kept, tokens, H, D, T), _head(values, row, head, kept, tokens, H, D, T)
-    raw = tl.dot(tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0), tl.trans(k), input_precision="ieee")
+    raw = tl.dot(x, tl.trans(k), input_precision="ieee")
     added = tl.dot(_attention(raw * (D**-0.5), tokens, zeros, T).to(v.dtype), v, input_precision="ieee")
     if FUSION != "none":
         i = tl.arange(0, TABLE)[:, None]
@@ -165,18 +178,20 @@ class Launch:
         self._kernel = kernel
         self._compiled: dict[tuple, Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], tensors: Sequence[Tensor | None], numbers: tuple) -> None:
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: Sequence[Tensor | None], numbers: tuple, warps: int
+    ) -> None:
         """tensors and numbers are the kernel's arguments, in order; it is specialised for all of the numbers."""
         if torch.compiler.is_compiling() or any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors):
-            self._kernel[grid](*tensors, *numbers, num_warps=WARPS)
+            self._kernel[grid](*tensors, *numbers, num_warps=warps)
             return
         first = tensors[0]
         assert first is not None
-        key = first.device, first.dtype, numbers, *(t is None for t in tensors)
+        key = first.device, first.dtype, warps, numbers, *(t is None for t in tensors)
         compiled = self._compiled.get(key)
         if compiled is not None:
             compiled[grid](*tensors, *numbers)
-        elif (compiled := self._kernel[grid](*tensors, *numbers, num_warps=WARPS)) is not None:
+        elif (compiled := self._kernel[grid](*tensors, *numbers, num_warps=warps)) is not None:
             self._compiled[key] = compiled  # Triton's interpreter has none
 
 
@@ -199,8 +214,8 @@ def fuse(
     _, heads, kept, width = kv.keys.shape
     tokens = kept - bool(kv.zero_tokens)
     programs = -(-positions // BLOCK)
-    span = BLOCK * -(-programs // TABLE)
-    summed = -(-positions // span)
+    steps = -(-positions // (SUMS_BLOCK * TABLE))
+    summed = -(-positions // (SUMS_BLOCK * steps))
     which, table = _on(q.device, tuple(rows)), None
     of_head = heads, width, max(16, 1 << (tokens - 1).bit_length())
     zeros = float(kv.zero_tokens)
@@ -211,17 +226,17 @@ def fuse(
         by_head = FACE_TOKENS if fusion is Fusion.ORTHOGONAL_V2 else 0
         SUMS(
             (batch * heads, summed, 1), (q, base, kv.keys, kv.values, which, table),
-            (positions, span, tokens, kept, zeros, *of_head, by_head, BLOCK),
+            (positions, tokens, kept, zeros, *of_head, by_head, SUMS_BLOCK, steps, FORM), SUMS_WARPS,
         )  # fmt: skip
         if fusion is Fusion.SHARED_V2:
             HEADLESS(
                 (batch, programs, 1), (q, kv.keys, which, table[sums:]),
-                (positions, tokens, kept, zeros, *of_head, FACE_TOKENS, BLOCK),
+                (positions, tokens, kept, zeros, *of_head, FACE_TOKENS, BLOCK), WARPS,
             )  # fmt: skip
     out = base if overwrite else torch.empty_like(base)
     masks = 0 if mask is None else 1 if len(mask) == 1 else 2
     OUTPUT(
         (batch * heads, programs, 1), (q, base, kv.keys, kv.values, which, table, strength, mask, out),
-        (positions, summed, tokens, kept, zeros, *of_head, fusion.value, masks, BLOCK, TABLE),
+        (positions, summed, tokens, kept, zeros, *of_head, fusion.value, masks, BLOCK, TABLE), WARPS,
     )  # fmt: skip
     return out

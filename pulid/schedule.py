@@ -29,12 +29,14 @@ class Schedule:
     start, end  sigmas, start >= end: sampling goes from large sigmas to small ones
     sigmas      (K,) float32, rising; empty when the strength is 1 throughout
     strengths   (K,) float32
+    percents    what it was made of: start_at, end_at and curve
     """
 
     start: float
     end: float
     sigmas: Tensor
     strengths: Tensor
+    percents: tuple[float, float, str]
 
     @classmethod
     def make(
@@ -56,6 +58,7 @@ class Schedule:
             end=percent_to_sigma(end_at),
             sigmas=torch.tensor(sigmas[::-1], dtype=torch.float32, device=device),
             strengths=torch.tensor([CURVES[curve](t) for t in steps][::-1], dtype=torch.float32, device=device),
+            percents=(start_at, end_at, curve),
         )
 
     def strength(self, sigma: Tensor) -> Tensor:

@@ -180,6 +180,7 @@ class Bench:
         y, timesteps = self.card.randn(batch, 2816), torch.full((batch,), 500.0, device=self.card.device)
         own = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(1, device=self.card.device)}
         options = {**model.model_options["transformer_options"], **own}
+        options |= as_sampled(options, x)
         return lambda: network(x, timesteps, context, y, transformer_options=options)
 
     def over(self, model, batch: int, add: Callable[..., Tensor], skip_middle: bool = False):
@@ -220,6 +221,19 @@ class Bench:
         q, base = self.card.randn(2, batch, positions, width).to(dtype or self.card.dtype)
         keys, values = self.card.randn(2, 2, TOKENS["v1"], width).to(q)
         return q, base, SiteKV(keys, values)
+
+
+def as_sampled(options: Mapping, x: Tensor) -> dict[str, Any]:
+    """What our wrappers leave in the options while sampling, for a batch whose first half is negative."""
+    from ..nodes import patch, rows
+
+    masks = [one.mask for one in options.get(patch.INSTALLED, ()) if one.mask is not None]
+    uuids, pictures, size = ("negative", "positive"), len(x) // 2, tuple(x.shape[-2:])
+    run = rows.SamplingRun(frozenset({"positive"}), {}, [], [], pictures, size, {}, masks)
+    placement = run._own(tuple(x.shape), uuids, None)
+    for mask in masks:
+        mask.prepare(x, placement)
+    return {rows.KEY: rows.Call(run, placement, ()), "uuids": list(uuids)}
 
 
 def rows_of(batch: int) -> list[int]:

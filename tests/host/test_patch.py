@@ -26,19 +26,30 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from pulid_sdxl.nodes import apply as apply_node
-from pulid_sdxl.nodes import host, patch
-from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
+from pulid_sdxl.nodes import host, patch, rows
+from pulid_sdxl.nodes.apply import PulidApplyAdvanced
 from pulid_sdxl.pulid.attention import IdProjections, fuse
 from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
-from pulid_sdxl.pulid.identity import IdEmbedding
 from pulid_sdxl.pulid.sites import SITES
 from pulid_sdxl.pulid.tokens import identity_of, join_tokens
 from pulid_sdxl.tools.fakes import networks as fakes
 
-MODEL_CHANNELS = 32  # a tenth of SDXL: heads of 64 need at least 64 channels at the first site
-WIDTHS = tuple(site.channels * MODEL_CHANNELS // 320 for site in SITES)
-POSITIVE, NEGATIVE, EMPTY, SECOND = 1.0, -1.0, -2.0, 2.0  # what the conditionings of these tests are filled with
+from .sampling import (
+    EMPTY,
+    MODEL_CHANNELS,
+    NEGATIVE,
+    POSITIVE,
+    SECOND,
+    WIDTHS,
+    apply,
+    conditioning,
+    fuse_by,
+    make_identity,
+    projections,
+    sample,
+    sites_of,
+)  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -46,11 +57,6 @@ pytestmark = pytest.mark.usefixtures("inference")
 @pytest.fixture(scope="module")
 def model():
     return comfy_host.sdxl(MODEL_CHANNELS)
-
-
-def projections(widths=WIDTHS):
-    torch.manual_seed(5)
-    return IdProjections(widths)
 
 
 @pytest.fixture(scope="module")
@@ -65,45 +71,9 @@ def noisy():
     return fakes.loaded(fakes.weights(projections(), IdEncoder()))
 
 
-def make_identity(seed=1, people=1, tokens=10, version="v1", encoder="print"):
-    generator = torch.Generator().manual_seed(seed)
-    cond = torch.randn(people, tokens, 2048, generator=generator)
-    return IdEmbedding(cond, torch.randn(1, tokens, 2048, generator=generator), version, encoder)
-
-
 @pytest.fixture(scope="module")
 def identity():
     return make_identity()
-
-
-def apply(model, pulid, identity, method="fidelity", weight=0.8, start_at=0.0, end_at=1.0, attn_mask=None):
-    return PulidApply.execute(model, pulid, identity, method, weight, start_at, end_at, attn_mask)[0]
-
-
-def conditioning(marker, **more):
-    return [[torch.full((1, 77, 2048), marker), {"pooled_output": torch.full((1, 1280), marker), **more}]]
-
-
-def latent(batch=1, height=16, width=24):
-    return torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(7))
-
-
-def sample(model, steps=1, cfg=3.0, positive=None, negative=None, batch=1, guider=None, **size):
-    noise = latent(batch, **size)
-    if guider is not None:
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
-        sampler = comfy.samplers.sampler_object("euler")
-        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=1)
-    return comfy.sample.sample(
-        model, noise, steps, cfg, "euler", "normal",
-        conditioning(POSITIVE) if positive is None else positive,
-        conditioning(NEGATIVE) if negative is None else negative,
-        torch.zeros_like(noise), disable_pbar=True, seed=1,
-    )  # fmt: skip
-
-
-def sites_of(patched):
-    return patched.model_options["transformer_options"]["patches_replace"]["attn2"]
 
 
 def middle(patched):
@@ -254,7 +224,7 @@ class TestMasks:
             seen[q.shape[1]] = mask
             return fuse(q, base, kv, rows, fusion, strength, mask, overwrite)
 
-        monkeypatch.setattr(patch, "fuse_for", lambda kv: recording)
+        fuse_by(monkeypatch, recording)
         top = torch.zeros(1, 33, 10)
         top[:, :11] = 1  # the upper third
         sample(apply(model, pulid, identity, attn_mask=top), height=33, width=13)
@@ -460,10 +430,10 @@ def rows_seen(monkeypatch):
     seen = []
 
     def recording(q, base, kv, rows, *args, **options):
-        seen.append(rows)
+        seen.append(list(rows))
         return fuse(q, base, kv, rows, *args, **options)
 
-    monkeypatch.setattr(patch, "fuse_for", lambda kv: recording)
+    fuse_by(monkeypatch, recording)
     return seen
 
 
@@ -521,7 +491,7 @@ class TestTokensOfEveryPass:
         assert rows_seen and set(map(tuple, rows_seen)) <= {(2, 2, 2, 0, 1, 1), (0, 1, 1, 2, 2, 2)}
 
     def test_without_a_guider_index_0_is_the_positive(self):
-        assert patch.identity_rows(1, 4, {"cond_or_uncond": [1, 0]}) == [1, 1, 0, 0]
+        assert rows.without_a_run((1, 0), 4).identities(1) == (1, 1, 0, 0)
 
 
 class TestAdvanced:
