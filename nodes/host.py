@@ -125,8 +125,18 @@ def managed(module: Network, source: Hashable = None) -> Managed[Network]:
 
 
 def manage(module: nn.Module) -> Bring:
-    """Puts the module under ComfyUI's memory management; what comes back brings it to its device when called."""
-    return managed(module).load
+    """Puts a network of torch's own layers under ComfyUI's memory management; what comes back brings it to its device.
+
+    The host leaves layers at rest for which it has no room (--novram), since its own compute from there; these cannot.
+    """
+    held = managed(module)
+
+    def bring() -> torch.device:
+        device = held.load()
+        module.to(device)
+        return device
+
+    return bring
 
 
 def sampling_dtype(model: ModelPatcher) -> torch.dtype:

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import numpy as np
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..pulid.errors import MismatchError
@@ -175,8 +175,8 @@ class SamplingRun:
             model_options["model_function_wrapper"] = partial(_enter_function, function)
 
     def _arrive(
-        self, executor: Callable, x: Tensor, t: Tensor, c_concat: Tensor | None, c_crossattn: Tensor, control: Any,
-        transformer_options: dict, **kwargs: Any,
+        self, executor: WrapperExecutor, x: Tensor, t: Tensor, c_concat: Tensor | None, c_crossattn: Tensor,
+        control: Any, transformer_options: dict, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """Behind all wrappers of the model: leaves a Call for the sites."""
         options = transformer_options

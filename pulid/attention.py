@@ -102,7 +102,8 @@ class HeadKV:
         return self.keys, self.values, self.log_counts, self.unscaling
 
     def to(self, *args: Any, **kwargs: Any) -> "HeadKV":
-        return HeadKV(*(t.to(*args, **kwargs) for t in self._tensors), self.zero_tokens)
+        keys, values, log_counts, unscaling = (t.to(*args, **kwargs) for t in self._tensors)
+        return HeadKV(keys, values, log_counts, unscaling, self.zero_tokens)
 
 
 class IdProjections(nn.Module):

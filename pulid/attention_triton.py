@@ -9,7 +9,6 @@ small table and from there in a fixed order: the same input gives the same pictu
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -17,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import FACE_TOKENS, Fusion, HeadKV
+from .triton_launch import Launch
 
-SUMS_BLOCK, SUMS_WARPS, FORM = 64, 4, 0
-BLOCK, WARPS = 64, 4  # positions that a program works on at a time, and by how many warps
+# Positions that a program works on at a time, and its warps; the quickest of those tried on an H100.
+SUMS_BLOCK, SUMS_WARPS = 64, 4
+PLAIN, PROJECTED = (64, 4), (32, 1)  # of the kernel that writes, without and with a projection
 TABLE = 16  # rows of the table of sums: a program of the first kernel fills one
-WIDTHS = (16, 32, 64, 128)  # of a head
-MOST_TOKENS = 128
-ALIGNMENT = 16  # bytes, of what a kernel is specialised for
+WIDTHS, MOST_TOKENS = (16, 32, 64, 128), 128  # of a head; of an identity
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -67,7 +66,6 @@ def _to_face(logits, tokens, zeros, FACE: tl.constexpr, T: tl.constexpr):
 def _sums(
     q, base, keys, values, rows, table, N, tokens, kept, zeros,
     H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    FORM: tl.constexpr,
 ):  # fmt: skip
     """table (2, B, programs, C): sums over a program's STEPS blocks of base * A and of base squared.
 
@@ -77,11 +75,7 @@ def _sums(
     images, programs = tl.num_programs(0) // H, tl.num_programs(1)
     row = tl.load(rows + image)
     k, v = _head(keys, row, head, kept, tokens, H, D, T), _head(values, row, head, kept, tokens, H, D, T)
-    through, products, squares = (
-        tl.zeros((T, D), tl.float32),
-        tl.zeros((BLOCK, D), tl.float32),
-        tl.zeros((BLOCK, D), tl.float32),
-    )
+    through, squares = tl.zeros((T, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     for step in range(STEPS):
         n = (program * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         inside = n[:, None] < N
@@ -89,19 +83,13 @@ def _sums(
         b = tl.load(_tile(base, image, head, n, N, H, D), inside, 0.0)
         raw = tl.dot(x, tl.trans(k), input_precision="ieee")
         attention = _attention(raw * (D**-0.5), tokens, zeros, T).to(v.dtype)
-        if FORM == 0:
-            through = tl.dot(tl.trans(attention), b, through, input_precision="ieee")
-        else:
-            products += tl.dot(attention, v, input_precision="ieee") * b.to(tl.float32)
+        through = tl.dot(tl.trans(attention), b, through, input_precision="ieee")
         squares += b.to(tl.float32) * b.to(tl.float32)
         if FACE:
             face = table + 2 * images * programs * H * D + (image * H + head) * N + n
             tl.store(face, _to_face(raw, tokens, zeros, FACE, T), n < N)
     into = table + ((image * programs + program) * H + head) * D + tl.arange(0, D)
-    if FORM == 0:
-        tl.store(into, tl.sum(through * v.to(tl.float32), 0))
-    else:
-        tl.store(into, tl.sum(products, 0))
+    tl.store(into, tl.sum(through * v.to(tl.float32), 0))
     tl.store(into + images * programs * H * D, tl.sum(squares, 0))
 
 
@@ -171,54 +159,24 @@ def _on(device: torch.device, rows: tuple[int, ...]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-class Launch:
-    """Launches a kernel that Triton is asked for once per set of sizes: its own lookup takes longer than the launch."""
-
-    def __init__(self, kernel: Any):
-        self._kernel = kernel
-        self._compiled: dict[tuple, Any] = {}
-
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: Sequence[Tensor | None], numbers: tuple, warps: int
-    ) -> None:
-        """tensors and numbers are the kernel's arguments, in order; it is specialised for all of the numbers."""
-        if torch.compiler.is_compiling() or any(t is not None and t.data_ptr() % ALIGNMENT for t in tensors):
-            self._kernel[grid](*tensors, *numbers, num_warps=warps)
-            return
-        first = tensors[0]
-        assert first is not None
-        key = first.device, first.dtype, warps, numbers, *(t is None for t in tensors)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*tensors, *numbers)
-        elif (compiled := self._kernel[grid](*tensors, *numbers, num_warps=warps)) is not None:
-            self._compiled[key] = compiled  # Triton's interpreter has none
-
-
 SUMS, HEADLESS, OUTPUT = Launch(_sums), Launch(_headless), Launch(_output)
 
 
 def fuse(
-    q: Tensor,
-    base: Tensor,
-    kv: HeadKV,
-    rows: Sequence[int],
-    fusion: Fusion,
-    strength: Tensor | None = None,
-    mask: Tensor | None = None,
-    overwrite: bool = False,
-) -> Tensor:
+    q: Tensor, base: Tensor, kv: HeadKV, rows: Sequence[int], fusion: Fusion,
+    strength: Tensor | None = None, mask: Tensor | None = None, overwrite: bool = False,
+) -> Tensor:  # fmt: skip
     """attention.fuse, where kv `fits`: on its device and in its dtype."""
     q, base = q.contiguous(), base.contiguous()
     batch, positions, channels = q.shape
     _, heads, kept, width = kv.keys.shape
-    tokens = kept - bool(kv.zero_tokens)
-    programs = -(-positions // BLOCK)
+    tokens, zeros = kept - bool(kv.zero_tokens), float(kv.zero_tokens)
+    block, warps = PLAIN if fusion is Fusion.PLAIN else PROJECTED
+    programs = -(-positions // block)
     steps = -(-positions // (SUMS_BLOCK * TABLE))
     summed = -(-positions // (SUMS_BLOCK * steps))
     which, table = _on(q.device, tuple(rows)), None
     of_head = heads, width, max(16, 1 << (tokens - 1).bit_length())
-    zeros = float(kv.zero_tokens)
     if fusion is not Fusion.PLAIN:
         sums = 2 * batch * summed * channels
         face = {Fusion.ORTHOGONAL_V2: batch * heads * positions, Fusion.SHARED_V2: batch * programs}.get(fusion, 0)
@@ -226,17 +184,17 @@ def fuse(
         by_head = FACE_TOKENS if fusion is Fusion.ORTHOGONAL_V2 else 0
         SUMS(
             (batch * heads, summed, 1), (q, base, kv.keys, kv.values, which, table),
-            (positions, tokens, kept, zeros, *of_head, by_head, SUMS_BLOCK, steps, FORM), SUMS_WARPS,
+            (positions, tokens, kept, zeros, *of_head, by_head, SUMS_BLOCK, steps), SUMS_WARPS,
         )  # fmt: skip
         if fusion is Fusion.SHARED_V2:
             HEADLESS(
                 (batch, programs, 1), (q, kv.keys, which, table[sums:]),
-                (positions, tokens, kept, zeros, *of_head, FACE_TOKENS, BLOCK), WARPS,
+                (positions, tokens, kept, zeros, *of_head, FACE_TOKENS, block), warps,
             )  # fmt: skip
     out = base if overwrite else torch.empty_like(base)
     masks = 0 if mask is None else 1 if len(mask) == 1 else 2
     OUTPUT(
         (batch * heads, programs, 1), (q, base, kv.keys, kv.values, which, table, strength, mask, out),
-        (positions, summed, tokens, kept, zeros, *of_head, fusion.value, masks, BLOCK, TABLE), WARPS,
+        (positions, summed, tokens, kept, zeros, *of_head, fusion.value, masks, block, TABLE), warps,
     )  # fmt: skip
     return out

@@ -379,6 +379,10 @@ def show(rows: Iterator[Row]) -> list[Row]:
 
 
 def main() -> int:
+    if any(word.split("=")[0] == "--device" for word in sys.argv):
+        from . import bench_card
+
+        return bench_card.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comfyui", help="needed for the times of steps, of encoding and of a slider")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; within three minutes")

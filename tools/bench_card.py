@@ -90,12 +90,13 @@ class Card:
         return start.elapsed_time(end)
 
     def medians(self, calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-        """Of each call, in turn, so that what else the machine does falls on all; in ms, after two calls to warm up."""
+        """Of each call, in ms, after a call or two to warm up; in turn, so that what else the machine does falls on all."""
         times: dict[str, list[float]] = {name: [] for name in calls}
-        for repeat in range(repeats + 2):
+        warming = min(2, repeats)
+        for repeat in range(repeats + warming):
             for name, call in calls.items():
                 taken = self.milliseconds(call)
-                if repeat >= 2:
+                if repeat >= warming:
                     times[name].append(taken)
         return {name: statistics.median(values) for name, values in times.items()}
 
@@ -240,9 +241,17 @@ def rows_of(batch: int) -> list[int]:
     return [1] * (batch // 2) + [0] * (batch // 2)  # negative first, as the host has it
 
 
+def eager(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    def called() -> Tensor:
+        with eagerly():
+            return call()
+
+    return called
+
+
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Inside, patches are made without the fused kernels."""
+    """Inside, patches are made, and act, without the fused kernels."""
     kernels = attention._kernels
     attention._kernels = lambda device, dtype: None
     try:
@@ -332,6 +341,9 @@ def steps(bench: Bench) -> Iterator[Figure]:
     """A step of the UNet with each way of adding an identity, over the same step without."""
     for batch in (2,) if bench.card.kind == "cpu" else (2, 8):
         calls = {name: bench.step(model, batch) for name, model in models(bench, batch).items()}
+        with eagerly():
+            for method in METHODS:
+                calls[f"eager: {method}"] = eager(bench.step(bench.apply(bench.model, method), batch))
         times = bench.card.medians(calls, bench.repeats)
         plain = times.pop("unpatched")
         where = partial(Figure, f"step, {batch}")
@@ -367,7 +379,7 @@ def waiting(bench: Bench, calls: Mapping[str, Callable], where: Callable[..., Fi
 
 
 def models(bench: Bench, batch: int) -> dict[str, Any]:
-    """Name -> MODEL. Ours once more without the fused kernels, where there are any."""
+    """Name -> MODEL."""
     mask = torch.zeros(1, bench.pixels, bench.pixels)
     mask[..., : bench.pixels // 2] = 1
     apply = bench.apply
@@ -379,8 +391,6 @@ def models(bench: Bench, batch: int) -> dict[str, Any]:
     )
     made["IPAdapter-like"] = bench.with_ip_adapter(batch)
     made["fidelity, v1, over IPAdapter-like"] = apply(made["IPAdapter-like"], "fidelity")
-    with eagerly():
-        made |= {f"eager: {method}": apply(bench.model, method) for method in METHODS}
     method = METHODS["fidelity"]["v1"]
     theirs = {"fusion": method.fusion, "zero_tokens": method.zero_tokens, "weight": WEIGHT}
     made["as published"] = bench.over(bench.model, batch, partial(published, **theirs))

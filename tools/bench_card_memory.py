@@ -18,15 +18,18 @@ STEPS = 2
 KEYS_AND_VALUES = 16.0  # MB that may stay when the host wants its memory
 
 
-def dynamic_vram() -> None:
-    """As ComfyUI's main.py switches it on."""
-    import comfy.memory_management
-    import comfy.model_patcher
+def enter_with_dynamic_vram(comfyui: str, kind: str) -> None:
+    """As ComfyUI's main.py switches it on: its library first, then ComfyUI, then the class of its patchers."""
     import comfy_aimdo.control
 
     comfy_aimdo.control.init()
-    devices = [(torch.cuda.current_device(), 0)]
-    if not comfy_aimdo.control.init_devices(devices):
+    comfy_host.enter(comfyui, device=kind)
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+
+    devices = comfy.model_management.get_all_torch_devices()
+    if not comfy_aimdo.control.init_devices((device.index, 0) for device in devices):
         raise RuntimeError("comfy-aimdo does not work here")
     comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
     comfy.memory_management.aimdo_enabled = True
@@ -58,13 +61,15 @@ def measure(bench: Bench) -> list[tuple[str, float, float | None]]:
     from .bench_card_encode import CACHED, make_networks, rolled
 
     meter, card = Meter(bench.card), bench.card
+    square = card.randn(64, 64)
+    workspace = meter("cuBLAS's own workspace", lambda: (square @ square, meter.memory.memory_allocated())[1]) / 1e6
     photo = Photograph(torch.from_numpy(rolled(1)[0]).float() / 255)
     with tempfile.TemporaryDirectory() as folder:
         weights, networks = meter("load", lambda: make_networks(card, Path(folder)))
         meter("encode", lambda: encode([photo], weights, networks, EncodeSettings(), ResultCache(CACHED)))
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
-    meter("unloaded after encoding", lambda: None, 1.0)
+    meter("unloaded after encoding", lambda: None, workspace + 1)
 
     model = bench.model  # made on the card; from now on the host decides where it lies
     model.model.to("cpu")
@@ -87,7 +92,7 @@ def measure(bench: Bench) -> list[tuple[str, float, float | None]]:
     for turn in (1, 2):
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
-        meter(f"unload_all_models, {turn}", lambda: None, KEYS_AND_VALUES)
+        meter(f"unload_all_models, {turn}", lambda: None, workspace + KEYS_AND_VALUES)
         again = meter(f"sample again, {turn}", lambda: sample(patched))
         if not torch.equal(again, first):
             raise AssertionError(f"another picture after {turn} times unloading")
@@ -97,9 +102,10 @@ def measure(bench: Bench) -> list[tuple[str, float, float | None]]:
 def main() -> int:
     kind, comfyui, mode = sys.argv[1:]
     arguments = MEMORY_MODES[mode]
-    comfy_host.enter(comfyui, *(arguments or []), device=kind)
     if arguments is None:
-        dynamic_vram()
+        enter_with_dynamic_vram(comfyui, kind)
+    else:
+        comfy_host.enter(comfyui, *arguments, device=kind)
     with torch.inference_mode():
         print(json.dumps(measure(Bench(Card(kind), comfyui, 1))))
     return 0

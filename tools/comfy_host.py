@@ -77,7 +77,8 @@ def sdxl(
                     values = 0.1 * values + name.endswith("weight")
                 parameter.copy_(values)
     patcher = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
-    there, cpu = (torch.device(name) for name in (device, "cpu"))
+    cpu = torch.device("cpu")
+    there = cpu if device == "cpu" else comfy.model_management.get_torch_device()
     return patcher(network.requires_grad_(False), load_device=there, offload_device=cpu)
 
 

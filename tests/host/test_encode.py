@@ -193,3 +193,15 @@ def test_interrupting_stops_before_the_next_photograph(monkeypatch):
     with pytest.raises(InterruptedError):
         encode(torch.cat([photograph((40 + shift, 60)) for shift in range(5)]), pulid)
     assert pulid.analyzer.looks == 2
+
+
+def test_networks_of_plain_layers_are_brought_whole_where_the_host_leaves_them_at_rest(monkeypatch):
+    """As with --novram: the host's own layers compute from where they rest, and it leaves all others there too."""
+    from comfy import model_management
+
+    there = torch.device("meta")  # stands for a card
+    monkeypatch.setattr(model_management, "get_torch_device", lambda: there)
+    monkeypatch.setattr(model_management, "load_models_gpu", lambda models: None)
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    assert host.manage(network)() == there
+    assert {tensor.device for tensor in network.state_dict().values()} == {there}

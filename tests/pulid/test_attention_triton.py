@@ -44,7 +44,7 @@ def test_the_kernels_give_what_fuse_gives(
 
 @pytest.mark.parametrize("fusion", Fusion)
 def test_more_blocks_than_one_table_holds(fusion):
-    positions = attention_triton.BLOCK * (attention_triton.TABLE + 1) + 5
+    positions = attention_triton.SUMS_BLOCK * (attention_triton.TABLE + 1) + 5
     q, base, kv, _ = drawn(0, 1, positions, 1, 16, 6, 1, 8)
     out, expected = (way(q, base, kv, [0], fusion) for way in (attention_triton.fuse, fuse))
     assert (out - expected).abs().max() <= 2e-5 * (1 + (expected - base).abs().max())
