@@ -21,6 +21,7 @@ from pulid_sdxl.nodes.encode import PulidEncode
 from pulid_sdxl.pulid.cache import ResultCache
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.tools.fakes import networks as fakes
+from torch import nn
 
 
 @pytest.fixture(autouse=True)
