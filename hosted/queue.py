@@ -7,91 +7,59 @@ configured and nowhere else, whatever an answer says.
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from yarl import URL
 
 from ..pulid.errors import InputError
-from .api import ENDPOINT, UNREADABLE_IS_NONE, Number, read_answer
+from .api import ENDPOINT, REQUEST_ID, Accepted, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import GOES_ON, OUTCOME_UNKNOWN, AmbiguousSubmit, AnswerLost, BadAnswer, Refused, Unreachable, failed_job
-from .transport import DEFAULT_TERMS, PASSING, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
+from .errors import AmbiguousSubmit, AnswerLost, BadAnswer, Failure, Gone, Refused, Unreachable, clean, failed_job
+from .journal import Ticket
+from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
-REQUEST_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{3,127}")
-QUEUED, RUNNING, DONE = "IN_QUEUE", "IN_PROGRESS", "COMPLETED"
-ACCESS = (401, 403, 404, 429)  # say something about us or the id, never about the job
-MODELS_OWN = (408, 422, 499, 500)  # say how the job ended, also where the body does not
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request that was accepted, and where its result is; /status and /cancel lie below."""
-
-    request_id: str
-    url: str
+ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never about the job
 
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """What surrounds a request without changing its picture."""
+    """What surrounds a request without changing its picture.
+
+    start_seconds  after which the service gives up when no machine has begun
+    lifetime       seconds that the service keeps the pictures; 0 leaves it to the account's settings
+    access         who can read them at the service: "" (as the account has it), "allow", "forbid" or "hide"
+    store          False asks the service to keep no copy of the request and its answer
+    """
 
     webhook_url: str = ""
     priority: str = "normal"
     runner_hint: str = ""
     no_retry: bool = False
-    start_seconds: float | None = None  # the service gives up when no machine has begun by then
+    start_seconds: float | None = None
+    lifetime: int = 0
+    access: str = ""
+    store: bool = True
 
     def __post_init__(self) -> None:
-        if self.webhook_url and not re.match(r"https?://[^/\s]+", self.webhook_url):
-            raise InputError(f"A webhook is an address such as https://example.com/done, found {self.webhook_url!r}.")
         if not self.runner_hint.isascii() or (self.runner_hint and not self.runner_hint.isprintable()):
             raise InputError("runner_hint takes plain letters, digits and signs.")
 
     def headers(self) -> dict[str, str]:
+        lifecycle: dict[str, Any] = {"expiration_duration_seconds": self.lifetime} if self.lifetime else {}
+        lifecycle |= {"initial_acl": {"default": self.access}} if self.access else {}
         found = {
             "X-Fal-Request-Timeout": f"{self.start_seconds:g}" if self.start_seconds else "",
             "X-Fal-Queue-Priority": self.priority if self.priority != "normal" else "",
             "X-Fal-Runner-Hint": self.runner_hint,
             "x-fal-no-retry": "1" if self.no_retry else "",
+            "X-Fal-Object-Lifecycle-Preference": json.dumps(lifecycle) if lifecycle else "",
+            "X-Fal-Store-IO": "" if self.store else "0",
         }
         return {name: value for name, value in found.items() if value}
-
-
-def _lines(logs: Any) -> tuple[str, ...]:
-    """The texts of log entries, which may be null, objects with a `message`, or bare texts."""
-    texts = [line.get("message") if isinstance(line, dict) else line for line in logs if line] if logs else []
-    return tuple(str(text) for text in texts if text is not None)
-
-
-class Status(BaseModel):
-    """Where a request stands. A state that is not in the service's documents counts as waiting.
-
-    position  how many are before it while it is queued, None otherwise
-    logs      all lines so far
-    error     with error_type, what a failed job has although it is COMPLETED
-    """
-
-    model_config = ConfigDict(frozen=True, strict=True)
-
-    state: str = Field(alias="status")
-    position: Number = Field(None, alias="queue_position")
-    logs: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()
-    metrics: Annotated[dict[str, Any] | None, UNREADABLE_IS_NONE] = None
-    error: Any = None
-    error_type: Any = None
-
-    @property
-    def done(self) -> bool:
-        return self.state == DONE
-
-    @property
-    def failed(self) -> bool:
-        return self.done and bool(self.error or self.error_type)
 
 
 class CancelOutcome(Enum):
@@ -127,88 +95,85 @@ class QueueClient:
 
     def ticket(self, request_id: str, url: Any = None) -> Ticket:
         """The ticket of a request, at the given address if the key may go there. Raises InputError for another id."""
-        if not REQUEST_ID.fullmatch(request_id := request_id.strip()):
+        if not re.fullmatch(REQUEST_ID, request_id := request_id.strip()):
             raise InputError(
-                f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {request_id[:60]!r}. "
+                f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {clean(request_id, 60)!r}. "
                 "Copy it from a submit node or from fal.ai/dashboard/requests."
             )
-        if not self._is_ours(url):
-            url = f"{self.endpoints.queue}/{ENDPOINT}/requests/{request_id}"
-        return Ticket(request_id, url)
+        known = [base.origin() for base in (self.endpoints.queue, self.endpoints.backup_queue) if base]
+        try:
+            is_ours = isinstance(url, str) and URL(url).origin() in known and not URL(url).user
+        except ValueError:
+            is_ours = False
+        return Ticket(request_id, url if is_ours else f"{self.endpoints.queue}/{ENDPOINT}/requests/{request_id}")
 
     def _url(self, ticket: Ticket) -> str:
         """A ticket of other days goes to the addresses of today."""
         return self.ticket(ticket.request_id, ticket.url).url
 
-    def _is_ours(self, url: Any) -> bool:
-        known = [base.origin() for base in (self.endpoints.queue, self.endpoints.backup_queue) if base]
-        try:
-            return isinstance(url, str) and URL(url).origin() in known and not URL(url).user
-        except ValueError:
-            return False
+    async def submit(
+        self, body: Mapping[str, Any], options: SubmitOptions, leave: Callable[[], None] = lambda: None
+    ) -> Ticket:
+        """Send a request that costs money, once. `leave` may raise to break it off as long as it is not wholly sent.
 
-    async def submit(self, body: Mapping[str, Any], options: SubmitOptions) -> Ticket:
-        """Send a request that costs money, once.
-
-        Sends again only where nothing can have been accepted: no connection came about, or the answer was 429.
+        Sends again only where nothing can have been accepted: it was not wholly sent, or the answer was 429.
         Raises Unreachable or Refused (nothing runs), AmbiguousSubmit (nobody knows).
         """
         query = {"fal_webhook": options.webhook_url} if options.webhook_url else {}
         urls = [base / ENDPOINT % query for base in (self.endpoints.queue, self.endpoints.backup_queue) if base]
-        data, headers = json.dumps(body).encode(), options.headers()
+        data, headers, terms = json.dumps(body).encode(), options.headers(), replace(self.terms, leave=leave)
         for attempt in range(BUSY_REPEATS + 1):
-            reply = await self._submit_once(urls, headers, data)
+            reply = await self._submit_once(urls, headers, data, terms)
             pause = retry_after(reply, attempt)
             if reply.status != 429 or attempt == BUSY_REPEATS or pause > LONGEST_BUSY_PAUSE:
                 break
             await self.sleep(pause)
-        return self._accepted(reply)
+        if (reply.may_pass and reply.status != 429) or 300 <= reply.status < 400:
+            raise AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
+        if reply.status >= 400:
+            raise Refused(self.failure(reply).words("The service did not take the request"))
+        try:
+            accepted = read_answer(Accepted, reply.json)
+        except BadAnswer:
+            raise AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no id.") from None
+        return self.ticket(accepted.request_id, accepted.response_url)
 
-    async def _submit_once(self, urls: list[URL], headers: Mapping[str, str], data: bytes) -> Reply:
+    async def _submit_once(self, urls: list[URL], headers: Mapping[str, str], data: bytes, terms: Terms) -> Reply:
         for url in urls:
             try:
-                return await self.call("POST", url, headers, data)
+                return await self.call("POST", url, headers, data, terms)
             except Unreachable as error:
                 unreachable = error
             except (AnswerLost, BadAnswer) as error:
-                raise AmbiguousSubmit(f"{error} {OUTCOME_UNKNOWN}") from None
+                raise AmbiguousSubmit(str(error)) from None
         raise unreachable
-
-    def _accepted(self, reply: Reply) -> Ticket:
-        if reply.status == 408 or reply.status >= 500 or 300 <= reply.status < 400:
-            raise AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}. {OUTCOME_UNKNOWN}")
-        if reply.status >= 400:
-            raise Refused(reply.failure.words("The service did not take the request"))
-        answer = reply.json if isinstance(reply.json, dict) else {}
-        request_id = answer.get("request_id")
-        if not isinstance(request_id, str) or not REQUEST_ID.fullmatch(request_id):
-            raise AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no id. {OUTCOME_UNKNOWN}")
-        return self.ticket(request_id, answer.get("response_url"))
 
     async def status(self, ticket: Ticket, logs: bool = True) -> Status:
         """Raises Refused where the service does not say, BadAnswer where it says nothing of use."""
-        url = URL(f"{self._url(ticket)}/status?logs={int(logs)}")
-        reply = await self.repeat("GET", url)
+        reply = await self.repeat("GET", URL(f"{self._url(ticket)}/status?logs={int(logs)}"))
         if reply.status not in (200, 202):
-            raise Refused(reply.failure.words("Asking for the status failed", ticket.request_id) + GOES_ON)
+            kind = Gone if reply.status in (404, 410) else Refused
+            raise kind(self.failure(reply).words("Asking for the status failed", ticket.request_id))
         return read_answer(Status, reply.json)
 
     async def result(self, ticket: Ticket) -> Any | None:
         """The JSON that the model gave, or None while it is not ready.
 
-        Raises JobFailed with the model's own error, Refused where it may still be fetched later, BadAnswer.
+        Raises JobFailed with the model's or the service's own word that it failed, Refused or BadAnswer for anything
+        else: the request is then as it was.
         """
         reply = await self.repeat("GET", URL(self._url(ticket)))
         if reply.status == 200 and reply.json is None:
             raise BadAnswer("Expected JSON from the service, found something else.")
         if reply.status == 200:
             return reply.json
-        failure = reply.failure
+        failure = self.failure(reply)
         if reply.status == 400 and any("in progress" in problem.message for problem in failure.problems):
             return None
-        if reply.status not in ACCESS and (failure.kinds or reply.status in MODELS_OWN):
+        if failure.is_evidence and reply.status not in ABOUT_US:
             raise failed_job(failure, ticket.request_id)
-        raise Refused(failure.words("Fetching the result failed", ticket.request_id) + GOES_ON)
+        kind = Gone if reply.status in (404, 410) else Refused
+        raise kind(failure.words("Fetching the result failed", ticket.request_id))
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome:
         """Ask once, and not for long; never raises for what the service or the network does."""
@@ -218,6 +183,9 @@ class QueueClient:
         except (Unreachable, AnswerLost, BadAnswer):
             return CancelOutcome.NO_ANSWER
         return CANCEL_OUTCOMES.get(reply.status, CancelOutcome.NO_ANSWER)
+
+    def failure(self, reply: Reply) -> Failure:
+        return replace(reply.failure, proxied=self.endpoints.proxy is not None)
 
     async def repeat(self, method: str, url: URL, headers: Headers = None, body: bytes | None = None) -> Reply:
         """A call that costs nothing and may be repeated: after a lost answer and after a failure that may pass."""
@@ -239,8 +207,7 @@ class QueueClient:
 
 
 def _may_pass(reply: Reply) -> bool:
-    """True for what may be over in a moment: damaged JSON, and a gateway's failure, which has no kind."""
+    """True for what may be over in a moment: damaged JSON, and a gateway's failure, which is no word of the job's."""
     if reply.status < 300:
         return reply.json is None
-    failure = reply.failure
-    return reply.status in PASSING and not failure.kinds and not failure.own_limit and failure.retryable is not False
+    return reply.may_pass and not reply.failure.is_evidence and reply.failure.retryable is not False

@@ -1,31 +1,34 @@
-"""One HTTP exchange and what its failure proves, that nothing was sent or that nobody knows; and repeats of it.
+"""One HTTP exchange and what its failure proves, that nothing was accepted or that nobody knows; and repeats of it.
 
 No exchange follows a redirect, keeps a cookie or repeats itself, and no error of the HTTP library leaves this file,
-since its errors can hold the headers of a request.
+since its errors can hold the headers of a request. Proxies are those of the environment, as other clients use them.
 """
 
 import asyncio
-import json
+import base64
 import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, Protocol
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from aiohttp.abc import ResolveResult
+from aiohttp.abc import AbstractStreamWriter, ResolveResult
 from yarl import URL
 
-from .endpoints import is_public, refuse_private
-from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable, read_failure
+from .api import parse, read_failure
+from .endpoints import is_fals, is_loopback, is_public, refuse_private
+from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable
 
 CONNECT_SECONDS = 10
-CHUNK = 64 * 1024  # bytes
+CHUNK = 64 * 1024  # bytes that are read at a time
+PIECE, SEND_BUFFER = 16 * 1024, 32 * 1024  # bytes that are sent at a time, and that the system may hold back
+LOOK_SECONDS = 0.2  # between two looks at whether somebody wants to leave
 USER_AGENT = "pulid-sdxl (ComfyUI)"
 REPEATS = 6  # of a call that may be repeated
 LONGEST_PAUSE = 10.0  # seconds between two of them
-PASSING = (429, 502, 503, 504)  # statuses that may be over in a moment
 
 Headers = Mapping[str, str] | None
 Sleep = Callable[[float], Awaitable[None]]
@@ -42,24 +45,33 @@ class Reply:
     @property
     def json(self) -> Any:
         """What the body holds as JSON; None where it holds none."""
-        try:
-            return json.loads(self.body)
-        except ValueError:
-            return None
+        return parse(self.body)
 
     @property
     def failure(self) -> Failure:
         """What an answer that is none says about why."""
         return read_failure(self.status, self.headers, self.body)
 
+    @property
+    def may_pass(self) -> bool:
+        """True for a status that may be over in a moment."""
+        return self.status in (408, 429, 499) or self.status >= 500
+
 
 @dataclass(frozen=True)
 class Terms:
-    """How long to wait for one exchange in seconds, and how large its answer may be in bytes."""
+    """How long to wait for one exchange, and how large its answer may be.
+
+    seconds  without a byte of the request moving, and then until the whole answer is there
+    limit    bytes of the answer
+    idle     seconds between two bytes of the answer
+    leave    asked often until the request is wholly sent; what it raises breaks the exchange off
+    """
 
     seconds: float = 60
     limit: int = 64 * 2**20
-    idle: float | None = None  # longest pause between two bytes
+    idle: float | None = None
+    leave: Callable[[], None] | None = None
 
 
 DEFAULT_TERMS = Terms()
@@ -71,77 +83,174 @@ class Transport(Protocol):
     async def send(
         self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
     ) -> Reply:
-        """Raises Unreachable when nothing was sent, AnswerLost when something may have been, BadAnswer."""
+        """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
         ...
 
 
 class PublicResolver(aiohttp.ThreadedResolver):
-    """Looks names up, and refuses every one that leads to an address which is not on the public internet."""
+    """Looks names up, and refuses every one that leads to an address which is not on the public internet.
+
+    fal's own names are known by TLS instead: VPNs, NAT64 and providers give them addresses that are not public.
+    """
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await super().resolve(host, port, family)
-        if not all(is_public(entry["host"]) for entry in found):
+        if not is_fals(host) and not all(is_public(entry["host"]) for entry in found):
             refuse_private(host)
         return found
 
 
+class _Sending(aiohttp.payload.Payload):
+    """A body on its way, piece by piece, so that somebody can tell whether it moves and whether all of it has left."""
+
+    def __init__(self, body: bytes | None):
+        super().__init__(body or b"", content_type="application/octet-stream")
+        self._body = body or b""
+        self._size = len(self._body)
+        self._clock = asyncio.get_running_loop().time
+        self.moved = self._clock()  # when it last did
+        self.connected = False
+        self._transport: Any = None
+        self.whole = not body  # once connected: the last piece is handed to the system, or there is none
+
+    def connect(self) -> None:
+        self.connected, self.moved = True, self._clock()
+
+    def end(self) -> None:
+        """Nothing of what is still here leaves any more: a transport that is only closed sends the rest first."""
+        if self._transport is not None and not self.whole:
+            self._transport.abort()
+
+    @property
+    def all_sent(self) -> bool:
+        """False as long as it is certain that something is still here."""
+        return self.connected and self.whole
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("A body is sent as it is.")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        self._transport = getattr(writer, "transport", None)
+        if self._transport is not None:  # else it is gone, which the first piece says
+            self._transport.set_write_buffer_limits(high=0)
+            with suppress(OSError, AttributeError):
+                self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        for start in range(0, len(self._body), PIECE):
+            self.whole = start + PIECE >= len(self._body)
+            await writer.write(self._body[start : start + PIECE])
+            await writer.drain()
+            self.moved = self._clock()
+
+
 class AiohttpTransport:
-    """An asynchronous context manager of one event loop; with `public`, nothing goes to private addresses."""
+    """An asynchronous context manager of one event loop; with `public`, no name that leads to a private address."""
 
     def __init__(self, public: bool = False):
         self._public = public
 
     async def __aenter__(self) -> "AiohttpTransport":
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_start.append(_once)
-        trace.on_connection_create_end.append(_connected)
-        resolver = PublicResolver() if self._public else None
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            auto_decompress=False,
-            trace_configs=[trace],
-        )
+        self._direct = _session(PublicResolver() if self._public else None)
+        self._proxied = _session(None)  # the proxy may well be a private address
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._direct.close()
+        await self._proxied.close()
 
     async def send(
         self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
     ) -> Reply:
-        connection = SimpleNamespace(connected=False)
-        timeout = aiohttp.ClientTimeout(terms.seconds, sock_connect=CONNECT_SECONDS, sock_read=terms.idle)
+        sending, now = _Sending(body), asyncio.get_running_loop().time
+        exchange = asyncio.ensure_future(self._exchange(method, url, headers, sending, terms))
         failure: HostedError
         try:
-            async with self._session.request(
-                method,
-                url,
-                headers=headers,
-                data=body,
-                timeout=timeout,
-                allow_redirects=False,
-                trace_request_ctx=connection,
-            ) as response:
-                names = {name.lower(): value for name, value in response.headers.items()}
-                return Reply(response.status, names, await _read(response, url, terms.limit))
+            while not exchange.done():
+                left = sending.moved + terms.seconds - now()
+                if left <= 0:
+                    raise asyncio.TimeoutError
+                if terms.leave and not sending.all_sent:
+                    terms.leave()
+                    left = min(left, LOOK_SECONDS)
+                await asyncio.wait({exchange}, timeout=left)
+            return exchange.result()
         except HostedError as error:
             failure = error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            failure = _failure(connection.connected, url, terms, error)
+            failure = _failure(sending, url, terms, error)
+        finally:
+            exchange.cancel()
+            await asyncio.gather(exchange, return_exceptions=True)
+            sending.end()
         raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
 
+    async def _exchange(self, method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
+        proxy, proxy_headers = proxy_for(url)
+        if proxy and self._public and not is_fals(url.raw_host or ""):
+            await _refuse_private_name(url)
+        async with (self._proxied if proxy else self._direct).request(
+            method,
+            url,
+            headers=headers,
+            data=sending if sending.size else None,
+            timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=terms.idle),
+            allow_redirects=False,
+            proxy=proxy,
+            proxy_headers=proxy_headers,
+            trace_request_ctx=sending,
+        ) as response:
+            names = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status, names, await _read(response, url, terms.limit))
 
-async def _once(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:
+
+def _session(resolver: aiohttp.ThreadedResolver | None) -> aiohttp.ClientSession:
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_start.append(_once)
+    trace.on_connection_create_end.append(_connected)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+        auto_decompress=False,
+        trace_configs=[trace],
+    )  # without trust_env, which would send what a .netrc holds in the place of the key
+
+
+async def _once(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
     if context.trace_request_ctx.connected:  # the library repeats all calls but POST, on a second connection
         raise AnswerLost("The connection broke off before an answer came.")
 
 
-async def _connected(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:
-    context.trace_request_ctx.connected = True
+async def _connected(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+    context.trace_request_ctx.connect()
+
+
+def proxy_for(url: URL) -> tuple[URL | None, Mapping[str, str] | None]:
+    """The proxy that the environment (or the system) names for an address, and what it must be sent. This machine's
+    own addresses have none. Raises Unreachable for a kind that the HTTP library cannot use."""
+    if is_loopback(url) or proxy_bypass(f"{url.raw_host}:{url.port}"):
+        return None, None
+    found = getproxies()
+    if not (text := found.get(url.scheme) or found.get("all")):
+        return None, None
+    try:
+        proxy = URL(text if "://" in text else f"http://{text}")
+        usable = proxy.scheme in ("http", "https") and bool(proxy.host)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
+    if proxy.user is None:
+        return proxy, None
+    secret = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
+    return proxy.with_user(None), {"Proxy-Authorization": f"Basic {secret}"}
+
+
+async def _refuse_private_name(url: URL) -> None:
+    """A proxy looks names up itself; what this machine knows to be private is refused all the same."""
+    with suppress(socket.gaierror, UnicodeError):
+        await PublicResolver().resolve(url.raw_host or "", url.port or 443)
 
 
 async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes:
@@ -158,11 +267,16 @@ async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes
     return bytes(read)
 
 
-def _failure(connected: bool, url: URL, terms: Terms, error: Exception) -> HostedError:
-    if not connected:
+def _failure(sending: _Sending, url: URL, terms: Terms, error: Exception) -> HostedError:
+    if not sending.connected:
         return Unreachable(
             f"No connection to {url.host} came about ({_kind(error)}), so nothing was sent. "
             "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
+        )
+    if not sending.all_sent:
+        return Unreachable(
+            f"The connection to {url.host} ended before all was sent ({_kind(error)}), so nothing was accepted. "
+            "Check this machine's network, or send smaller photographs, then queue the prompt again."
         )
     if isinstance(error, asyncio.TimeoutError):
         return AnswerLost(f"{url.host} did not answer within {terms.seconds:g} s.")
@@ -171,7 +285,10 @@ def _failure(connected: bool, url: URL, terms: Terms, error: Exception) -> Hoste
 
 def _kind(error: Exception) -> str:
     """The library's class of error in words; its own text can hold addresses and headers."""
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return f"the proxy refused it, HTTP {error.status}"
     kinds = {
+        aiohttp.ClientProxyConnectionError: "the proxy of HTTPS_PROXY cannot be reached",
         aiohttp.ClientConnectorDNSError: "its name was not found",
         aiohttp.ClientConnectorCertificateError: "its certificate is not valid",
         aiohttp.ClientSSLError: "no secure connection",
@@ -188,7 +305,7 @@ async def repeated(
     for attempt in range(REPEATS):
         try:
             reply = await send()
-            if not (may_pass(reply) if may_pass else reply.status in PASSING):
+            if not (may_pass(reply) if may_pass else reply.may_pass):
                 return reply
             pause = retry_after(reply, attempt)
         except (Unreachable, AnswerLost):
@@ -200,7 +317,8 @@ async def repeated(
 def retry_after(reply: Reply, attempt: int) -> float:
     """Seconds that the service asks to wait, or our own where it does not say."""
     try:
-        return max(0.0, float(reply.headers.get("retry-after", "")))
+        asked = float(reply.headers.get("retry-after", ""))
+        return asked if 0 <= asked < float("inf") else backoff(attempt)
     except ValueError:
         return backoff(attempt)
 

@@ -35,7 +35,6 @@ from pulid_sdxl.tools.comfy_server import ComfyServer, link
 from pulid_sdxl.tools.fakes import fake_faults as faults
 from pulid_sdxl.tools.fakes.fake_fal import EVERY, FakeFal
 from pulid_sdxl.tools.fakes.fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
-from pulid_sdxl.tools.fakes.webhook_receiver import listening
 from pulid_sdxl.tools.workflow import set_inputs, to_prompt
 
 comfy_host.enter(os.environ["COMFYUI"])
@@ -251,7 +250,10 @@ def service():
 @pytest.fixture(scope="module")
 def driver(comfyui, service, tmp_path_factory):
     base = prepare(tmp_path_factory.mktemp("base"))
-    variables = {**NO_KEY, **service.environment, "PULID_FAL_PICTURES_PER_DAY": "10000"}
+    plenty = {"PULID_FAL_PICTURES_PER_DAY": "10000", "PULID_FAL_CEILING_PER_DAY": "10000"}
+    (base / "user" / "__pulid").mkdir(parents=True)
+    (base / "user" / "__pulid" / "webhook_hosts.txt").write_text("optional.webhook.url\n")
+    variables = {**NO_KEY, **service.environment, **plenty}
     with ComfyServer(comfyui, base, ("--cpu",), variables) as server:
         yield Driver(server)
 
@@ -503,14 +505,11 @@ class TestMethods:
         assert fal.bill == 1
 
     def test_a_webhook_brings_the_id_that_collects_the_picture(self, driver, fal):
-        with listening() as (address, calls):
-            hook = f"{address}/done"
-            graph = Graph()
-            graph.submit(**SMALL, seed=4010, webhook_url=hook)
-            assert driver.run(graph).error is None
-            assert wait_for(lambda: calls)
-            told = json.loads(calls[0])
-        assert told["status"] == "OK"
+        graph = Graph()
+        graph.submit(**SMALL, seed=4010, webhook_url="https://optional.webhook.url/done")
+        assert driver.run(graph).error is None
+        assert wait_for(lambda: fal.webhooks)
+        [(_, told)] = fal.webhooks
         assert_same(driver.run(result_of(told["request_id"])).images()[0], expected(fal, 4010)[0])
         assert fal.bill == 1
 
@@ -644,8 +643,8 @@ def test_photographs_are_encoded_beside_comfyuis_event_loop(fal, tmp_path, monke
         monkeypatch.setenv(variable, value)
     Node.GET_SCHEMA()
     photographs = Photographs()
-    inputs = {"image": [photographs]} if name == "HostedUpload" else {**DEFAULTS, "reference_images": photographs}
-    asyncio.run(Node.execute(**inputs))
+    inputs = {name: [value] for name, value in DEFAULTS.items()} | {"reference_images": [photographs]}
+    asyncio.run(Node.execute(**({"image": [photographs]} if name == "HostedUpload" else inputs)))
     assert photographs.threads and threading.get_ident() not in photographs.threads
 
 
@@ -782,11 +781,6 @@ def journal(base, statement):
         return database.execute(statement).fetchall()
 
 
-def age_journal(base):
-    """Let a minute pass, in which nobody gave a sign of life."""
-    journal(base, "UPDATE jobs SET updated = updated - 60")
-
-
 def start(comfyui, base, variables):
     return ComfyServer(comfyui, base, ("--cpu",), {**NO_KEY, **variables})
 
@@ -834,7 +828,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
         [lost] = {2, 3} - {known}
         with start(comfyui, base, addresses) as server:
             driver = Driver(server)
-            age_journal(base)
             assert "may have been accepted and billed" in driver.run(Graph(seed=lost)).error
             fal.script = ("COMPLETED",)
             run = driver.run(Graph(seed=known))  # picked up where it was left
@@ -846,7 +839,7 @@ def test_the_life_of_a_process(comfyui, tmp_path):
             end = partial(server.process.send_signal, signal.SIGINT)
             driver.run(Graph(seed=4), when=lambda: len(fal.seen("status")) > polls, act=end)
             server.process.wait(15)
-            assert journal(base, "SELECT request_id FROM jobs ORDER BY id")[-1] == (list(fal.jobs)[-1],)
+            assert journal(base, "SELECT request_id FROM requests ORDER BY created")[-1] == (list(fal.jobs)[-1],)
             assert fal.bill == 4
             key_file.unlink()
             driver.heard += heard

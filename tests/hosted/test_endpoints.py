@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 from pulid_sdxl.hosted import endpoints, job, pictures
@@ -14,11 +15,14 @@ from pulid_sdxl.hosted.endpoints import (
     Key,
     QuietFilter,
     check_address,
+    check_webhook,
     find_key,
+    is_fals,
     is_public,
     quieten,
 )
 from pulid_sdxl.hosted.errors import MissingKey, UnsafeAddress
+from pulid_sdxl.pulid.errors import InputError
 from yarl import URL
 
 HERE = Endpoints(queue=URL("http://127.0.0.1:5000"), rest=URL("http://127.0.0.1:5001"))
@@ -26,11 +30,21 @@ VALUE = "0d6ef3f2-aaaa-4bbb:0123456789abcdef"
 
 
 def test_without_settings_requests_go_to_fal():
-    assert Endpoints.from_environment({}) == Endpoints(URL("https://queue.fal.run"), URL("https://rest.fal.ai"), None)
+    names = (URL("https://queue.fal.run"), URL("https://rest.fal.ai"), None, URL("https://api.fal.ai"))
+    assert Endpoints.from_environment({}) == Endpoints(*names)
+
+
+@pytest.mark.parametrize("name", ["QUEUE", "REST", "PROXY"])
+def test_the_price_list_of_fal_is_asked_for_fals_own_service_alone(name):
+    environ = {f"PULID_FAL_{name}_URL": "https://other.example"}
+
+    assert Endpoints.from_environment(environ).api is None
+    both = Endpoints.from_environment(environ | {"PULID_FAL_API_URL": "https://prices.example"})
+    assert both.api == URL("https://prices.example")
 
 
 def test_every_address_can_be_set():
-    names = ("queue", "rest", "proxy")
+    names = ("queue", "rest", "proxy", "api")
 
     found = Endpoints.from_environment({f"PULID_FAL_{name.upper()}_URL": f"https://{name}.example/" for name in names})
 
@@ -130,6 +144,35 @@ def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
         "https://v3.fal.media:8443/a.png",
         "https://me@v3.fal.media/a.png",
         "https://10.0.0.1/a.png",
+        *(
+            f"https://{host}/a.png"
+            for host in (
+                "127.1",
+                "0",
+                "2130706433",
+                "0177.0.0.1",
+                "0x7f.0.0.1",
+                "0x7f000001",
+                "[::ffff:127.0.0.1]",
+                "[::]",
+                "1",
+                "10.0.0.1.",
+                "127.0.0.1..",
+                "localhost",
+                "localhost.",
+                "a.LOCALHOST",
+                "8.8.8.8.8",
+                "08.8.8.8",
+                "[fe80::1%25a]",
+                "%31%32%37.0.0.1",
+                "a b.example",
+                "\uff11\uff10.0.0.1",
+                "127\u30020\u30020\u30021",
+                "8.8.8.010",
+                "-",
+                "_._.0x",
+            )
+        ),
         "https://[::1]/a.png",
         "http://127.0.0.2:5001/a.png",
         "http://localhost:5000/a.png",
@@ -159,12 +202,51 @@ def test_nothing_on_this_machine_is_read_for_a_service_that_is_elsewhere(elsewhe
         check_address("http://127.0.0.1:9/a.png", elsewhere)
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *((host, True) for host in ("fal.run", "queue.fal.run", "v3.fal.media.", "REST.fal.ai", "v3b.fal.media")),
+        *((host, False) for host in ("notfal.run", "fal.run.example.com", "fal.media.evil", "", "fal-run", "fal.com")),
+    ],
+)
+def test_fals_own_names_are_known(host, expected):
+    assert is_fals(host) is expected
+
+
+# ---- Webhooks ----
+
+HOOK = "https://hooks.example.com/done?token=1"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://hooks.example.com", "https://127.0.0.1/x", "https://127.1/x", "https://localhost/x", "https://nas/x",
+        "https://10.0.0.1/x", "https://me:pw@hooks.example.com/", "ftp://a.b", "https://", "hooks.example.com", "https://[",
+    ],
+)  # fmt: skip
+def test_a_webhook_is_a_public_https_address(tmp_path, address):
+    with pytest.raises(InputError, match=r"public https address.*Nothing was sent"):
+        check_webhook(address, tmp_path)
+
+
+def test_a_webhook_is_shown_until_this_machines_owner_has_allowed_its_host(tmp_path):
+    for _ in range(2):  # seeing it once allows nothing
+        with pytest.raises(InputError, match=r"pictures to https://hooks\.example\.com/done.*webhook_hosts\.txt"):
+            check_webhook(HOOK, tmp_path)
+    (tmp_path / "webhook_hosts.txt").write_text("other.example\n Hooks.Example.com. \n")
+
+    check_webhook(HOOK, tmp_path)
+    with pytest.raises(InputError, match=r"does not know evil\.example"):
+        check_webhook("https://evil.example/hooks.example.com", tmp_path)
+
+
 # ---- The key ----
 
 
 def key_file(folder, text, mode=0o600):
     path = folder / "fal.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(mode)
     return path
 
@@ -182,9 +264,45 @@ def test_fal_key_comes_first_then_the_pair_then_the_file(tmp_path):
     assert found({}, file) == "Key from:file"
 
 
-@pytest.mark.parametrize("text", ["FAL_KEY=a:b", " FAL_KEY = 'a:b' \n", '# mine\nFAL_KEY = "a:b"  # really\n'])
-def test_the_file_has_a_line_as_in_toml(tmp_path, text):
-    assert found({}, key_file(tmp_path, text)) == "Key a:b"
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("FAL_KEY=a:b", "a:b"),
+        (" FAL_KEY = 'a:b' \n", "a:b"),
+        ('# mine\nFAL_KEY = "a:b"  # really\n', "a:b"),
+        ("\ufeffFAL_KEY=a:b", "a:b"),  # as Windows writes it
+        ('\n\n  \nFAL_KEY = "a:b#c"\n\n', "a:b#c"),
+        ("FAL_KEY='a:#'  # quoted", "a:#"),
+        ("FAL_KEY=a:b#c # bare", "a:b#c"),
+        ("export FAL_KEY=a:b\r\n", "a:b"),
+        ("FAL_KEY_ID=x\nFAL_KEY=a:b", "a:b"),
+    ],
+)
+def test_the_file_has_a_line_as_in_toml(tmp_path, text, key):
+    assert found({}, key_file(tmp_path, text)) == f"Key {key}"
+
+
+@pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c"])
+def test_a_file_without_such_a_line_is_named(tmp_path, text):
+    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+        found({}, key_file(tmp_path, text))
+
+
+def test_an_empty_line_does_not_take_the_next_ones_text(tmp_path):
+    with pytest.raises(MissingKey, match="none was found"):
+        found({}, key_file(tmp_path, "FAL_KEY =\nother:text\n"))
+
+
+def test_a_file_that_is_closed_to_us_is_told_as_that(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    file = key_file(tmp_path, "FAL_KEY=a:b")
+    for name in ("stat", "read_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, closed)
+            with pytest.raises(MissingKey, match=r"may not read .*fal\.toml.*chown, chmod 600"):
+                find_key({}, file)
 
 
 def test_another_file_can_be_named(tmp_path):

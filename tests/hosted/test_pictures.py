@@ -3,14 +3,19 @@
 import asyncio
 import base64
 import io
+import json
 import os
 import stat
+import struct
+import time
+import zlib
+from contextlib import suppress
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from pulid_sdxl.hosted.api import HostedImage
 from pulid_sdxl.hosted.endpoints import Endpoints
-from pulid_sdxl.hosted.errors import BadAnswer, Refused, UnsafeAddress
+from pulid_sdxl.hosted.errors import BadAnswer, Gone, UnsafeAddress
 from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, as_batches, decode, decode_data_uri
 from pulid_sdxl.hosted.transport import Reply
 
@@ -81,7 +86,7 @@ def test_other_content_is_refused():
 
 @pytest.mark.parametrize("status", [404, 410])
 def test_pictures_that_have_expired_are_said_to_have(status):
-    with pytest.raises(Refused, match=r"expired .*7 days.*force_resubmit"):
+    with pytest.raises(Gone, match=r"expired .*7 days"):
         fetch(Web(a=page(status=status)), "a")
 
 
@@ -111,12 +116,36 @@ def test_a_picture_inside_the_answer_is_taken_from_there():
     assert image.getpixel((0, 0)) == (10, 200, 30)
 
 
+def test_a_picture_in_file_data_needs_no_address_and_an_odd_one_falls_back_on_it():
+    data = base64.b64encode(picture()).decode()
+
+    [bare], _ = pictures(Web(), HostedImage(url="", file_data=data))
+    [uri], _ = pictures(Web(), HostedImage(file_data=f"data:image/png;base64,{data}"))
+    [other], _ = pictures(Web(a=page(picture())), HostedImage(url="https://host/a", file_data="***"))
+
+    assert bare.tobytes() == uri.tobytes() == other.tobytes()
+    with pytest.raises(BadAnswer):
+        pictures(Web(), HostedImage(file_data="***"))
+
+
 def test_one_answer_brings_so_much_and_no_more():
     images, most = [HostedImage(url="https://host/a")] * 3, 2 * len(picture())
 
     assert len(pictures(Web(a=page(picture())), *images[1:], largest_answer=most)[0]) == 2
     with pytest.raises(BadAnswer, match="together are larger"):
         pictures(Web(a=page(picture())), *images, largest_answer=most)
+    with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
+        pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4 - 1)
+
+
+def test_no_more_pictures_are_read_than_were_asked_for():
+    web = Web(a=page(picture()))
+    images = tuple([HostedImage(url="https://host/a")] * 3)
+
+    found, notes = asyncio.run(PictureFetcher(web, Endpoints()).fetch_all(images, asked=2))
+
+    assert (len(found), len(web.asked)) == (2, 2)
+    assert notes == ["2 pictures were asked for, 3 came; the others were not read."]
 
 
 # ---- Decoding ----
@@ -143,11 +172,40 @@ def test_what_is_no_picture_is_refused(data):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("part", [0.3, 0.8])
-def test_a_damaged_picture_is_an_error_and_never_grey(kind, part):
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_damaged_picture_is_an_error_and_never_grey(kind, part, filled, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", filled)  # as other packs set it, for the whole process
     data = picture(kind, size=(64, 64))
 
     with pytest.raises(BadAnswer, match="damaged"):
         decode(data[: int(part * len(data))])
+
+
+PILLOWS = (
+    ZeroDivisionError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RuntimeError, struct.error,
+    zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning, UserWarning, AssertionError, NotImplementedError,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("raised", PILLOWS)
+def test_whatever_pillow_raises_is_a_bad_answer(raised, monkeypatch):
+    def fail(*_):
+        raise raised("x")
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(BadAnswer, match=f"damaged.*{raised.__name__}"):
+        decode(picture())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_picture_with_any_byte_changed_is_read_or_is_a_bad_answer(kind):
+    data = picture(kind, size=(9, 7))
+    for place in range(len(data)):
+        for value in (0, 0x7F, 0xFF):
+            with suppress(BadAnswer):
+                assert decode(data[:place] + bytes([value]) + data[place + 1 :], 10**6).mode == "RGB"
 
 
 def test_the_size_is_checked_before_decoding(monkeypatch):
@@ -168,7 +226,8 @@ def test_a_damaged_data_uri_is_an_error(uri):
 
 def outcome(color="red", count=1, size=(8, 6), request_id="r"):
     images = tuple(Image.new("RGB", size, color) for _ in range(count))
-    return Outcome(images, "17454220438242315174", request_id, {"seed": "17454220438242315174", "notes": []})
+    seed = "17454220438242315174"
+    return Outcome(images=images, seed=seed, request_id=request_id, info={"seed": seed, "notes": []})
 
 
 def test_what_was_kept_comes_back_the_same(tmp_path):
@@ -185,13 +244,44 @@ def test_what_was_not_kept_is_none(tmp_path):
     assert PictureStore(tmp_path).get("r") is None
 
 
-@pytest.mark.parametrize("harm", ["missing", "damaged", "no facts"])
-def test_damaged_files_count_as_none(tmp_path, harm):
+FACTS = {"images": 1, "seed": "7", "request_id": "r", "info": {"notes": []}}
+DAMAGED = [
+    b"", b"[]", b"{", b"[" * 10**5, b"\xff", b"null",
+    *(json.dumps({**FACTS, **harm}).encode() for harm in (
+        {"images": "x"}, {"images": 0}, {"images": 10**9}, {"seed": None}, {"request_id": "other"}, {"info": []},
+        {"info": {}}, {"info": {"notes": 7}},
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("facts", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_facts_count_as_none(tmp_path, facts):
     PictureStore(tmp_path).put("r", outcome())
-    file = tmp_path / "r" / ("outcome.json" if harm == "no facts" else "0.png")
-    file.unlink() if harm == "missing" else file.write_bytes(file.read_bytes()[:20])
+    (tmp_path / "r" / "outcome.json").write_bytes(facts)
 
     assert PictureStore(tmp_path).get("r") is None
+
+
+@pytest.mark.parametrize("harm", [None, b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"])
+def test_damaged_pictures_count_as_none(tmp_path, harm):
+    PictureStore(tmp_path).put("r", outcome())
+    file = tmp_path / "r" / "0.png"
+    file.unlink() if harm is None else file.write_bytes(harm)
+
+    assert PictureStore(tmp_path).get("r") is None
+
+
+def test_pictures_are_kept_for_so_many_days_also_where_they_are_used(tmp_path):
+    results = PictureStore(tmp_path, days=2)
+    for name, days in (("old", 3), ("young", 1)):
+        results.put(name, outcome(request_id=name))
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (time.time() - days * 86400,) * 2)
+        assert results.get(name)
+
+    results.shrink()
+
+    assert [place.name for place in tmp_path.iterdir()] == ["young"]
 
 
 def test_a_second_outcome_takes_the_place_of_the_first(tmp_path):
@@ -208,11 +298,11 @@ def test_the_ones_not_used_for_longest_go_first(tmp_path):
     size = sum(file.stat().st_size for file in (tmp_path / "size").iterdir())
     results = PictureStore(tmp_path / "few", largest=3 * size)
     for number in range(3):
-        results.put(str(number), outcome())
+        results.put(str(number), outcome(request_id=str(number)))
         os.utime(tmp_path / "few" / str(number), (number, number))
     results.get("0")  # used just now
 
-    results.put("3", outcome())
+    results.put("3", outcome(request_id="3"))
 
     assert sorted(place.name for place in (tmp_path / "few").iterdir()) == ["0", "2", "3"]
 
