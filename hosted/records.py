@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ..pulid.errors import InputError
 from .journal import DAY, OPEN, Journal, Row
 
 JOURNAL_FILE, PICTURES_FOLDER = "hosted.sqlite", "results"
@@ -24,6 +25,11 @@ NEXT = {  # what to do with a request in this state
 }
 
 
+def rows(folder: Path) -> list[Row]:
+    """All requests of a private folder, the newest first."""
+    return Journal(folder / JOURNAL_FILE).rows()
+
+
 def age(row: Row, now: float) -> str:
     seconds = max(0, int(now - row.created))
     return next(
@@ -32,15 +38,23 @@ def age(row: Row, now: float) -> str:
     )
 
 
-def listing(rows: Iterable[Row], choice: str = "all") -> str:
+def listing(requests: Iterable[Row], choice: str = "all") -> str:
     """A line for each request: id, age, pictures, and what to do with it."""
     now = time.time()
     lines = [
         f"{row.id}  {age(row, now)} ago  {row.pictures} picture{'s' * (row.pictures != 1)}  {NEXT[row.state]}"
-        for row in rows
+        for row in requests
         if CHOICES[choice](row)
     ]
     return "\n".join(lines) or "No such request is known on this machine."
+
+
+def seconds_of(text: str) -> float:
+    """30d, 12h -> seconds. Raises InputError."""
+    size = {"d": DAY, "h": 3600}.get(text[-1:])
+    if size is None or not text[:-1].isdecimal():
+        raise InputError(f"A span of time looks like 30d or 12h, found {text!r}.")
+    return int(text[:-1]) * size
 
 
 def forget(folder: Path, ids: Iterable[str] = (), older_than: float | None = None) -> int:
@@ -51,7 +65,7 @@ def forget(folder: Path, ids: Iterable[str] = (), older_than: float | None = Non
     journal, now, names = Journal(folder / JOURNAL_FILE), time.time(), set(ids)
     chosen = [
         row
-        for row in journal.rows()
+        for row in rows(folder)
         if names & {row.request_id, row.name} or (older_than is not None and now - row.created >= older_than)
     ]
     for row in chosen:

@@ -18,7 +18,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..hosted import api, job, records, references
-from ..hosted.journal import Journal, Ticket
+from ..hosted.journal import Ticket
 from ..hosted.pictures import Outcome, as_batches
 from ..hosted.queue import SubmitOptions
 from ..hosted.service import JobProgress, Service, Watch, open_service, read_guard
@@ -443,8 +443,7 @@ class PulidHostedRequests(io.ComfyNode):
             said = (await _with_service(lambda service: job.cancel(request_id, service), cls)).value
         elif action == "forget":
             said = f"{await asyncio.to_thread(records.forget, folder, [request_id])} forgotten."
-        rows = await asyncio.to_thread(Journal(folder / records.JOURNAL_FILE).rows)
-        report = "\n".join(filter(None, (said, records.listing(rows, show))))
+        report = "\n".join(filter(None, (said, records.listing(await asyncio.to_thread(records.rows, folder), show))))
         return io.NodeOutput(report, pictures or ExecutionBlocker(None), ui={"text": report.splitlines()})
 
 

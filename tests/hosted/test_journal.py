@@ -2,15 +2,19 @@
 
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing, suppress
 from dataclasses import replace
 
 import pytest
+from pulid_sdxl import run
 from pulid_sdxl.hosted import records
 from pulid_sdxl.hosted.errors import AmbiguousSubmit, HostedError, HostedLimit
 from pulid_sdxl.hosted.journal import DAY, Guard, Journal, Row, Ticket, refuse_ambiguous
+from pulid_sdxl.tools import TOOLS
 
 TICKET = Ticket("request-1", "https://q/r")
 
@@ -370,3 +374,31 @@ def test_requests_are_forgotten_with_their_pictures(journal, clock):
     assert [row.id for row in journal.rows()] == ["new-1"]
     assert records.forget(folder, older_than=0) == 1
     assert list((folder / "results").iterdir()) == []
+
+
+def test_run_py_lists_and_forgets_for_every_user(tmp_path, capsys):
+    for user in ("", "users/ann_1"):
+        journal = Journal(tmp_path / "__pulid" / user / "hosted.sqlite")
+        for name in ("one", "two"):
+            submitted(journal, digest=name, request_id=f"{user[-1:]}-{name}")
+    where = ["--user-directory", str(tmp_path)]
+
+    assert run.hosted([], ["list", *where]) == 0
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()) == [
+        "-one",
+        "-two",
+        "1-one",
+        "1-two",
+    ]
+    run.hosted([], ["forget", "1-one", *where])
+    run.hosted([], ["forget", "--older-than", "1h", *where])
+    run.hosted([], ["forget", "--all", *where])
+    assert capsys.readouterr().out == "1 forgotten.\n0 forgotten.\n3 forgotten.\n"
+    for wrong in (["forget"], ["forget", "--older-than", "soon"]):
+        with pytest.raises(run.Failure):
+            run.hosted([], [*wrong, *where])
+
+
+def test_the_command_needs_the_standard_library_only():
+    code = "import pulid_sdxl.hosted.records; print('fine')"
+    assert subprocess.run([sys.executable, "-I", "-S", TOOLS, "-c", code], capture_output=True).stdout == b"fine\n"
