@@ -238,6 +238,8 @@ def prepare(base):
     (base / "input").mkdir()
     for name, (width, height, color) in FACES.items():
         Image.new("RGB", (width, height), color).save(base / "input" / name)
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)
+    Image.fromarray(noise).save(base / "input" / "noise.png")
     return base
 
 
@@ -680,6 +682,27 @@ class TestMoney:
         preference = fal.seen("submit")[0].headers["x-fal-object-lifecycle-preference"]
         assert json.loads(preference) == {"expiration_duration_seconds": 3600}
 
+    def test_what_was_not_wholly_sent_was_not_accepted(self, driver, fal):
+        fal.plan("submit", 1, faults.unread(faults.reset))
+        values = {"photos": ["noise.png"], "seed": 5175, "transport": "data URI", "reference_size": "as is"}
+        assert "nothing was accepted" in driver.run(Graph(**values)).error
+        assert driver.run(Graph(**values)).error is None
+        assert fal.bill == 1
+
+    def test_who_joins_has_no_say_and_the_cancel_needs_no_journal(self, driver, fal):
+        fal.script = ("IN_PROGRESS",)
+        graph = Graph()
+        for limit in (600, 601):
+            graph.hosted(seed=5178, run_limit=limit)
+
+        def act():
+            (driver.server.base / "user" / "__pulid" / "hosted.sqlite").unlink()
+            driver.interrupt()
+
+        run = driver.run(graph, when=lambda: len(fal.seen("status")) > 4, act=act)
+        assert run.interrupted and fal.bill == 1
+        assert wait_for(lambda: fal.seen("cancel")) and not wait_for(lambda: len(fal.seen("cancel")) > 1, seconds=0.5)
+
     def test_a_webhook_is_shown_before_it_is_used(self, driver, fal):
         graph = Graph()
         graph.submit(**SMALL, seed=5180, webhook_url="https://elsewhere.example/take")
@@ -956,6 +979,13 @@ def test_the_life_of_a_process(comfyui, tmp_path):
                     server.read(path)
             assert driver.run(Graph(seed=1)).error is None
             assert fal.bill == 1
+
+            # Another key does not pay again for what is done.
+            key_file.write_text("FAL_KEY = another-id:another-secret")
+            again = driver.run(Graph(seed=1, run_limit=601))
+            assert again.info["notes"] == ["It was paid for with another key than today's."]
+            assert fal.bill == 1
+            key_file.write_text(f'FAL_KEY = "{fal.key}"\n')
 
             # Killed between one submit and its answer, and while another request runs.
             fal.script = ("IN_PROGRESS",)

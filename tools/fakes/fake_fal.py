@@ -278,7 +278,7 @@ class FakeFal:
             self._watch(seen)
 
             async def handle() -> web.Response:
-                if origin in TRUSTED and (refusal := self._refusal(seen)):
+                if origin in TRUSTED and (refusal := self._refusal(seen)) is not None:  # an empty answer is false
                     return refusal
                 known = replace(seen, body=await request.read()) if before_body else seen
                 return await getattr(self, f"_{route}")(request, known)
