@@ -12,17 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    TypeAdapter,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic.functional_validators import BeforeValidator, WrapValidator
 
 from ..pulid.errors import InputError
 from .errors import BadAnswer, Failure, Problem, clean
@@ -83,20 +74,24 @@ class HostedRequest:
         _check_number("num_images", self.num_images, 1, MOST_PICTURES)
         if self.seed is not None:
             _check_number("seed", self.seed, 0, math.inf, "-1 lets the service choose")
-        sides = PRESETS.get(self.image_size, (1, 1)) if isinstance(self.image_size, str) else self.image_size
-        for name, side in zip(("width", "height"), sides, strict=True):
+        for name, side in zip(("width", "height"), self.size, strict=True):
             _check_number(name, side, 1, LARGEST_SIDE)
-        if self.num_images * math.prod(sides) > LARGEST_ANSWER:
+        if self.num_images * math.prod(self.size) > LARGEST_ANSWER:
             raise InputError(
-                f"{self.num_images} pictures of {sides[0]} x {sides[1]} pixels are more than this pack reads from one "
-                f"request ({LARGEST_ANSWER // 2**20} million pixels). Ask for fewer or smaller ones; nothing was sent."
+                f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels are more than is read of one "
+                f"answer ({LARGEST_ANSWER // 2**20} million pixels). Ask for less. Nothing was sent."
             )
         for name, value in self.body().items():
             try:
                 json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
             except (ValueError, TypeError, RecursionError):
-                wrong = "a NaN, an infinity, half of a character, or something that is no text and no number"
-                raise InputError(f"{name} cannot be sent as JSON: it holds {wrong}. Nothing was sent.") from None
+                wrong = "NaN, an infinity, half of a character, or neither text nor number"
+                raise InputError(f"{name} cannot be sent as JSON, it holds {wrong}. Nothing was sent.") from None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels; (1, 1) for a preset that only the service knows."""
+        return PRESETS.get(self.image_size, (1, 1)) if isinstance(self.image_size, str) else self.image_size
 
     def body(self) -> dict[str, Any]:
         """The JSON of the request."""
@@ -190,14 +185,14 @@ _LINES = TypeAdapter(list[Annotated[_Line | str | None, UNREADABLE_IS_NONE]])
 
 def _lines(logs: Any) -> tuple[str, ...]:
     """The texts of log entries, which may be null, objects with a `message`, or bare texts, without control signs."""
-    try:
-        texts = [line.message if isinstance(line, _Line) else line for line in _LINES.validate_python(logs or [])]
-    except ValidationError:
-        return ()
+    lines = _LINES.validate_python(logs if isinstance(logs, list) else [])
+    texts = (line.message if isinstance(line, _Line) else line for line in lines)
     return tuple(clean(text, 1000) for text in texts if text is not None)
 
 
 QUEUED, RUNNING, DONE = "IN_QUEUE", "IN_PROGRESS", "COMPLETED"
+Cleaned = Annotated[str, BeforeValidator(lambda text: clean(text, 40) if isinstance(text, str) else text)]
+AsText = BeforeValidator(lambda data: data if isinstance(data, str) else json.dumps(data) if data else None)
 
 
 class Status(_Answer):
@@ -208,16 +203,11 @@ class Status(_Answer):
     error     with error_type, what a failed job has although it is COMPLETED; JSON, or a text
     """
 
-    state: Annotated[str, BeforeValidator(lambda state: clean(state, 40) if isinstance(state, str) else state)] = Field(
-        alias="status"
-    )
+    state: Cleaned = Field(alias="status")
     position: Number = Field(None, alias="queue_position")
     logs: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()
     metrics: Annotated[dict[str, Annotated[FiniteFloat | None, UNREADABLE_IS_NONE]] | None, UNREADABLE_IS_NONE] = None
-    error: Annotated[
-        str | None,
-        BeforeValidator(lambda error: error if isinstance(error, str) else json.dumps(error) if error else None),
-    ] = None
+    error: Annotated[str | None, AsText] = None
     error_type: Text = None
 
     @property
@@ -300,9 +290,5 @@ def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failur
 
 def _problems(detail: Any, kind: str) -> tuple[Problem, ...]:
     entries = _DETAIL.validate_python(detail if isinstance(detail, list) else [detail])
-    found = [
-        entry.problem(kind) if isinstance(entry, _Entry) else Problem("", entry or "", kind)
-        for entry in entries
-        if entry is not None
-    ]
+    found = (Problem("", entry, kind) if isinstance(entry, str) else entry.problem(kind) for entry in entries if entry)
     return tuple(found) or ((Problem("", "", kind),) if kind else ())

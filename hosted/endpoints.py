@@ -245,9 +245,7 @@ class Key:
 class QuietFilter(logging.Filter):
     """Takes the key, and whatever else looks like an authorization, out of every record of a logger."""
 
-    def __init__(self, key: Key):
-        super().__init__()
-        self.key = key
+    key: Key | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._hide(record.getMessage()), None
@@ -256,15 +254,17 @@ class QuietFilter(logging.Filter):
         return True
 
     def _hide(self, text: str) -> str:
-        return AUTHORIZATION.sub(rf"\1{HIDDEN}", self.key.hide(text))
+        return AUTHORIZATION.sub(rf"\1{HIDDEN}", self.key.hide(text) if self.key else text)
+
+
+QUIET = QuietFilter()
 
 
 def quieten(key: Key) -> None:
     """Keep this key out of what this package and the HTTP library under it log; the key before it is forgotten."""
-    for logger in map(logging.getLogger, LOGGERS):
-        for known in [known for known in logger.filters if isinstance(known, QuietFilter)]:
-            logger.removeFilter(known)
-        logger.addFilter(QuietFilter(key))
+    QUIET.key = key
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(QUIET)  # once, however often it is added
 
 
 def find_key(environ: Mapping[str, str], file: Path) -> Key:

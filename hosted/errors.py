@@ -23,56 +23,43 @@ from dataclasses import dataclass
 from ..pulid.errors import PulidError
 
 
-class HostedError(PulidError):
-    """The hosted service, or the way to it."""
+class HostedError(PulidError): ...
 
 
-class MissingKey(HostedError):
-    """There is no key that could be used."""
+class MissingKey(HostedError): ...
 
 
-class Unreachable(HostedError, ConnectionError):
-    """No connection came about, or it broke off before all was sent: nothing was accepted."""
+class Unreachable(HostedError, ConnectionError): ...
 
 
-class AnswerLost(HostedError, ConnectionError):
-    """A request was sent, and no whole answer came back."""
+class AnswerLost(HostedError, ConnectionError): ...
 
 
-class BadAnswer(HostedError, ValueError):
-    """An answer that means nothing."""
+class BadAnswer(HostedError, ValueError): ...
 
 
-class Refused(HostedError):
-    """The service said no, and nothing runs."""
+class Refused(HostedError): ...
 
 
-class Gone(Refused):
-    """The service does not have, or no longer has, what was asked for."""
+class Gone(Refused): ...
 
 
-class AmbiguousSubmit(HostedError):
-    """A request may have been accepted and billed, and nobody knows."""
+class AmbiguousSubmit(HostedError): ...
 
 
-class JobFailed(HostedError):
-    """A request was accepted, and then failed."""
+class JobFailed(HostedError): ...
 
 
-class JobCancelled(JobFailed):
-    """A request was accepted, and ended because somebody asked for it."""
+class JobCancelled(JobFailed): ...
 
 
-class HostedLimit(HostedError):
-    """A limit of time, or of pictures, that the user has set."""
+class HostedLimit(HostedError): ...
 
 
-class UnsafeAddress(HostedError, ValueError):
-    """An address that must not be read from or sent to."""
+class UnsafeAddress(HostedError, ValueError): ...
 
 
-class Interrupted(HostedError):
-    """The user stopped waiting."""
+class Interrupted(HostedError): ...
 
 
 # --- What a failure is called ---

@@ -38,6 +38,8 @@ LONGEST_TEXT, LONGEST_ADDRESS = 64, 2000  # characters shown of a picture in a t
 CALL_OFF_SECONDS, LAST_SECONDS = 60, 1.5  # to fetch what was finished before a cancel; after a limit
 GOES_ON = "It goes on at the service: run this again to fetch its pictures, or stop it with PuLID Hosted Cancel."
 
+CANCELLED: dict[CancelOutcome, State] = {CancelOutcome.REMOVED: "FAILED", CancelOutcome.REQUESTED: "CANCEL_REQUESTED"}
+
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
 
@@ -220,11 +222,7 @@ async def _send(row: Row, request: HostedRequest, options: SubmitOptions, patien
     try:
         ticket = await client.submit(request.body(), options, leave)
     except errors.AmbiguousSubmit as error:
-        try:
-            at.watch.check()
-            note = str(error)
-        except errors.Interrupted:
-            note = f"It was interrupted while it was being sent. {error}"
+        note = f"It was interrupted while it was being sent. {error}" if at.watch.is_over else str(error)
         _move(row, "AMBIGUOUS", at, note)
         words = f"{note} {errors.outcome_unknown(row.id)}"
         logger.warning("%s", words)  # who interrupted it hears nothing else
@@ -335,19 +333,17 @@ async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
 
 def _is_over(row: Row, at: Service) -> bool:
     """Whether a request needs no cancel any more. A journal that is damaged or gone keeps nobody from it."""
-    try:
+    with suppress(errors.HostedError):
         now = at.journal.by_id(row.name)
-    except errors.HostedError:
-        return False
-    return now is not None and now.state in ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")
+        return now is not None and now.state in ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")
+    return False
 
 
 async def _cancel(row: Row, at: Service) -> CancelOutcome:
     """Cancel and note what came of it: only a request that never ran is over; every other can still be asked about."""
-    states: dict[CancelOutcome, State] = {CancelOutcome.REMOVED: "FAILED", CancelOutcome.REQUESTED: "CANCEL_REQUESTED"}
     cancelled = await at.client.cancel(_ticket(row, at))
-    if cancelled in states and row.state not in ("COMPLETED", "DOWNLOADED", "FAILED"):
-        _move(row, states[cancelled], at, cancelled.value)
+    if cancelled in CANCELLED and row.state not in ("COMPLETED", "DOWNLOADED", "FAILED"):
+        _move(row, CANCELLED[cancelled], at, cancelled.value)
     return cancelled
 
 

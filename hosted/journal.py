@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .errors import AmbiguousSubmit, HostedError, HostedLimit, outcome_unknown
 
@@ -46,8 +46,7 @@ CREATE TABLE uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, made REAL NOT 
 PRAGMA user_version = {VERSION}"""
 
 
-@dataclass(frozen=True)
-class Ticket:
+class Ticket(NamedTuple):
     """A request that was accepted, and where its result is; /status and /cancel lie below."""
 
     request_id: str
@@ -162,7 +161,7 @@ class Journal:
     def find(self, digest: str) -> Row | None:
         """The row of this request that stands, if there is one. The caller holds the digest's lock."""
         with self._database() as database:
-            row = _row(database.execute(f"SELECT * FROM requests WHERE digest = ? AND {STANDS}", [digest]).fetchone())
+            [row] = _rows(database, f"digest = ? AND {STANDS}", digest) or [None]
             if row and row.state == "PREPARED":
                 row = replace(row, state="AMBIGUOUS", note="ended while it was being sent")
                 self._write(database, row)
@@ -171,14 +170,12 @@ class Journal:
     def by_id(self, known: str) -> Row | None:
         """The last row that the service, or else this pack, calls so."""
         with self._database() as database:
-            query = "SELECT * FROM requests WHERE request_id = ? OR name = ? ORDER BY created DESC"
-            return _row(database.execute(query, [known, known]).fetchone())
+            return next(iter(_rows(database, "request_id = ? OR name = ?", known, known)), None)
 
     def rows(self) -> list[Row]:
         """All of them, the newest first."""
         with self._database() as database:
-            found = database.execute("SELECT * FROM requests WHERE state != 'FORGOTTEN' ORDER BY created DESC")
-            return [row for each in found if (row := _row(each))]
+            return _rows(database, "state != 'FORGOTTEN'")
 
     def claim(self, row: Row, guard: Guard, give_up: str = "") -> Row:
         """Write a new row, which makes the caller the one to send it, or give the one that stands.
@@ -188,8 +185,7 @@ class Journal:
         Raises HostedLimit when the guard's numbers are reached; then nothing is given up either.
         """
         with self._database() as database:
-            query = f"SELECT * FROM requests WHERE digest = ? AND {STANDS}"
-            standing = _row(database.execute(query, [row.digest]).fetchone())
+            [standing] = _rows(database, f"digest = ? AND {STANDS}", row.digest) or [None]
             if standing and standing.id != give_up:
                 return standing
             self._check(database, row.run, row.pictures, guard)
@@ -214,9 +210,11 @@ class Journal:
     def forget(self, name: str) -> None:
         """Wipe a row but for what the guard counts."""
         with self._database() as database:
-            wiped = "digest = name, state = 'FORGOTTEN', kept = 0, payer = '', webhook = ''"
-            nothing = ", ".join(f"{column} = NULL" for column in ("request_id", "url", "seed", "note"))
-            database.execute(f"UPDATE requests SET {wiped}, {nothing} WHERE name = ?", [name])
+            database.execute(
+                "UPDATE requests SET digest = name, state = 'FORGOTTEN', kept = 0, payer = '', webhook = '', "
+                "request_id = NULL, url = NULL, seed = NULL, note = NULL WHERE name = ?",
+                [name],
+            )
             database.execute("DELETE FROM requests WHERE state = 'FORGOTTEN' AND created < ?", [self.now() - DAY])
             database.execute("DELETE FROM uploads")
 
@@ -225,7 +223,7 @@ class Journal:
         with self._database() as database:
             query = "SELECT url FROM uploads WHERE digest = ? AND expires > ? AND made <= ?"
             found = database.execute(query, (digest, self.now() + at_least, self.now() + STEP)).fetchone()
-            return found["url"] if found else None
+            return found and found["url"]
 
     def remember_upload(self, digest: str, url: str, seconds: float) -> None:
         with self._database() as database:
@@ -274,5 +272,6 @@ def refuse_ambiguous(row: Row) -> None:
         )
 
 
-def _row(found: sqlite3.Row | None) -> Row | None:
-    return Row(**{column: found[column] for column in COLUMNS}) if found else None
+def _rows(database: Database, condition: str, *values: str) -> list[Row]:
+    found = database.execute(f"SELECT * FROM requests WHERE {condition} ORDER BY created DESC", values)
+    return [Row(**dict(each)) for each in found]

@@ -31,7 +31,7 @@ from .api import LARGEST_ANSWER, MOST_PICTURES, HostedImage, parse, read_answer
 from .endpoints import Endpoints, check_address
 from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, UnsafeAddress, clean
 from .journal import DAY
-from .transport import Reply, Sleep, Terms, Transport, repeated
+from .transport import AiohttpTransport, Reply, Sleep, Terms, repeated
 
 REDIRECTS = 3
 LARGEST_PIXELS = LARGEST_ANSWER  # of one picture
@@ -50,7 +50,7 @@ logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 class PictureFetcher:
     """Fetches and decodes the pictures of an answer."""
 
-    transport: Transport  # one that goes to public addresses only
+    transport: AiohttpTransport  # one that goes to public addresses only
     endpoints: Endpoints
     sleep: Sleep = asyncio.sleep
     terms: Terms = PICTURE_TERMS  # of one picture; its seconds are for all tries together

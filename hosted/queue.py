@@ -19,7 +19,7 @@ from .api import ENDPOINT, REQUEST_ID, Accepted, Status, read_answer
 from .endpoints import Endpoints, Key
 from .errors import AmbiguousSubmit, AnswerLost, BadAnswer, Failure, Gone, Refused, Unreachable, clean, failed_job
 from .journal import Ticket
-from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
+from .transport import DEFAULT_TERMS, AiohttpTransport, Headers, Reply, Sleep, Terms, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
 ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never about the job
@@ -86,7 +86,7 @@ CANCEL_OUTCOMES = {  # by HTTP status
 class QueueClient:
     """One account's way to one model."""
 
-    transport: Transport
+    transport: AiohttpTransport
     endpoints: Endpoints
     key: Key | None  # None where a proxy adds it
     terms: Terms = DEFAULT_TERMS  # of one exchange

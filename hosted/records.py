@@ -41,8 +41,9 @@ def age(row: Row, now: float) -> str:
 def listing(requests: Iterable[Row], choice: str = "all") -> str:
     """A line for each request: id, age, pictures, and what to do with it."""
     now = time.time()
+    pictures = ("{} pictures", "{} picture")
     lines = [
-        f"{row.id}  {age(row, now)} ago  {row.pictures} picture{'s' * (row.pictures != 1)}  {NEXT[row.state]}"
+        f"{row.id}  {age(row, now)} ago  {pictures[row.pictures == 1].format(row.pictures)}  {NEXT[row.state]}"
         for row in requests
         if CHOICES[choice](row)
     ]

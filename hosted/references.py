@@ -26,7 +26,7 @@ from .errors import BadAnswer, Refused, clean
 from .journal import Journal
 from .pictures import LARGEST_PIXELS, decode_data_uri
 from .queue import QueueClient
-from .transport import Terms, Transport, repeated
+from .transport import AiohttpTransport, Terms, repeated
 
 LONGEST_SIDE = 1024  # pixels
 LARGEST_PNG = 10**6  # bytes; beyond, a JPEG of high quality
@@ -154,7 +154,7 @@ class ReferenceStorage:
     """Places photographs where the service can read them."""
 
     client: QueueClient  # for the call that needs a key
-    transport: Transport  # for the one that must not have it; goes to public addresses only
+    transport: AiohttpTransport  # for the one that must not have it; goes to public addresses only
     journal: Journal  # remembers uploads until shortly before they expire
 
     async def place(self, references: Sequence[Reference], how: str = "auto", needed: float = 0) -> tuple[str, ...]:

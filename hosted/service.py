@@ -48,9 +48,13 @@ class Watch:
     def __init__(self, stop: Callable[[], bool] = lambda: False):
         self._stop, self._finishing = stop, False
 
+    @property
+    def is_over(self) -> bool:
+        return not self._finishing and self._stop()
+
     def check(self) -> None:
         """Raises Interrupted when the user wants to stop."""
-        if not self._finishing and self._stop():
+        if self.is_over:
             raise Interrupted("Stopped by the user.")
 
     def finish(self) -> None:

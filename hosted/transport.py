@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -30,6 +30,15 @@ USER_AGENT = "pulid-sdxl (ComfyUI)"
 REPEATS = 6  # of a call that may be repeated
 LONGEST_PAUSE = 10.0  # seconds between two of them
 
+KINDS = {  # of the library's errors, in words; their own texts can hold addresses and headers
+    aiohttp.ClientHttpProxyError: "the proxy refused it, HTTP {}",
+    aiohttp.ClientProxyConnectionError: "the proxy of HTTPS_PROXY cannot be reached",
+    aiohttp.ClientConnectorDNSError: "its name was not found",
+    aiohttp.ClientConnectorCertificateError: "its certificate is not valid",
+    aiohttp.ClientSSLError: "no secure connection",
+    asyncio.TimeoutError: "no answer in time",
+    aiohttp.ClientConnectorError: "refused",
+}
 Headers = Mapping[str, str] | None
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -77,16 +86,6 @@ class Terms:
 DEFAULT_TERMS = Terms()
 
 
-class Transport(Protocol):
-    """What the client needs of an HTTP library."""
-
-    async def send(
-        self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
-    ) -> Reply:
-        """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
-        ...
-
-
 class PublicResolver(aiohttp.ThreadedResolver):
     """Looks names up, and refuses every one that leads to an address which is not on the public internet.
 
@@ -97,39 +96,37 @@ class PublicResolver(aiohttp.ThreadedResolver):
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await super().resolve(host, port, family)
-        if not is_fals(host) and not all(is_public(entry["host"]) for entry in found):
-            refuse_private(host)
-        return found
+        if is_fals(host) or all(is_public(entry["host"]) for entry in found):
+            return found
+        refuse_private(host)
 
 
 class _Sending(aiohttp.payload.Payload):
     """A body on its way, piece by piece, so that somebody can tell whether it moves and whether all of it has left."""
 
-    def __init__(self, body: bytes | None):
-        super().__init__(body or b"", content_type="application/octet-stream")
-        self._body = body or b""
-        self._size = len(self._body)
+    def __init__(self, body: bytes):
+        super().__init__(body, content_type="application/octet-stream")
+        self._body, self._size, self._transport = body, len(body), None
         self._clock = asyncio.get_running_loop().time
         self.moved = self._clock()  # when it last did
         self.connected = False
-        self._transport: Any = None
-        self.whole = not body  # once connected: the last piece is handed to the system, or there is none
+        self.whole = not body  # the last piece is handed to the system, or there is none
 
     def connect(self) -> None:
         self.connected, self.moved = True, self._clock()
-
-    def end(self) -> None:
-        """Nothing of what is still here leaves any more: a transport that is only closed sends the rest first."""
-        if self._transport is not None and not self.whole:
-            self._transport.abort()
 
     @property
     def all_sent(self) -> bool:
         """False as long as it is certain that something is still here."""
         return self.connected and self.whole
 
+    def end(self) -> None:
+        """Nothing of what is still here leaves any more: a transport that is only closed sends the rest first."""
+        if self._transport is not None and not self.whole:
+            self._transport.abort()
+
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        raise TypeError("A body is sent as it is.")
+        return self._body.decode(encoding, errors)
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         self._transport = getattr(writer, "transport", None)
@@ -162,7 +159,8 @@ class AiohttpTransport:
     async def send(
         self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
     ) -> Reply:
-        sending, now = _Sending(body), asyncio.get_running_loop().time
+        """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
+        sending, now = _Sending(body or b""), asyncio.get_running_loop().time
         exchange = asyncio.ensure_future(self._exchange(method, url, headers, sending, terms))
         failure: HostedError
         try:
@@ -188,7 +186,9 @@ class AiohttpTransport:
     async def _exchange(self, method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
         proxy, proxy_headers = proxy_for(url)
         if proxy and self._public and not is_fals(url.raw_host or ""):
-            await _refuse_private_name(url)
+            # It looks names up itself; what this machine knows to be private is refused all the same.
+            with suppress(socket.gaierror, UnicodeError):
+                await PublicResolver().resolve(url.raw_host or "", url.port or 443)
         async with (self._proxied if proxy else self._direct).request(
             method,
             url,
@@ -227,30 +227,19 @@ async def _connected(session: aiohttp.ClientSession, context: Any, params: Any) 
 
 
 def proxy_for(url: URL) -> tuple[URL | None, Mapping[str, str] | None]:
-    """The proxy that the environment (or the system) names for an address, and what it must be sent. This machine's
-    own addresses have none. Raises Unreachable for a kind that the HTTP library cannot use."""
-    if is_loopback(url) or proxy_bypass(f"{url.raw_host}:{url.port}"):
+    """The proxy that the environment names for an address, and what it must be sent. Raises Unreachable."""
+    found, proxy = getproxies(), None
+    text = found.get(url.scheme) or found.get("all") or ""
+    if not text or is_loopback(url) or proxy_bypass(f"{url.raw_host}:{url.port}"):
         return None, None
-    found = getproxies()
-    if not (text := found.get(url.scheme) or found.get("all")):
-        return None, None
-    try:
+    with suppress(ValueError):
         proxy = URL(text if "://" in text else f"http://{text}")
-        usable = proxy.scheme in ("http", "https") and bool(proxy.host)
-    except ValueError:
-        usable = False
-    if not usable:
+    if proxy is None or proxy.scheme not in ("http", "https") or not proxy.host:
         raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
     if proxy.user is None:
         return proxy, None
     secret = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
     return proxy.with_user(None), {"Proxy-Authorization": f"Basic {secret}"}
-
-
-async def _refuse_private_name(url: URL) -> None:
-    """A proxy looks names up itself; what this machine knows to be private is refused all the same."""
-    with suppress(socket.gaierror, UnicodeError):
-        await PublicResolver().resolve(url.raw_host or "", url.port or 443)
 
 
 async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes:
@@ -268,34 +257,17 @@ async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes
 
 
 def _failure(sending: _Sending, url: URL, terms: Terms, error: Exception) -> HostedError:
+    words = next((words for kind, words in KINDS.items() if isinstance(error, kind)), type(error).__name__)
+    why = words.format(getattr(error, "status", ""))
+    next_step = "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
     if not sending.connected:
-        return Unreachable(
-            f"No connection to {url.host} came about ({_kind(error)}), so nothing was sent. "
-            "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
-        )
+        return Unreachable(f"No connection to {url.host} came about ({why}), so nothing was sent. {next_step}")
     if not sending.all_sent:
-        return Unreachable(
-            f"The connection to {url.host} ended before all was sent ({_kind(error)}), so nothing was accepted. "
-            "Check this machine's network, or send smaller photographs, then queue the prompt again."
-        )
+        ended = f"The connection to {url.host} ended before all was sent ({why})"
+        return Unreachable(f"{ended}, so nothing was accepted. {next_step}")
     if isinstance(error, asyncio.TimeoutError):
         return AnswerLost(f"{url.host} did not answer within {terms.seconds:g} s.")
-    return AnswerLost(f"The connection to {url.host} broke off before its answer was whole ({_kind(error)}).")
-
-
-def _kind(error: Exception) -> str:
-    """The library's class of error in words; its own text can hold addresses and headers."""
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return f"the proxy refused it, HTTP {error.status}"
-    kinds = {
-        aiohttp.ClientProxyConnectionError: "the proxy of HTTPS_PROXY cannot be reached",
-        aiohttp.ClientConnectorDNSError: "its name was not found",
-        aiohttp.ClientConnectorCertificateError: "its certificate is not valid",
-        aiohttp.ClientSSLError: "no secure connection",
-        asyncio.TimeoutError: "no answer in time",
-        aiohttp.ClientConnectorError: "refused",
-    }
-    return next((words for kind, words in kinds.items() if isinstance(error, kind)), type(error).__name__)
+    return AnswerLost(f"The connection to {url.host} broke off before its answer was whole ({why}).")
 
 
 async def repeated(
@@ -316,11 +288,11 @@ async def repeated(
 
 def retry_after(reply: Reply, attempt: int) -> float:
     """Seconds that the service asks to wait, or our own where it does not say."""
-    try:
+    with suppress(ValueError):
         asked = float(reply.headers.get("retry-after", ""))
-        return asked if 0 <= asked < float("inf") else backoff(attempt)
-    except ValueError:
-        return backoff(attempt)
+        if 0 <= asked < float("inf"):
+            return asked
+    return backoff(attempt)
 
 
 def backoff(attempt: int) -> float:

@@ -508,7 +508,6 @@ class TestMethods:
         assert sent.query == {"fal_webhook": hook}
         assert (sent.headers["x-fal-queue-priority"], sent.headers["x-fal-runner-hint"]) == ("low", "studio")
         assert sent.headers["x-fal-no-retry"] == "1"
-
         asked = Graph()
         status = asked.add("PuLID_HostedStatus", request_id=request_id, logs=True)
         asked.preview(status, 0, 1)
@@ -517,7 +516,6 @@ class TestMethods:
         fal.script = ("IN_PROGRESS",)
         state, facts = driver.run(asked).texts()  # the same graph asks anew
         assert (state, json.loads(facts)["logs"][-1]) == ("IN_PROGRESS", "Denoising")
-
         fal.script = ("COMPLETED",)
         run = driver.run(result_of(request_id))
         assert (run.seed, run.request_id) == ("0", request_id)
@@ -912,7 +910,6 @@ def test_no_part_of_the_key_is_in_anything_that_comfyui_writes_or_says(driver, f
         fal._plans.clear()
     graph = Graph(seed=7010)
     assert driver.run(graph).error is None
-
     places = assert_no_key(driver, fal.key)
     names = " ".join(places)
     for written in ("hosted.sqlite", "results/", "output/hosted_", "server.log", "websocket", "/history", "text of"):
@@ -959,7 +956,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
     key_file = base / "user" / "__pulid" / "fal.toml"
     with FakeFal() as fal:
         addresses = {name: value for name, value in fal.environment.items() if name != "FAL_KEY"}
-
         with start(comfyui, base, addresses) as server:
             driver = Driver(server)
             # Without a key the pack loads, and the node says what is missing before anything leaves.
@@ -967,7 +963,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
             error = driver.run(Graph(seed=1)).error
             assert "FAL_KEY" in error and "fal.toml" in error
             assert fal.requests == []
-
             # A key file is read as soon as it is there, is not served, and must be its owner's alone.
             key_file.parent.mkdir(exist_ok=True)
             key_file.write_text(f'FAL_KEY = "{fal.key}"\n')
@@ -979,14 +974,12 @@ def test_the_life_of_a_process(comfyui, tmp_path):
                     server.read(path)
             assert driver.run(Graph(seed=1)).error is None
             assert fal.bill == 1
-
             # Another key does not pay again for what is done.
             key_file.write_text("FAL_KEY = another-id:another-secret")
             again = driver.run(Graph(seed=1, run_limit=601))
             assert again.info["notes"] == ["It was paid for with another key than today's."]
             assert fal.bill == 1
             key_file.write_text(f'FAL_KEY = "{fal.key}"\n')
-
             # Killed between one submit and its answer, and while another request runs.
             fal.script = ("IN_PROGRESS",)
             fal.plan("submit", 2, faults.accept_then_stall)
@@ -998,7 +991,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
 
             driver.run(both, when=lambda: fal.bill == 3 and asked_about(), act=server.process.kill)
             heard = driver.heard + server.log_file.read_bytes()
-
         [known] = asked_about()
         [lost] = {2, 3} - {known}
         with start(comfyui, base, addresses) as server:
@@ -1008,7 +1000,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
             run = driver.run(Graph(seed=known))  # picked up where it was left
             assert (run.error, len(run.images())) == (None, 1)
             assert fal.bill == 3
-
             # Told to end while it waits: the request is in the journal, for the next start.
             fal.script, polls = ("IN_PROGRESS",), len(fal.seen("status"))
             end = partial(server.process.send_signal, signal.SIGINT)

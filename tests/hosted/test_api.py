@@ -50,9 +50,7 @@ def request(**values):
 
 def test_the_defaults_are_the_pages_example():
     urls = tuple(entry["image_url"] for entry in PAGE["reference_images"])
-
     body = api.HostedRequest(urls, PAGE["prompt"]).body()
-
     assert json.dumps(body) == json.dumps(PAGE)  # the order too
 
 
@@ -81,7 +79,6 @@ def test_a_request_without_references_or_prompt_is_refused_in_words():
 )
 def test_the_digest_tells_requests_apart_whoever_pays(change):
     first = request(seed=7, reference_images=("a", "b"))
-
     assert first.digest() == request(seed=7, reference_images=("a", "b")).digest()
     assert first.digest() != request(**{"seed": 7, "reference_images": ("a", "b")} | change).digest()
 
@@ -112,7 +109,6 @@ def test_what_comes_through_a_link_and_must_not_be_sent_is_refused(wrong):
 
 def test_the_pages_answer_is_read_whole():
     answer = api.read_answer(api.HostedAnswer, SAMPLE)
-
     [image] = answer.images
     assert {name: getattr(image, name) for name in SAMPLE["images"][0]} == SAMPLE["images"][0]
     assert image.file_data is None
@@ -125,16 +121,13 @@ def test_a_seed_beyond_64_bits_keeps_every_digit():
 
 def test_only_the_address_of_a_picture_is_needed_and_other_keys_are_passed_over():
     data = {"images": [{"url": "u", "width": "wide", "extra": 1}], "timings": {}, "has_nsfw_concepts": [False]}
-
     answer = api.read_answer(api.HostedAnswer, data)
-
     assert answer == api.HostedAnswer(images=(api.HostedImage(url="u"),))
     assert answer.seed == "unknown"
 
 
 def test_a_picture_may_be_in_file_data_instead_of_behind_an_address():
     [image] = api.read_answer(api.HostedAnswer, {"images": [{"url": "", "file_data": "eA=="}]}).images
-
     assert (image.url, image.file_data) == ("", "eA==")
 
 
@@ -146,7 +139,6 @@ ODD = {
 
 def test_what_is_odd_beside_a_picture_is_passed_over():
     answer = api.read_answer(api.HostedAnswer, {"images": [ODD], "seed": float("nan"), "x": DEEP})
-
     assert (answer.images[0].url, answer.images[0].file_size, answer.seed) == ("u", None, "unknown")
 
 
@@ -160,7 +152,6 @@ def test_a_status_is_read_whatever_is_in_it():
     status = api.read_answer(
         api.Status, {"status": "IN_PROGRESS\n", "logs": lines, "metrics": {"t": float("nan"), "n": 1}, "error": DEEP}
     )
-
     assert (status.state, status.logs, status.metrics) == ("IN_PROGRESS", ("a [2Jb", "c"), {"t": None, "n": 1})
     for logs in (5, "text", {"a": 1}, True):
         assert api.read_answer(api.Status, {"status": "COMPLETED", "logs": logs}).logs == ()

@@ -37,7 +37,6 @@ def test_without_settings_requests_go_to_fal():
 @pytest.mark.parametrize("name", ["QUEUE", "REST", "PROXY"])
 def test_the_price_list_of_fal_is_asked_for_fals_own_service_alone(name):
     environ = {f"PULID_FAL_{name}_URL": "https://other.example"}
-
     assert Endpoints.from_environment(environ).api is None
     both = Endpoints.from_environment(environ | {"PULID_FAL_API_URL": "https://prices.example"})
     assert both.api == URL("https://prices.example")
@@ -45,9 +44,7 @@ def test_the_price_list_of_fal_is_asked_for_fals_own_service_alone(name):
 
 def test_every_address_can_be_set():
     names = ("queue", "rest", "proxy", "api")
-
     found = Endpoints.from_environment({f"PULID_FAL_{name.upper()}_URL": f"https://{name}.example/" for name in names})
-
     assert {name: str(getattr(found, name)) for name in names} == {name: f"https://{name}.example" for name in names}
 
 
@@ -57,7 +54,6 @@ def test_fals_own_variables_are_honoured_below_ours():
     ours = Endpoints.from_environment(
         {"FAL_QUEUE_RUN_HOST": "q.example", "PULID_FAL_QUEUE_URL": "https://ours.example"}
     )
-
     assert host.queue == URL("https://queue.fal.example")
     assert both.queue == URL("https://q.example")
     assert ours.queue == URL("https://ours.example")
@@ -90,7 +86,6 @@ def test_an_address_that_is_not_safe_is_refused_and_not_repeated(url):
 
 def test_the_key_may_go_to_queue_and_rest_alone():
     found = Endpoints()
-
     for url in ("https://queue.fal.run/a", "https://rest.fal.ai/c", "https://queue.falrun.com/d"):
         assert found.may_see_key(URL(url))
     for url in (
@@ -105,7 +100,6 @@ def test_the_key_may_go_to_queue_and_rest_alone():
 
 def test_no_key_goes_anywhere_through_a_proxy():
     found = Endpoints(proxy=URL("https://proxy.example"))
-
     assert not found.may_see_key(URL("https://queue.fal.run"))
     assert not found.may_see_key(URL("https://proxy.example"))
 
@@ -235,7 +229,6 @@ def test_a_webhook_is_shown_until_this_machines_owner_has_allowed_its_host(tmp_p
         with pytest.raises(InputError, match=r"pictures to https://hooks\.example\.com/done.*webhook_hosts\.txt"):
             check_webhook(HOOK, tmp_path)
     (tmp_path / "webhook_hosts.txt").write_text("other.example\n Hooks.Example.com. \n")
-
     check_webhook(HOOK, tmp_path)
     with pytest.raises(InputError, match=r"does not know evil\.example"):
         check_webhook("https://evil.example/hooks.example.com", tmp_path)
@@ -258,7 +251,6 @@ def found(environ, file):
 def test_fal_key_comes_first_then_the_pair_then_the_file(tmp_path):
     file = key_file(tmp_path, 'FAL_KEY = "from:file"')
     pair = {"FAL_KEY_ID": "from", "FAL_KEY_SECRET": "pair"}
-
     assert found({"FAL_KEY": "from:variable", **pair}, file) == "Key from:variable"
     assert found(pair, file) == "Key from:pair"
     assert found({}, file) == "Key from:file"
@@ -308,7 +300,6 @@ def test_a_file_that_is_closed_to_us_is_told_as_that(tmp_path, monkeypatch):
 def test_another_file_can_be_named(tmp_path):
     (tmp_path / "own").mkdir()
     own = key_file(tmp_path / "own", "FAL_KEY=own:file")
-
     assert found({"PULID_FAL_KEY_FILE": str(own)}, key_file(tmp_path, "FAL_KEY=a:b")) == "Key own:file"
 
 
@@ -325,7 +316,6 @@ def test_white_space_around_a_key_is_no_part_of_it_and_a_colon_is_not_needed(tmp
 
 def test_no_key_is_said_with_the_variable_and_the_file_but_no_private_path(tmp_path):
     file = tmp_path / "someone" / "user" / "__pulid" / "fal.toml"
-
     with pytest.raises(MissingKey, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
         find_key({"FAL_KEY_ID": "half"}, file)
     assert str(tmp_path) not in str(caught.value)
@@ -348,14 +338,12 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
 def test_a_key_file_that_is_no_text_is_named(tmp_path):
     file = key_file(tmp_path, "")
     file.write_bytes(b"\xff\xfe")
-
     with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
         find_key({}, file)
 
 
 def test_a_key_shows_nowhere_but_in_its_header():
     key = Key(VALUE)
-
     shown = f"{key} {key!r} {[key]} {key.account} {vars(Key).keys()}"
     assert not any(part in shown for part in VALUE.split(":"))
     for write in (pickle.dumps, copy.copy, copy.deepcopy):
@@ -370,7 +358,6 @@ def test_accounts_differ_by_the_id_of_the_key():
 
 def test_text_loses_the_key_and_its_parts():
     key_id, secret = VALUE.split(":")
-
     assert Key(VALUE).hide(f"[{VALUE}] [{key_id}] [{secret}]") == f"[{HIDDEN}] [{HIDDEN}] [{HIDDEN}]"
     assert Key("a:b").hide("a bad word") == "a bad word"  # short parts are no secret, and hiding them hides words
 
@@ -388,7 +375,6 @@ def test_no_logger_writes_the_key(caplog, name):
                 logging.getLogger(name).exception("failed")
     finally:
         forget()
-
     assert "failed" in caplog.text and "ValueError" in caplog.text
     assert not any(part in caplog.text for part in (*VALUE.split(":"), "other-token"))
 
@@ -405,6 +391,4 @@ def test_a_logger_keeps_one_filter_however_many_runs_there_are():
 
 def forget():
     for name in endpoints.LOGGERS:
-        logger = logging.getLogger(name)
-        for known in [known for known in logger.filters if isinstance(known, QuietFilter)]:
-            logger.removeFilter(known)
+        logging.getLogger(name).removeFilter(endpoints.QUIET)

@@ -20,7 +20,6 @@ def test_a_list_of_problems_names_the_nodes_inputs():
         {"loc": ["body", "image_size", "width"], "msg": "too large", "type": "less_than"},
         {"loc": ["body", "prompt"], "msg": "field required", "type": "value_error.missing"},
     ]})  # fmt: skip
-
     assert [problem.where for problem in found.problems] == ["reference 2", "image_size.width", "prompt"]
     assert found.kinds == {"face_detection_error", "less_than", "value_error.missing"}
     assert found.words("It failed", "abc-1") == (
@@ -101,7 +100,6 @@ def test_the_services_own_words_are_cut_when_they_are_long():
 @pytest.mark.parametrize("units", ["0", "1"])
 def test_nothing_is_said_about_the_bill_without_evidence(status, units):
     found = failure(status, {"detail": "x"}, x_fal_billable_units=units, x_fal_retryable="true")
-
     assert not found.is_evidence
     assert not re.search("not billed|[Nn]othing was billed|nothing ran|again may help", found.words("It failed"))
 
@@ -112,7 +110,6 @@ def test_a_proxys_refusal_speaks_of_the_proxy():
 
 def test_the_services_words_are_cleaned_of_control_characters():
     shown = failure(422, {"detail": "a\x1b[31mb\r\nc\u202ed"}).words("It failed")
-
     assert shown.isprintable() and "a [31mb  c d" in shown
 
 

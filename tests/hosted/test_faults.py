@@ -315,7 +315,6 @@ def test_faults(fal, tmp_path, names, row):
             generate(fal, tmp_path, limits=limits)
         assert_fit_to_show(caught.value, fal, tmp_path)
     assert fal.bill == row.bill <= 1
-
     clear(fal)
     what, bill = row.again
     if what == REFUSED:
@@ -537,19 +536,15 @@ def unknown(fal, folder):
 
 def test_giving_up_a_request_of_unknown_outcome_sends_again_once(fal, tmp_path):
     name = unknown(fal, tmp_path)
-
     first = generate(fal, tmp_path, give_up=name)
     again = generate(fal, tmp_path, give_up=name)  # as a saved graph says it for ever
-
     assert (fal.bill, again.request_id) == (2, first.request_id)
     assert f"force_resubmit names {name}, but {first.request_id} answers" in again.info["notes"][-1]
 
 
 def test_giving_up_a_finished_request_pays_once_more_and_once_only(fal, tmp_path):
     first = generate(fal, tmp_path)
-
     second = generate(fal, tmp_path, give_up=first.request_id)
-
     assert second.request_id != first.request_id
     assert generate(fal, tmp_path, give_up=first.request_id).request_id == second.request_id
     assert fal.bill == 2
@@ -566,7 +561,6 @@ def test_no_switch_lifts_the_ceiling(fal, tmp_path):
     guard = services.read_guard({}, lifted=True)
     for seed in range(4):
         generate(fal, tmp_path, seed=seed, num_images=8, guard=guard)
-
     with pytest.raises(HostedLimit, match=r"32 pictures .* in this run.*No switch.*PULID_FAL_CEILING_PER_RUN"):
         generate(fal, tmp_path, seed=4, guard=guard)
     generate(fal, tmp_path, seed=4, guard=services.read_guard({"PULID_FAL_CEILING_PER_RUN": "33"}, lifted=True))
@@ -579,9 +573,7 @@ OTHER_KEY = {"PULID_FAL_PROXY_URL": "", "FAL_KEY": "other-key:of-the-same-accoun
 def test_another_key_does_not_pay_again_for_what_is_done(fal, tmp_path):
     first = generate(fal, tmp_path)
     requests = len(fal.requests)
-
     again = perform(fal, tmp_path, **OTHER_KEY)
-
     assert (again.request_id, again.info["notes"]) == (
         first.request_id,
         ["It was paid for with another key than today's."],
@@ -591,7 +583,6 @@ def test_another_key_does_not_pay_again_for_what_is_done(fal, tmp_path):
 
 def test_another_key_does_not_pay_again_for_what_nobody_knows(fal, tmp_path):
     unknown(fal, tmp_path)
-
     with pytest.raises(AmbiguousSubmit, match=DASHBOARD):
         perform(fal, tmp_path, **OTHER_KEY)
     assert fal.bill == 1
@@ -601,7 +592,6 @@ def test_a_photograph_that_is_compressed_in_another_way_is_the_same(fal, tmp_pat
     file = io.BytesIO()
     Image.open(io.BytesIO(encode(FACE).data)).save(file, "PNG", compress_level=0)
     line = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
     assert generate(fal, tmp_path).request_id == generate(fal, tmp_path, references=read_lines(line)).request_id
     assert fal.bill == 1
 
@@ -611,7 +601,6 @@ def test_a_kept_result_that_is_damaged_is_fetched_again_by_its_id(fal, tmp_path,
     first = generate(fal, tmp_path)
     for file in (tmp_path / "results" / first.request_id).iterdir():
         file.write_bytes(harm)
-
     assert generate(fal, tmp_path).request_id == first.request_id
     assert fal.bill == 1
 
@@ -621,7 +610,6 @@ def test_a_kept_result_that_is_damaged_and_over_is_asked_for_in_words(fal, tmp_p
     first = generate(fal, tmp_path)
     (tmp_path / "results" / first.request_id / "outcome.json").unlink()
     fal.plan(route, EVERY, faults.answer(404, {"detail": "gone"}))
-
     with pytest.raises(Gone, match=rf"expired.*paid for, anew, put {first.request_id} into force_resubmit"):
         generate(fal, tmp_path)
     assert fal.bill == 1
@@ -639,7 +627,6 @@ def test_uploads_wait_for_a_place_and_live_long_enough_from_then_on(fal, tmp_pat
     wait_until(lambda: len(fal.seen("put")) == 2)
     time.sleep(0.5)
     assert len(fal.seen("initiate")) == 2
-
     released.append(True)
     assert len({result().request_id for result in results}) == 4
     lives = [
@@ -657,7 +644,6 @@ AT_LENGTH = {"references": [LARGE], "transport": "data URI"}
 @pytest.mark.parametrize("then", [faults.stall, faults.reset])
 def test_a_body_that_was_not_wholly_sent_was_not_accepted(fal, tmp_path, then):
     fal.plan("submit", EVERY, faults.unread(then))
-
     with pytest.raises(Unreachable, match=r"ended before all was sent.*nothing was accepted"):
         generate(fal, tmp_path, **AT_LENGTH)
     clear(fal)
@@ -667,10 +653,8 @@ def test_a_body_that_was_not_wholly_sent_was_not_accepted(fal, tmp_path, then):
 
 def test_a_slow_line_takes_as_long_as_it_needs(fal, tmp_path):
     fal.plan("submit", 1, faults.read_slowly(0.1))
-
     began = time.monotonic()
     outcome = generate(fal, tmp_path, **AT_LENGTH)
-
     assert time.monotonic() - began > 3 * ANSWER_SECONDS
     assert (len(outcome.images), fal.bill) == (1, 1)
 
@@ -684,7 +668,6 @@ def test_what_is_not_wholly_sent_can_be_broken_off_and_costs_nothing(fal, tmp_pa
     wait_until(lambda: fal.seen("submit"))
     if why == "interrupt":
         stop.set()
-
     with pytest.raises(HostedLimit if why == "limit" else Interrupted):
         result()
     assert (fal.bill, fal.seen("cancel")) == (0, [])
@@ -699,7 +682,6 @@ def test_an_interrupt_during_a_submit_that_is_lost_is_told_as_what_it_is(fal, tm
     result = beside(helpers.generate, fal, tmp_path, watch=Watch(stop.is_set))
     wait_until(lambda: fal.seen("submit"))
     stop.set()
-
     with pytest.raises(AmbiguousSubmit, match=f"interrupted while it was being sent.*{DASHBOARD}"):
         result()
     assert "interrupted while it was being sent" in caplog.text
@@ -713,12 +695,10 @@ def test_who_joins_a_request_has_no_say_over_it(fal, tmp_path, why):
     fal.script = ("IN_PROGRESS",)
     owner = beside(generate, fal, tmp_path)
     wait_until(lambda: fal.seen("status"))
-
     joiner = Watch(lambda: why == "interrupt" and len(fal.seen("status")) > 2)
     limits = Limits(run=0.2) if why == "limit" else Limits()
     with pytest.raises(HostedLimit if why == "limit" else Interrupted):
         helpers.generate(fal, tmp_path, a_job(limits=limits), watch=joiner)
-
     assert fal.seen("cancel") == []
     fal.script = ("COMPLETED",)
     assert len(owner().images) == 1
@@ -742,7 +722,6 @@ def test_the_cancel_goes_out_whatever_becomes_of_the_journal(fal, tmp_path, harm
         if harm == "a folder":
             path.mkdir()
     stop.set()
-
     with pytest.raises(Interrupted):
         result()
     assert (len(fal.seen("cancel")), fal.bill) == (1, 1)
@@ -762,7 +741,6 @@ def test_a_webhook_is_shown_before_anything_is_sent_to_it_for_the_first_time(fal
             order(fal, tmp_path, "https://hooks.example.com/a")
     assert fal.requests == []
     (tmp_path / "webhook_hosts.txt").write_text("hooks.example.com\n")
-
     order(fal, tmp_path, "https://hooks.example.com/a")
     assert fal.seen("submit")[0].query == {"fal_webhook": "https://hooks.example.com/a"}
     assert fal.bill == 1
@@ -775,7 +753,6 @@ def test_an_equal_submit_with_another_webhook_says_so_and_stops(fal, tmp_path, b
     ticket, _ = order(fal, tmp_path, before)
     if finished:
         generate(fal, tmp_path)
-
     with pytest.raises(InputError, match=rf"{ticket.request_id}, was sent with another webhook.*Nothing was sent"):
         order(fal, tmp_path, "https://hooks.example.com/b")
     assert order(fal, tmp_path, before)[0] == ticket
@@ -789,11 +766,9 @@ def test_an_equal_submit_with_another_webhook_says_so_and_stops(fal, tmp_path, b
 def test_the_total_limit_holds_while_a_call_stalls(fal, tmp_path, route):
     fal.plan(route, EVERY, faults.stall)
     job = a_job(limits=Limits(total=0.5), transport="upload")
-
     began = time.monotonic()
     with pytest.raises(HostedLimit, match="total_limit"):
         helpers.generate(fal, tmp_path, job)
-
     assert time.monotonic() - began < 2.5  # though a call may be silent for a minute
     assert fal.bill == (route != "put")
 
@@ -802,16 +777,13 @@ def test_a_journal_that_is_set_aside_stops_once_and_requests_can_be_fetched_by_i
     name = unknown(fal, tmp_path)
     [request_id] = fal.jobs
     (tmp_path / "hosted.sqlite").write_bytes(b"damaged" * 999)
-
     outcome = perform(fal, tmp_path, lambda service: jobs.fetch(request_id, Limits(), service))
-
     assert (outcome.request_id, fal.bill) == (request_id, 1)
     assert list(tmp_path.glob("hosted-set-aside-*.sqlite")) and name
 
 
 def test_a_damaged_journal_stops_a_new_request_in_words(fal, tmp_path):
     (tmp_path / "hosted.sqlite").write_bytes(b"damaged" * 999)
-
     with pytest.raises(HostedError, match=r"set aside as.*Nothing was sent now"):
         perform(fal, tmp_path)
     assert fal.bill == 0
@@ -821,7 +793,6 @@ def test_a_damaged_journal_stops_a_new_request_in_words(fal, tmp_path):
 
 def test_a_refusal_of_the_proxy_is_told_as_the_proxys(fal, tmp_path):
     fal.plan("server_proxy", EVERY, faults.answer(401, {"detail": "no"}))
-
     with pytest.raises(Refused, match=r"HTTP 401.*for the proxy.*PULID_FAL_PROXY_URL"):
         generate(fal, tmp_path, through(fal.proxy_url))
 
@@ -844,10 +815,8 @@ PRICE = {"endpoint_id": "fal-ai/pulid", "unit_price": 0.0333, "unit": "images", 
 def test_what_it_will_cost_is_shown_before_sending(fal, tmp_path, price, words):
     fal.prices, told = [price], []
     environ = {"PULID_FAL_API_URL": fal.rest_url}
-
     outcome = helpers.generate(fal, tmp_path, a_job(num_images=2), told=told, **environ)
     helpers.generate(fal, tmp_path, a_job(seed=8), **environ)
-
     assert any(words and f"{words}; sending" in progress.words for progress in told) is bool(words)
     assert [note for note in outcome.info["notes"] if "about" in note] == (
         [f"By the service's price list it costs {words}."] if words else []
@@ -860,7 +829,5 @@ def test_what_it_will_cost_is_shown_before_sending(fal, tmp_path, price, words):
 )
 def test_without_a_price_list_there_is_no_estimate_and_nothing_else_is_missing(fal, tmp_path, fault):
     fal.plan("pricing", EVERY, fault)
-
     outcome = helpers.generate(fal, tmp_path, PULID_FAL_API_URL=fal.rest_url)
-
     assert (len(outcome.images), outcome.info["notes"], fal.bill) == (1, [], 1)

@@ -53,7 +53,6 @@ def submitted(journal, request_id="request-1", **values):
 
 def test_the_first_to_claim_sends_and_everybody_else_finds_their_row(journal):
     first, second = claim(journal), claim(journal)
-
     assert (first.is_owner, first.state) == (True, "PREPARED")
     assert (second.is_owner, second.name) == (False, first.name)
     assert claim(journal, "b").is_owner
@@ -61,39 +60,31 @@ def test_the_first_to_claim_sends_and_everybody_else_finds_their_row(journal):
 
 def test_a_row_outlives_the_program_that_wrote_it(journal):
     submitted(journal)
-
     row = Journal(journal.path).find("a")
-
     assert (row.state, row.ticket, row.is_owner) == ("SUBMITTED", TICKET, False)
 
 
 @pytest.mark.parametrize("state", ["SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "DOWNLOADED"])
 def test_a_request_with_a_ticket_is_joined(journal, state):
     row = moved(journal, submitted(journal), state)
-
     again = claim(journal)
-
     assert (again.is_owner, again.name, again.state, again.ticket) == (False, row.name, state, TICKET)
 
 
 def test_a_failed_request_makes_room_for_a_new_one(journal):
     moved(journal, claim(journal), "FAILED", note="refused")
-
     assert journal.find("a") is None
     assert claim(journal).is_owner
 
 
 def test_pictures_of_a_random_seed_answer_no_other_request(journal):
     moved(journal, submitted(journal, kept=False), "DOWNLOADED")
-
     assert claim(journal, kept=False).is_owner
 
 
 def test_who_died_while_sending_leaves_a_request_that_nobody_knows(journal):
     claim(journal)
-
     found = journal.find("a")  # whoever asks holds the lock that the sender had
-
     assert found.state == "AMBIGUOUS"
     with pytest.raises(
         AmbiguousSubmit, match=rf"{found.name}.*dashboard/requests.*put {found.name} into force_resubmit"
@@ -104,9 +95,7 @@ def test_who_died_while_sending_leaves_a_request_that_nobody_knows(journal):
 def test_an_answer_that_comes_after_all_is_noted(journal):
     row = claim(journal)
     assert journal.find("a").state == "AMBIGUOUS"
-
     moved(journal, row, "SUBMITTED", request_id="request-1", url="https://q/r")
-
     assert (journal.find("a").state, journal.find("a").ticket) == ("SUBMITTED", TICKET)
 
 
@@ -115,9 +104,7 @@ def test_a_request_is_given_up_by_its_id_and_once(journal, state):
     old = submitted(journal) if state != "AMBIGUOUS" else claim(journal)
     old = moved(journal, old, state)
     assert claim(journal, give_up="another").name == old.name
-
     anew = claim(journal, give_up=old.id)
-
     assert anew.is_owner
     assert claim(journal, give_up=old.id).name == anew.name  # the saved word does nothing twice
     with suppress(HostedError):
@@ -127,7 +114,6 @@ def test_a_request_is_given_up_by_its_id_and_once(journal, state):
 
 def test_nothing_is_given_up_where_the_guard_stops_the_new_one(journal):
     old = submitted(journal, pictures=8)
-
     with pytest.raises(HostedLimit):
         claim(journal, pictures=8, give_up=old.id)
     assert journal.find("a").name == old.name
@@ -135,7 +121,6 @@ def test_nothing_is_given_up_where_the_guard_stops_the_new_one(journal):
 
 def test_a_row_is_found_by_either_name(journal):
     row = submitted(journal)
-
     assert journal.by_id("request-1").name == journal.by_id(row.name).name == row.name
     assert journal.by_id("request-2") is None
 
@@ -148,15 +133,12 @@ def test_what_vanishes_from_the_journal_is_written_again_with_the_next_step(jour
     else:
         with closing(sqlite3.connect(journal.path)) as database, database:
             database.execute("DELETE FROM requests")
-
     moved(journal, row, "COMPLETED")
-
     assert (journal.find("a").state, journal.find("a").ticket) == ("COMPLETED", TICKET)
 
 
 def test_a_seed_of_any_size_is_kept_as_text(journal):
     moved(journal, submitted(journal), "DOWNLOADED", seed="17454220438242315174")
-
     with closing(sqlite3.connect(journal.path)) as database:
         found = database.execute("SELECT seed, typeof(seed) FROM requests").fetchall()
     assert found == [("17454220438242315174", "text")]
@@ -164,14 +146,12 @@ def test_a_seed_of_any_size_is_kept_as_text(journal):
 
 def test_nobody_else_can_read_the_journal(journal):
     claim(journal)
-
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
 
 
 def test_a_journal_that_cannot_be_written_stops_in_words(tmp_path):
     (tmp_path / "file").write_text("in the way")
-
     with pytest.raises(HostedError, match=r"journal of hosted requests .* could not be written"):
         claim(Journal(tmp_path / "file" / "hosted.sqlite"))
 
@@ -199,12 +179,10 @@ def damage(path, how):
 def test_a_journal_that_cannot_be_read_is_set_aside_in_words_and_once(journal, how):
     submitted(journal)
     damage(journal.path, how)
-
     with pytest.raises(
         HostedError, match=r"set aside as hosted-set-aside-\w+\.sqlite.*Nothing was sent.*fetch.*by its id"
     ):
         journal.find("a")
-
     assert len(list(journal.path.parent.glob("hosted-set-aside-*"))) == 1
     assert claim(journal).is_owner  # a new one has begun
 
@@ -215,7 +193,6 @@ def test_a_journal_that_cannot_be_read_is_set_aside_in_words_and_once(journal, h
 def test_pictures_are_counted_by_run(journal):
     for number in range(4):
         submitted(journal, digest=str(number), pictures=2)
-
     with pytest.raises(HostedLimit, match=r"8 pictures .* in this run, 1 more would exceed 8.*confirm_paid"):
         claim(journal, "x")
     assert claim(journal, "x", run="another").is_owner
@@ -224,7 +201,6 @@ def test_pictures_are_counted_by_run(journal):
 def test_pictures_are_counted_by_day(journal, clock):
     guard = Guard(per_run=8, per_day=4)
     submitted(journal, digest="1", run="1", pictures=4)
-
     with pytest.raises(HostedLimit, match=r"4 pictures .* in the last 24 hours, 1 more would exceed 4"):
         claim(journal, "2", run="2", guard=guard)
     clock.now += DAY + 1
@@ -234,14 +210,12 @@ def test_pictures_are_counted_by_day(journal, clock):
 def test_what_may_have_been_sent_counts_and_what_was_refused_does_not(journal):
     moved(journal, claim(journal, "1", pictures=8), "FAILED")
     claim(journal, "2", pictures=8)
-
     with pytest.raises(HostedLimit):
         claim(journal, "3")
 
 
 def test_the_users_word_lifts_the_guard_and_joining_needs_none(journal):
     submitted(journal, digest="1", pictures=8)
-
     assert claim(journal, "2", pictures=8, guard=Guard(lifted=True)).is_owner
     assert not claim(journal, "1", pictures=8).is_owner
 
@@ -251,7 +225,6 @@ def test_nothing_but_the_environment_lifts_the_ceiling(journal, run, span):
     guard = Guard(lifted=True, ceiling_per_run=8, ceiling_per_day=16)
     for number in range(8 if span == "RUN" else 16):
         submitted(journal, digest=str(number), run=run if span == "RUN" else str(number), request_id=str(number))
-
     with pytest.raises(HostedLimit, match=rf"No switch.*PULID_FAL_CEILING_PER_{span}") as caught:
         claim(journal, "x", run=run, guard=guard)
     assert "confirm_paid" not in str(caught.value)
@@ -259,9 +232,7 @@ def test_nothing_but_the_environment_lifts_the_ceiling(journal, run, span):
 
 def test_forgetting_lifts_nothing(journal):
     row = submitted(journal, pictures=8)
-
     journal.forget(row.name)
-
     assert journal.find("a") is None and journal.rows() == [] and journal.by_id("request-1") is None
     with pytest.raises(HostedLimit):
         claim(journal)
@@ -273,7 +244,6 @@ def test_no_row_makes_the_sum_smaller(journal):
     with closing(sqlite3.connect(journal.path)) as database, database:
         database.execute("UPDATE requests SET pictures = -50")
         database.execute("UPDATE requests SET pictures = 7 WHERE digest = '1'")
-
     with pytest.raises(HostedLimit, match="8 pictures"):
         claim(journal, "3")
 
@@ -281,9 +251,7 @@ def test_no_row_makes_the_sum_smaller(journal):
 def test_a_clock_that_went_backwards_counts_no_rows_of_the_future(journal, clock):
     guard = Guard(per_run=99, per_day=4)
     submitted(journal, digest="1", pictures=4)
-
     clock.now -= 10 * DAY
-
     assert claim(journal, "2", pictures=4, guard=guard).is_owner
     with pytest.raises(HostedLimit):
         claim(journal, "3", guard=guard)
@@ -311,7 +279,6 @@ def test_of_many_threads_one_sends(journal):
         thread.start()
     for thread in threads:
         thread.join()
-
     assert sorted(row.is_owner for row in claims) == [False] * 7 + [True]
     assert len({row.name for row in claims}) == 1
 
@@ -321,7 +288,6 @@ def test_of_many_threads_one_sends(journal):
 
 def test_an_upload_is_used_again_until_shortly_before_its_end(journal, clock):
     journal.remember_upload("a", "https://v3.fal.media/a", 3600)
-
     assert journal.uploaded("a", at_least=600) == "https://v3.fal.media/a"
     clock.now += 3100
     assert journal.uploaded("a", at_least=600) is None
@@ -334,7 +300,6 @@ def test_uploads_that_have_expired_are_forgotten(journal, clock):
     journal.remember_upload("a", "https://v3.fal.media/a", 60)
     clock.now += 61
     journal.remember_upload("b", "https://v3.fal.media/b", 60)
-
     with closing(sqlite3.connect(journal.path)) as database:
         assert database.execute("SELECT digest FROM uploads").fetchall() == [("b",)]
 
@@ -348,7 +313,6 @@ def test_requests_are_listed_with_age_pictures_and_what_to_do(journal, clock):
     unknown = claim(journal, "2")
     journal.find("2")
     moved(journal, submitted(journal, digest="3", request_id="done"), "DOWNLOADED")
-
     assert "under-way  2 h ago  2 pictures  under way: fetch it, or cancel it" in records.listing(
         journal.rows(), "open"
     )
@@ -366,7 +330,6 @@ def test_requests_are_forgotten_with_their_pictures(journal, clock):
     submitted(journal, digest="3", request_id="new-1")
     for name in ("old-1", "new-1"):
         (folder / "results" / name).mkdir(parents=True)
-
     assert records.forget(folder, ["nobody"]) == 0
     assert records.forget(folder, older_than=DAY) == 1
     assert [place.name for place in (folder / "results").iterdir()] == ["new-1"]
@@ -382,7 +345,6 @@ def test_run_py_lists_and_forgets_for_every_user(tmp_path, capsys):
         for name in ("one", "two"):
             submitted(journal, digest=name, request_id=f"{user[-1:]}-{name}")
     where = ["--user-directory", str(tmp_path)]
-
     assert run.hosted([], ["list", *where]) == 0
     assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()) == [
         "-one",

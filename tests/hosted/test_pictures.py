@@ -58,7 +58,6 @@ def test_redirects_are_followed_a_few_times_without_credentials():
         d=page(b"picture"),
         z=page(status=302, location="/a"),
     )
-
     assert fetch(web, "a") == b"picture"
     assert all(headers == {"Accept": "image/*"} for _, headers in web.asked)
     with pytest.raises(UnsafeAddress, match="more than 3 times"):
@@ -68,7 +67,6 @@ def test_redirects_are_followed_a_few_times_without_credentials():
 @pytest.mark.parametrize("target", ["http://host/b", "https://10.0.0.1/b", "https://[", "https://me@host/b"])
 def test_every_redirect_is_checked(target):
     web = Web(a=page(status=302, location=target))
-
     with pytest.raises(UnsafeAddress):
         fetch(web, "a")
     assert len(web.asked) == 1
@@ -97,32 +95,26 @@ def pictures(web, *images, **limits):
 def test_pictures_come_in_order_and_differences_are_noted():
     web = Web(a=page(picture(size=(6, 4))), b=page(picture(size=(2, 2))))
     length = len(picture(size=(6, 4)))
-
     found, notes = pictures(
         web,
         HostedImage(url="https://host/a", width=6, height=4, file_size=length),
         HostedImage(url="https://host/b", width=9, height=2, file_size=1),
     )
-
     assert [image.size for image in found] == [(6, 4), (2, 2)]
     assert notes[1] == "Picture 2: 9 width were announced, 2 came." and len(notes) == 2
 
 
 def test_a_picture_inside_the_answer_is_taken_from_there():
     uri = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
-
     [image], _ = pictures(Web(), HostedImage(url=uri))
-
     assert image.getpixel((0, 0)) == (10, 200, 30)
 
 
 def test_a_picture_in_file_data_needs_no_address_and_an_odd_one_falls_back_on_it():
     data = base64.b64encode(picture()).decode()
-
     [bare], _ = pictures(Web(), HostedImage(url="", file_data=data))
     [uri], _ = pictures(Web(), HostedImage(file_data=f"data:image/png;base64,{data}"))
     [other], _ = pictures(Web(a=page(picture())), HostedImage(url="https://host/a", file_data="***"))
-
     assert bare.tobytes() == uri.tobytes() == other.tobytes()
     with pytest.raises(BadAnswer):
         pictures(Web(), HostedImage(file_data="***"))
@@ -130,7 +122,6 @@ def test_a_picture_in_file_data_needs_no_address_and_an_odd_one_falls_back_on_it
 
 def test_one_answer_brings_so_much_and_no_more():
     images, most = [HostedImage(url="https://host/a")] * 3, 2 * len(picture())
-
     assert len(pictures(Web(a=page(picture())), *images[1:], largest_answer=most)[0]) == 2
     with pytest.raises(BadAnswer, match="together are larger"):
         pictures(Web(a=page(picture())), *images, largest_answer=most)
@@ -141,9 +132,7 @@ def test_one_answer_brings_so_much_and_no_more():
 def test_no_more_pictures_are_read_than_were_asked_for():
     web = Web(a=page(picture()))
     images = tuple([HostedImage(url="https://host/a")] * 3)
-
     found, notes = asyncio.run(PictureFetcher(web, Endpoints()).fetch_all(images, asked=2))
-
     assert (len(found), len(web.asked)) == (2, 2)
     assert notes == ["2 pictures were asked for, 3 came; the others were not read."]
 
@@ -154,7 +143,6 @@ def test_no_more_pictures_are_read_than_were_asked_for():
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_bytes_become_the_picture_they_are(kind):
     image = decode(picture(kind))
-
     assert (image.mode, image.size, image.getpixel((3, 2))) == ("RGB", (6, 4), (10, 200, 30))
 
 
@@ -176,7 +164,6 @@ def test_what_is_no_picture_is_refused(data):
 def test_a_damaged_picture_is_an_error_and_never_grey(kind, part, filled, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", filled)  # as other packs set it, for the whole process
     data = picture(kind, size=(64, 64))
-
     with pytest.raises(BadAnswer, match="damaged"):
         decode(data[: int(part * len(data))])
 
@@ -210,7 +197,6 @@ def test_a_picture_with_any_byte_changed_is_read_or_is_a_bad_answer(kind):
 
 def test_the_size_is_checked_before_decoding(monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
-
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
         decode(picture(), largest_pixels=6 * 4 - 1)
 
@@ -232,10 +218,8 @@ def outcome(color="red", count=1, size=(8, 6), request_id="r"):
 
 def test_what_was_kept_comes_back_the_same(tmp_path):
     kept = outcome(count=2)
-
     assert PictureStore(tmp_path / "results").put("r", kept)
     found = PictureStore(tmp_path / "results").get("r")
-
     assert [image.tobytes() for image in found.images] == [image.tobytes() for image in kept.images]
     assert (found.seed, found.request_id, found.info) == (kept.seed, kept.request_id, kept.info)
 
@@ -258,7 +242,6 @@ DAMAGED = [
 def test_damaged_facts_count_as_none(tmp_path, facts):
     PictureStore(tmp_path).put("r", outcome())
     (tmp_path / "r" / "outcome.json").write_bytes(facts)
-
     assert PictureStore(tmp_path).get("r") is None
 
 
@@ -267,7 +250,6 @@ def test_damaged_pictures_count_as_none(tmp_path, harm):
     PictureStore(tmp_path).put("r", outcome())
     file = tmp_path / "r" / "0.png"
     file.unlink() if harm is None else file.write_bytes(harm)
-
     assert PictureStore(tmp_path).get("r") is None
 
 
@@ -278,9 +260,7 @@ def test_pictures_are_kept_for_so_many_days_also_where_they_are_used(tmp_path):
         for file in (tmp_path / name).iterdir():
             os.utime(file, (time.time() - days * 86400,) * 2)
         assert results.get(name)
-
     results.shrink()
-
     assert [place.name for place in tmp_path.iterdir()] == ["young"]
 
 
@@ -288,7 +268,6 @@ def test_a_second_outcome_takes_the_place_of_the_first(tmp_path):
     results = PictureStore(tmp_path)
     results.put("r", outcome("red", count=2))
     results.put("r", outcome("blue"))
-
     assert [image.getpixel((0, 0)) for image in results.get("r").images] == [(0, 0, 255)]
 
 
@@ -301,23 +280,18 @@ def test_the_ones_not_used_for_longest_go_first(tmp_path):
         results.put(str(number), outcome(request_id=str(number)))
         os.utime(tmp_path / "few" / str(number), (number, number))
     results.get("0")  # used just now
-
     results.put("3", outcome(request_id="3"))
-
     assert sorted(place.name for place in (tmp_path / "few").iterdir()) == ["0", "2", "3"]
 
 
 def test_the_newest_stays_even_if_it_is_too_large_alone(tmp_path):
     results = PictureStore(tmp_path, largest=1)
-
     results.put("r", outcome())
-
     assert results.get("r") is not None
 
 
 def test_a_disk_that_takes_nothing_costs_no_pictures(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
-
     assert not PictureStore(tmp_path / "file").put("r", outcome())
     assert "could not be kept" in caplog.text
 
@@ -327,14 +301,12 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-
     assert not PictureStore(tmp_path).put("r", outcome())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_else_can_look_at_the_pictures(tmp_path):
     PictureStore(tmp_path / "results").put("r", outcome())
-
     assert stat.S_IMODE((tmp_path / "results").stat().st_mode) == 0o700
 
 
@@ -343,8 +315,6 @@ def test_nobody_else_can_look_at_the_pictures(tmp_path):
 )
 def test_pictures_of_one_size_come_together_and_none_is_dropped(sizes, expected):
     images = [Image.new("RGB", (size, size)) for size in sizes]
-
     batches = as_batches(images)
-
     assert [len(batch) for batch in batches] == expected
     assert [image for batch in batches for image in batch] == images

@@ -55,9 +55,7 @@ def submit(line, endpoints=None, key=KEY, **options):
 
 def test_a_submit_is_the_input_itself_with_the_key_in_one_header():
     line = Line(reply(200, ACCEPTED))
-
     ticket = submit(line)
-
     [(method, url, headers, body, _)] = line.sent
     assert (method, url, json.loads(body)) == ("POST", "https://queue.fal.run/fal-ai/pulid", {"prompt": "x"})
     assert headers["Authorization"] == "Key keyid-123456:secret-123456"
@@ -66,7 +64,6 @@ def test_a_submit_is_the_input_itself_with_the_key_in_one_header():
 
 def test_options_go_as_the_service_names_them():
     line = Line(reply(200, ACCEPTED))
-
     submit(
         line,
         webhook_url="https://me.example/a?b=c&d",
@@ -78,7 +75,6 @@ def test_options_go_as_the_service_names_them():
         access="forbid",
         store=False,
     )
-
     [(_, url, headers, _, _)] = line.sent
     assert URL(url).query == {"fal_webhook": "https://me.example/a?b=c&d"}
     expected = {
@@ -95,9 +91,7 @@ def test_options_go_as_the_service_names_them():
 
 def test_what_was_not_asked_for_is_not_sent():
     line = Line(reply(200, ACCEPTED))
-
     submit(line)
-
     assert [name for name in line.sent[0][2] if name.lower().startswith("x-fal")] == []
 
 
@@ -109,9 +103,7 @@ def test_options_that_cannot_be_sent_are_refused_before_anything_is(options):
 
 def test_only_a_connection_that_never_came_about_is_tried_at_the_backup_address():
     line = Line(Unreachable("no"), reply(200, ACCEPTED))
-
     submit(line)
-
     assert [url for _, url, *_ in line.sent] == [
         "https://queue.fal.run/fal-ai/pulid",
         "https://queue.falrun.com/fal-ai/pulid",
@@ -135,7 +127,6 @@ def test_unreachable_twice_is_unreachable():
 )
 def test_where_nobody_knows_nothing_is_sent_again(answer):
     line = Line(answer, *[reply(200, ACCEPTED)] * 3)
-
     with pytest.raises(AmbiguousSubmit):
         submit(line)
     assert len(line.sent) == 1
@@ -144,7 +135,6 @@ def test_where_nobody_knows_nothing_is_sent_again(answer):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422])
 def test_a_refusal_is_final_and_free(status):
     line = Line(reply(status, {"detail": "no"}), reply(200, ACCEPTED))
-
     with pytest.raises(Refused, match=f"HTTP {status}"):
         submit(line)
     assert len(line.sent) == 1
@@ -152,9 +142,7 @@ def test_a_refusal_is_final_and_free(status):
 
 def test_a_busy_service_is_asked_again_when_it_says():
     line = Line(reply(429, b"", retry_after="7"), reply(429), reply(200, ACCEPTED))
-
     ticket = submit(line)
-
     assert ticket.request_id == ID
     assert line.pauses[0] == 7 and 0.5 <= line.pauses[1] <= 1
 
@@ -162,7 +150,6 @@ def test_a_busy_service_is_asked_again_when_it_says():
 @pytest.mark.parametrize(("answers", "calls"), [([reply(429)] * 9, 4), ([reply(429, b"", retry_after="3600")] * 9, 1)])
 def test_a_busy_service_is_not_asked_for_ever(answers, calls):
     line = Line(*answers)
-
     with pytest.raises(Refused, match="busy"):
         submit(line)
     assert len(line.sent) == calls
@@ -184,15 +171,12 @@ def test_a_busy_service_is_not_asked_for_ever(answers, calls):
 )
 def test_an_address_elsewhere_is_replaced_by_ours(url):
     line = Line(reply(200, {**ACCEPTED, "response_url": url}))
-
     assert submit(line) == Ticket(ID, BASE)
 
 
 def test_the_backup_hosts_addresses_are_used():
     theirs = BASE.replace("queue.fal.run", "queue.falrun.com")
-
     ticket = submit(Line(reply(200, {**ACCEPTED, "response_url": theirs})))
-
     assert ticket == Ticket(ID, theirs)
 
 
@@ -201,9 +185,7 @@ def test_the_backup_hosts_addresses_are_used():
 
 def test_a_proxy_gets_the_target_and_no_key():
     line = Line(reply(200, ACCEPTED))
-
     submit(line, Endpoints(proxy=URL("https://proxy.example/api/fal/proxy")), key=None)
-
     [(method, url, headers, _, _)] = line.sent
     assert (method, url) == ("POST", "https://proxy.example/api/fal/proxy")
     assert headers["x-fal-target-url"] == "https://queue.fal.run/fal-ai/pulid"
@@ -217,7 +199,6 @@ def test_a_refused_proxy_is_told_as_the_proxys():
 
 def test_a_key_is_not_even_by_mistake_sent_elsewhere():
     line = Line(reply(200))
-
     with pytest.raises(AssertionError, match="no key may go"):
         asyncio.run(client(line).call("GET", URL("https://v3.fal.media/a.png")))
     assert line.sent == []
@@ -225,7 +206,6 @@ def test_a_key_is_not_even_by_mistake_sent_elsewhere():
 
 def test_what_a_service_echoes_of_the_key_is_hidden():
     line = Line(reply(401, {"detail": "bad key keyid-123456:secret-123456"}, x_echo="secret-123456"))
-
     with pytest.raises(Refused) as caught:
         submit(line)
     assert "keyid-123456" not in str(caught.value) and "secret-123456" not in str(caught.value)
@@ -243,19 +223,15 @@ def test_a_ticket_of_other_days_goes_to_the_addresses_of_today():
     # The journal keeps tickets; the addresses may have been set to others since.
     old = Ticket(ID, "https://queue.old.example/r")
     line = Line(reply(200, {"status": "COMPLETED"}), reply(200, {}), reply(200, {}))
-
     for call in (QueueClient.status, QueueClient.result, QueueClient.cancel):
         asyncio.run(call(client(line), old))
-
     assert [url for _, url, *_ in line.sent] == [f"{BASE}/status?logs=1", BASE, f"{BASE}/cancel"]
 
 
 def test_a_status_is_asked_for_with_or_without_logs():
     line = Line(reply(202, {"status": "IN_QUEUE", "queue_position": 2}), reply(202, {"status": "IN_QUEUE"}))
-
     status = ask(line, lambda made, ticket: made.status(ticket))
     ask(line, lambda made, ticket: made.status(ticket, logs=False))
-
     assert [url for _, url, *_ in line.sent] == [f"{BASE}/status?logs=1", f"{BASE}/status?logs=0"]
     assert status == Status(status="IN_QUEUE", queue_position=2)
 
@@ -277,7 +253,6 @@ def test_a_failed_job_is_completed_with_an_error():
     failed = read_answer(Status, {"status": "COMPLETED", "error": "boom", "error_type": "internal_error", "logs": None})
     fine = read_answer(Status, {"status": "COMPLETED", "error": None, "metrics": {"inference_time": None}})
     odd = read_answer(Status, {"status": "IN_QUEUE", "metrics": 1, "queue_position": "first"})
-
     assert (failed.done, failed.failed, fine.done, fine.failed) == (True, True, True, False)
     assert fine.metrics == {"inference_time": None}
     assert (odd.metrics, odd.position) == (None, None)
@@ -293,16 +268,13 @@ def test_a_passing_failure_is_asked_about_again_with_growing_pauses():
     line = Line(
         AnswerLost("x"), reply(502, b"<html>"), reply(503, {"detail": "x"}), Unreachable("x"), reply(200, {"a": 1})
     )
-
     result = ask(line, lambda made, ticket: made.result(ticket))
-
     assert result == {"a": 1}
     assert [low <= pause <= 2 * low for pause, low in zip(line.pauses, (0.25, 0.5, 1, 2), strict=True)] == [True] * 4
 
 
 def test_asking_again_ends():
     line = Line(*[AnswerLost("x")] * 20)
-
     with pytest.raises(AnswerLost):
         ask(line, lambda made, ticket: made.result(ticket))
     assert len(line.sent) == 7
@@ -313,18 +285,15 @@ def test_asking_again_ends():
 def test_a_bare_status_says_nothing_of_the_job_and_is_asked_again(status, ask_for):
     once = Line(reply(status, {"detail": "x"}), reply(200, {"status": "COMPLETED"}))
     always = Line(*[reply(status, b"<html>")] * 7)
-
     ask(once, ask_for)
     with pytest.raises(Refused) as caught:
         ask(always, ask_for)
-
     assert (len(once.sent), len(always.sent)) == (2, 7)
     assert "billed" not in str(caught.value)
 
 
 def test_a_failure_that_the_service_calls_lasting_is_not_asked_about_again():
     line = Line(reply(503, {"detail": "x"}, x_fal_retryable="false"))
-
     with pytest.raises(Refused):
         ask(line, lambda made, ticket: made.result(ticket))
 
@@ -356,7 +325,6 @@ def test_a_result_that_is_not_there_yet_is_none():
 def test_a_failed_job_differs_from_a_result_that_cannot_be_had_now(answer, error):
     # The journal gives up the first, and sends again when asked to; the second it goes on asking about.
     line = Line(answer)
-
     with pytest.raises(error, match=ID):
         ask(line, lambda made, ticket: made.result(ticket))
     assert len(line.sent) == 1
@@ -378,7 +346,6 @@ def test_a_failed_job_differs_from_a_result_that_cannot_be_had_now(answer, error
 )
 def test_a_cancel_is_sent_once_and_its_answer_told(answer, outcome):
     line = Line(answer)
-
     assert ask(line, lambda made, ticket: made.cancel(ticket)) is outcome
     [(method, url, _, _, terms)] = line.sent
     assert (method, url, terms.seconds) == ("PUT", f"{BASE}/cancel", 10)

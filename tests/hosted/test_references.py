@@ -25,9 +25,7 @@ def noise(height, width, channels=3):
 
 def test_a_small_photograph_travels_without_loss():
     image = noise(40, 30)
-
     reference = encode(image)
-
     assert reference.content_type == "image/png"
     assert np.array_equal(decoded(reference), (image * 255).round().numpy())
     assert reference.data_uri == f"data:image/png;base64,{base64.b64encode(reference.data).decode()}"
@@ -44,7 +42,6 @@ def test_a_large_photograph_is_shrunk_to_1024_and_keeps_its_shape():
 
 def test_a_photograph_that_is_large_as_a_png_travels_as_a_fine_jpeg():
     reference = encode(noise(1024, 1024))
-
     with Image.open(io.BytesIO(reference.data)) as image:
         assert (reference.content_type, image.format) == ("image/jpeg", "JPEG")
         assert {layer[1:3] for layer in image.layer} == {(1, 1)}  # 4:4:4
@@ -54,9 +51,7 @@ def test_a_photograph_that_is_large_as_a_png_travels_as_a_fine_jpeg():
 def test_transparent_parts_lie_on_white():
     image = torch.zeros(2, 2, 4)
     image[0, :, 3] = 1  # black above, nothing below
-
     reference = encode(image)
-
     assert decoded(reference)[:, 0].tolist() == [[0, 0, 0], [255, 255, 255]]
     assert "transparent" in reference.note and encode(noise(4, 4)).note == ""
 
@@ -64,7 +59,6 @@ def test_transparent_parts_lie_on_white():
 def test_a_photograph_is_known_by_its_pixels_however_it_is_compressed(monkeypatch):
     known = encode(noise(9, 9))
     monkeypatch.setattr(references, "_save", lambda picture, **how: b"compressed in another way")
-
     assert encode(noise(9, 9)).data != known.data
     assert encode(noise(9, 9)).digest == known.digest
 
@@ -89,9 +83,7 @@ def test_a_picture_of_nan_is_refused():
 
 def test_addresses_and_data_uris_are_taken_line_by_line():
     uri = encode(noise(4, 4)).data_uri
-
     lines = read_lines(f"\n https://example.com/a.png \n\n{uri}\n")
-
     assert [line.url for line in lines] == ["https://example.com/a.png", ""]
     assert lines[1] == encode(noise(4, 4))  # what it shows counts, not how it came, and so do its size and way
     assert read_lines("") == read_lines(" \n ") == []
@@ -134,9 +126,7 @@ def test_a_picture_in_a_line_is_known_by_its_pixels_and_keeps_to_the_size(kind):
     file = io.BytesIO()
     Image.new("RGB", (2000, 40), (10, 20, 30)).save(file, kind)
     line = f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
-
     [small], [large] = read_lines(line), read_lines(line, as_is=True)
-
     assert (decoded(small).shape, decoded(large).shape) == ((20, 1024, 3), (40, 2000, 3))
     assert small.digest == encode(torch.from_numpy(decoded(small).copy()) / 255).digest
 
@@ -145,9 +135,7 @@ def test_a_file_of_any_kind_is_read_from_the_folder_and_from_nowhere_else(tmp_pa
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("hello")
     (tmp_path / "secret").write_text("x")
-
     file = read_file(tmp_path / "in", "a.txt")
-
     assert (file.data, file.content_type) == (b"hello", "text/plain")
     for name in ("../secret", str(tmp_path / "secret"), "b.txt", "", "../in/../secret"):
         with pytest.raises(InputError, match="not a file of ComfyUI's input folder"):
