@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -69,28 +70,22 @@ class Endpoints:
 
 def checked(address: str | URL, name: str) -> URL:
     """The address as a URL, or UnsafeAddress: https, or http to this machine, and nothing but host, port and path."""
-    try:
+    with suppress(ValueError):
         url = URL(str(address).strip().rstrip("/"))
         safe = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
-        plain = bool(url.host) and not (url.user or url.password or url.query_string or url.fragment)
-    except ValueError:
-        safe = plain = False
-    if not (safe and plain):
-        raise UnsafeAddress(
-            f"{name} is not an address that a key may be sent to. Expected https://host, "
-            "or http:// for this machine alone (127.0.0.1), without user name or query."
-        )
-    return url
+        if safe and url.host and not (url.user or url.password or url.query_string or url.fragment):
+            return url
+    raise UnsafeAddress(
+        f"{name} is not an address that a key may be sent to. Expected https://host, "
+        "or http:// for this machine alone (127.0.0.1), without user name or query."
+    )
 
 
 def is_loopback(url: URL) -> bool:
     """True when the host is this machine by its own name or number; no name is looked up."""
-    if url.host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(url.host or "").is_loopback
-    except ValueError:
-        return False
+    with suppress(ValueError):
+        return url.host == "localhost" or ipaddress.ip_address(url.host or "").is_loopback
+    return False
 
 
 # --- Which addresses that others name may be read from ---
@@ -141,34 +136,29 @@ def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -
     """The address, which may be relative to `base`, or UnsafeAddress. A name is checked again when it is looked up."""
     try:
         url = base.join(URL(address)) if base else URL(address)
-        port = url.port
+        found = f"one of scheme {url.scheme!r}, port {url.port}{', with a user name' if url.user else ''}"
     except ValueError:
         raise UnsafeAddress("The service named an address that is none. It was not read.") from None
     if endpoints.is_own_storage(url):
         return url
-    if url.scheme != "https" or url.user or url.password or port != 443 or not url.host:
-        raise UnsafeAddress(
-            f"Expected a plain https address from the service, found one of scheme {url.scheme!r}, port {port}"
-            f"{', with a user name' if url.user else ''}. It was not read."
-        )
+    if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
+        raise UnsafeAddress(f"Expected a plain https address from the service, found {found}. It was not read.")
     if may_be_private(url.raw_host or ""):
         refuse_private(url.host)
     return url
 
 
 def refuse_private(host: str) -> NoReturn:
-    raise UnsafeAddress(
-        f"{clean(host, 80)} leads to a private address, where no picture of the service can be. It was not read."
-    )
+    where = f"{clean(host, 80)} leads to a private address"
+    raise UnsafeAddress(f"{where}, where no picture of the service can be. It was not read.")
 
 
 def is_shareable(address: str) -> bool:
     """True for an https address that is not, as far as it can be told from here, of this machine or its network."""
-    try:
+    with suppress(ValueError):
         url = URL(address)
         return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "", True)
-    except ValueError:
-        return False
+    return False
 
 
 def check_webhook(address: str, folder: Path) -> None:
@@ -177,16 +167,12 @@ def check_webhook(address: str, folder: Path) -> None:
     A graph of somebody else's can hold an address to which every picture would go; no value in a graph allows one.
     """
     if not is_shareable(address) or URL(address).user:
-        raise InputError(
-            f"A webhook is a public https address such as https://example.com/done, found {clean(address, 80)!r}. "
-            "Nothing was sent."
-        )
-    host, file = _plain(URL(address).raw_host or ""), folder / WEBHOOK_FILE
-    try:
-        allowed = {_plain(line.strip()) for line in file.read_text(encoding="utf-8-sig").splitlines()}
-    except (OSError, UnicodeDecodeError):
-        allowed = set()
-    if host not in allowed:
+        example = "A webhook is a public https address such as https://example.com/done"
+        raise InputError(f"{example}, found {clean(address, 80)!r}. Nothing was sent.")
+    host, file, allowed = _plain(URL(address).raw_host or ""), folder / WEBHOOK_FILE, ""
+    with suppress(OSError, UnicodeDecodeError):
+        allowed = file.read_text(encoding="utf-8-sig")
+    if host not in {_plain(line.strip()) for line in allowed.splitlines()}:
         raise InputError(
             f"This graph has the service send its pictures to {clean(address, 200)}, and this machine does not know "
             f"{host}. Nothing was sent. If you want that, write the line {host} into {_end_of(file)}, then queue again."
@@ -215,7 +201,7 @@ class Key:
     def __init__(self, value: str):
         if not value.isascii() or not value.isprintable() or " " in value:
             raise MissingKey(
-                "The key of the hosted service holds spaces or characters that no key has. Copy it again, as id:secret."
+                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
             )
         self._value = value
 
@@ -288,18 +274,14 @@ def _read_key(file: Path) -> str:
     try:
         mode = file.stat().st_mode
         if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise MissingKey(
-                f"Others on this machine can read {_end_of(file)} (its mode is {stat.S_IMODE(mode):o}). "
-                "Make it yours alone: chmod 600, then run again."
-            )
+            others = f"Others on this machine can read {_end_of(file)} (its mode is {stat.S_IMODE(mode):o})."
+            raise MissingKey(f"{others} Make it yours alone: chmod 600, then run again.")
         found = LINE.search(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return ""
     except PermissionError:
-        raise MissingKey(
-            f"ComfyUI may not read {_end_of(file)}: it, or a folder above it, belongs to somebody else or is closed to "
-            "its owner. Make it yours and readable (chown, chmod 600), then run again."
-        ) from None
+        closed = f"ComfyUI may not read {_end_of(file)}: it or a folder above it is somebody else's, or is closed."
+        raise MissingKey(f"{closed} Make it yours and readable (chown, chmod 600), then run again.") from None
     except (OSError, UnicodeDecodeError):
         found = None
     if found is None:

@@ -90,8 +90,7 @@ def _digest(picture: Image.Image) -> str:
 
 
 def _save(picture: Image.Image, **how: Any) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, **how)
+    picture.save(file := io.BytesIO(), **how)
     return file.getvalue()
 
 
@@ -116,16 +115,10 @@ def _read_line(line: str, name: str, as_is: bool) -> Reference:
             raise InputError(f"{name}: {error}") from None
         except Exception as error:  # Pillow's are of every class
             raise InputError(f"{name} holds no picture that could be read ({type(error).__name__}).") from None
-    try:
-        sound = URL(line).scheme == "https" and bool(URL(line).host)
-    except ValueError:
-        sound = False
-    if not sound:
-        raise InputError(f"{name} is neither an https:// address nor a data URI: {clean(line, 60)!r}.")
-    if not is_shareable(line):
+    if not line.startswith("https://") or not is_shareable(line):
         raise InputError(
-            f"{name} leads to this machine or a private network, which the service cannot read: {clean(line, 60)!r}. "
-            "Connect the picture itself instead. Nothing was sent."
+            f"{name} is neither a data URI nor an https:// address that the service can read, but {clean(line, 60)!r}. "
+            "It cannot read this machine or a private network: connect the picture itself. Nothing was sent."
         )
     return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
 

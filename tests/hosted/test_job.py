@@ -14,8 +14,7 @@ from pulid_sdxl.hosted import service as services
 from pulid_sdxl.hosted.errors import AmbiguousSubmit, HostedLimit, Interrupted, JobCancelled, JobFailed, MissingKey
 from pulid_sdxl.hosted.job import Limits
 from pulid_sdxl.hosted.journal import Guard
-from pulid_sdxl.hosted.queue import CancelOutcome
-from pulid_sdxl.hosted.references import encode, read_lines
+from pulid_sdxl.hosted.references import encode
 from pulid_sdxl.hosted.service import Watch
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools import TOOLS
@@ -46,13 +45,6 @@ def test_a_finished_request_comes_from_the_disk_without_the_network(fal, tmp_pat
     assert (fal.bill, len(fal.requests)) == (1, requests)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 8}, {"references": [encode(1 - FACE)]}])
-def test_another_request_is_another_picture(fal, tmp_path, changed):
-    generate(fal, tmp_path)
-    generate(fal, tmp_path, a_job(**changed))
-    assert fal.bill == 2
-
-
 def test_a_request_without_a_seed_is_new_each_time_and_keeps_every_digit_of_its_seed(fal, tmp_path):
     first = generate(fal, tmp_path, a_job(seed=None))
     generate(fal, tmp_path, a_job(seed=None))
@@ -60,30 +52,7 @@ def test_a_request_without_a_seed_is_new_each_time_and_keeps_every_digit_of_its_
     assert first.seed == "17454220438242315174"
 
 
-def test_pictures_that_the_disk_has_lost_are_fetched_again_and_not_paid_again(fal, tmp_path):
-    first = generate(fal, tmp_path)
-    for file in (tmp_path / services.PICTURES_FOLDER).rglob("*.png"):
-        file.unlink()
-    assert generate(fal, tmp_path).request_id == first.request_id
-    assert fal.bill == 1
-
-
-def test_the_same_address_and_the_same_bytes_are_the_same_request(fal, tmp_path):
-    uri = encode(FACE).data_uri
-    generate(fal, tmp_path, a_job(references=[encode(FACE)]))
-    generate(fal, tmp_path, a_job(references=read_lines(uri)))
-    assert fal.bill == 1
-
-
 # ---- Joining ----
-
-
-def test_two_equal_requests_at_once_are_paid_once(fal, tmp_path):
-    told = []
-    fal.plan("submit", EVERY, faults.once(lambda: any("waiting for it" in progress.words for progress in told)))
-    first, second = (beside(generate, fal, tmp_path, told=told) for _ in range(2))
-    assert first().request_id == second().request_id
-    assert fal.bill == 1
 
 
 def test_a_request_under_way_is_joined_after_a_restart(fal, tmp_path):
@@ -137,14 +106,6 @@ def test_two_processes_with_equal_requests_pay_once(fal, tmp_path):
 # ---- Many at once ----
 
 
-def test_so_many_requests_are_under_way_at_once_and_no_more(fal, tmp_path):
-    fal.script = (1, "IN_PROGRESS", "IN_PROGRESS", "COMPLETED")
-    results = [beside(generate, fal, tmp_path, a_job(seed=seed)) for seed in range(5)]
-    assert len({result().request_id for result in results}) == 5
-    assert fal.most_open == 2
-    assert fal.bill == 5
-
-
 def test_who_joins_a_request_takes_no_place_from_others(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
     stop = threading.Event()
@@ -194,12 +155,6 @@ def interrupted(fal, folder, when, job=None):
         result()
 
 
-def test_an_interrupt_while_uploading_sends_nothing(fal, tmp_path):
-    fal.plan("put", EVERY, faults.stall)
-    interrupted(fal, tmp_path, lambda: fal.seen("put"), a_job(transport="upload"))
-    assert (fal.bill, fal.seen("submit"), fal.seen("cancel")) == (0, [], [])
-
-
 def test_an_interrupt_while_sending_waits_for_the_id_and_cancels(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
     stop = threading.Event()
@@ -216,27 +171,6 @@ def test_an_interrupt_while_a_busy_service_is_waited_for_sends_nothing(fal, tmp_
     fal.plan("submit", EVERY, faults.busy("60"))
     interrupted(fal, tmp_path, lambda: fal.seen("submit"))
     assert (fal.bill, len(fal.seen("submit"))) == (0, 1)
-
-
-@pytest.mark.parametrize("script", [(3,), ("IN_PROGRESS",)])
-def test_an_interrupt_while_waiting_cancels(fal, tmp_path, script):
-    fal.script = script
-    interrupted(fal, tmp_path, lambda: fal.seen("status"))
-    assert (fal.bill, len(fal.seen("cancel"))) == (1, 1)
-
-
-def test_an_interrupt_during_a_silent_status_call_does_not_wait_for_it(fal, tmp_path):
-    fal.plan("status", EVERY, faults.stall)
-    interrupted(fal, tmp_path, lambda: fal.seen("status"))
-    assert len(fal.seen("cancel")) == 1
-
-
-def test_an_interrupt_while_fetching_keeps_what_was_paid_for(fal, tmp_path):
-    fal.plan("download", 1, faults.stall)
-    interrupted(fal, tmp_path, lambda: fal.seen("download"))
-    assert fal.seen("cancel") == []
-    assert len(generate(fal, tmp_path).images) == 1
-    assert fal.bill == 1
 
 
 def test_an_interrupt_while_waiting_for_a_free_place_sends_nothing(fal, tmp_path):
@@ -365,14 +299,6 @@ def test_who_stops_waiting_for_an_id_does_not_cancel_it(fal, tmp_path):
     assert fal.seen("cancel") == []
 
 
-def test_a_request_is_cancelled_by_its_id(fal, tmp_path):
-    fal.script = (2,)
-    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
-    assert perform(fal, tmp_path, lambda service: jobs.cancel(ticket.request_id, service)) is CancelOutcome.REMOVED
-    unknown = "764cabcf-b745-4b3e-ae38-1200304cf45b"
-    assert perform(fal, tmp_path, lambda service: jobs.cancel(unknown, service)) is CancelOutcome.UNKNOWN
-
-
 def test_a_cancel_that_comes_too_late_leaves_a_finished_request_as_it_is(fal, tmp_path):
     outcome = generate(fal, tmp_path)
     fal.plan("cancel", EVERY, faults.gateway(502))
@@ -394,26 +320,7 @@ def test_an_uploaded_photograph_is_used_again_until_it_expires(fal, tmp_path):
     assert fal.seen("put")[0].authorization is None
 
 
-def test_photographs_can_be_uploaded_by_themselves(fal, tmp_path):
-    references = [encode(FACE), encode(1 - FACE)]
-    urls = perform(fal, tmp_path, lambda service: jobs.upload(references, 86400, service))
-    assert len(set(urls)) == 2 and all(url.startswith("http") for url in urls)
-    assert fal.bill == 0
-
-
 # ---- What is told ----
-
-
-def test_progress_names_the_place_in_the_queue_the_last_line_and_the_id(fal, tmp_path):
-    fal.script = (2, 0, "IN_PROGRESS", "COMPLETED")
-    told = []
-    outcome = generate(fal, tmp_path, told=told)
-    words = [progress.words for progress in told]
-    assert any("queued 0 s, 2 before it" in line for line in words)
-    assert any("running 0 s: Denoising" in line for line in words)
-    assert all(outcome.request_id in line for line in words[1:])
-    assert [progress.step for progress in told] == sorted(progress.step for progress in told)
-    assert told[-1].step == services.STEPS
 
 
 def test_lines_of_the_log_are_written_once_each_also_where_two_are_alike(fal, tmp_path, caplog):

@@ -92,11 +92,11 @@ def test_addresses_and_data_uris_are_taken_line_by_line():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("example.com/a.png", "neither an https"),
-        ("http://example.com/a.png", "neither an https"),
-        ("file:///etc/passwd", "neither an https"),
-        ("https://", "neither an https"),
-        ("https://[", "neither an https"),
+        ("example.com/a.png", "neither a data URI nor an https"),
+        ("http://example.com/a.png", "neither a data URI nor an https"),
+        ("file:///etc/passwd", "neither a data URI nor an https"),
+        ("https://", "neither a data URI nor an https"),
+        ("https://[", "neither a data URI nor an https"),
         ("data:text/plain;base64,eA==", "not of a picture"),
         ("data:image/png;base64,***", "damaged"),
         ("data:image/png,abc", ";base64"),
