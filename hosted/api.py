@@ -46,21 +46,17 @@ IDEAL_REFERENCES = 4
 class HostedRequest:
     """The eleven fields. What is at the service's default in `seed` and `id_mix` is left to it, as its page does.
 
-    reference_images  https addresses or data URIs, the main face first; placeholders until they are uploaded
-    seed              None: the service chooses one, and no other request is equal to this one
-    image_size        a name of PRESETS, or width and height in pixels
-
     Raises InputError for what would cost more than was meant, or could not be sent as JSON.
     """
 
-    reference_images: tuple[str, ...]
+    reference_images: tuple[str, ...]  # addresses or data URIs, the main face first; digests until they are placed
     prompt: str
     negative_prompt: str = NEGATIVE_PROMPT
     num_images: int = 1
     guidance_scale: float = 1.2
     num_inference_steps: int = 4
-    seed: int | None = None
-    image_size: str | tuple[int, int] = (768, 1024)
+    seed: int | None = None  # None: the service chooses one, and no other request is equal to this one
+    image_size: str | tuple[int, int] = (768, 1024)  # a name of PRESETS, or width and height in pixels
     id_scale: float = 0.8
     mode: str = "fidelity"
     id_mix: bool = False
@@ -196,18 +192,13 @@ AsText = BeforeValidator(lambda data: data if isinstance(data, str) else json.du
 
 
 class Status(_Answer):
-    """Where a request stands. A state that is not in the service's documents counts as waiting.
-
-    position  how many are before it while it is queued, None otherwise
-    logs      all lines so far
-    error     with error_type, what a failed job has although it is COMPLETED; JSON, or a text
-    """
+    """Where a request stands. A state that is not in the service's documents counts as waiting."""
 
     state: Cleaned = Field(alias="status")
-    position: Number = Field(None, alias="queue_position")
-    logs: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()
+    position: Number = Field(None, alias="queue_position")  # how many are before it
+    logs: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()  # all lines so far
     metrics: Annotated[dict[str, Annotated[FiniteFloat | None, UNREADABLE_IS_NONE]] | None, UNREADABLE_IS_NONE] = None
-    error: Annotated[str | None, AsText] = None
+    error: Annotated[str | None, AsText] = None  # with error_type, what a failed job has although it is COMPLETED
     error_type: Text = None
 
     @property

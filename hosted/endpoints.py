@@ -29,15 +29,12 @@ WEBHOOK_FILE = "webhook_hosts.txt"
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Origins of the service, and the address of a proxy that adds the key on its own.
-
-    api  of the price list; None where another service than fal's own is set, and so none is asked
-    """
+    """Origins of the service, and the address of a proxy that adds the key on its own."""
 
     queue: URL = QUEUE
     rest: URL = REST
     proxy: URL | None = None
-    api: URL | None = None
+    api: URL | None = None  # of the price list; none is asked where another service than fal's own is set
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Endpoints":

@@ -113,21 +113,16 @@ def clean(text: object, longest: int = LONGEST_DETAIL) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in shown).strip()[:longest]
 
 
-def not_lost(request_id: str) -> str:
-    """What to do about an accepted request of which no more is known."""
-    return (
-        f"Request {request_id} is not lost. Queue the prompt again to ask once more: it is not sent a second time. "
-        f"Where the service no longer knows it, put {request_id} into force_resubmit; that sends, and pays, anew."
-    )
-
-
-def outcome_unknown(name: str) -> str:
-    """What to do about a request of which nobody knows whether it was accepted; `name` is what this pack calls it."""
-    return (
-        "The request may have been accepted and billed. It is not sent again on its own: look at "
-        "fal.ai/dashboard/requests. If it is there, fetch its pictures by its id (PuLID Hosted Result); "
-        f"if it is not, put {name} into force_resubmit to send it again."
-    )
+# What to do about an accepted request of which no more is known, and about one that may not have been accepted.
+NOT_LOST = (
+    "Request {0} is not lost. Queue the prompt again to ask once more: it is not sent a second time. "
+    "Where the service no longer knows it, put {0} into force_resubmit; that sends, and pays, anew."
+)
+OUTCOME_UNKNOWN = (
+    "The request may have been accepted and billed. It is not sent again on its own: look at "
+    "fal.ai/dashboard/requests. If it is there, fetch its pictures by its id (PuLID Hosted Result); "
+    "if it is not, put {0} into force_resubmit to send it again."
+)
 
 
 @dataclass(frozen=True)

@@ -54,21 +54,16 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """A request and what surrounds it.
+    """A request and what surrounds it."""
 
-    request  its reference_images are the digests of `references`; addresses take their place when it is sent
-    run      names the run of a workflow within which the guard counts
-    give_up  the id of an equal request, finished or not, that is given up for a new one
-    """
-
-    request: HostedRequest
+    request: HostedRequest  # its reference_images are the digests of `references`, until it is sent
     references: tuple[Reference, ...]
     options: SubmitOptions
     guard: Guard
-    run: str
+    run: str  # names the run of a workflow within which the guard counts
     transport: str = "auto"
     limits: Limits = field(default_factory=Limits)
-    give_up: str = ""
+    give_up: str = ""  # the id of an equal request, finished or not, that is given up for a new one
 
 
 class Patience:
@@ -224,7 +219,7 @@ async def _send(row: Row, request: HostedRequest, options: SubmitOptions, patien
     except errors.AmbiguousSubmit as error:
         note = f"It was interrupted while it was being sent. {error}" if at.watch.is_over else str(error)
         _move(row, "AMBIGUOUS", at, note)
-        words = f"{note} {errors.outcome_unknown(row.id)}"
+        words = f"{note} {errors.OUTCOME_UNKNOWN.format(row.id)}"
         logger.warning("%s", words)  # who interrupted it hears nothing else
         raise errors.AmbiguousSubmit(words) from None
     except errors.HostedError as error:
@@ -295,7 +290,7 @@ def _nothing_is_lost(row: Row | None, ticket: Ticket, at: Service) -> Iterator[N
         anew = f"To have it made, and paid for, anew, put {ticket.request_id} into force_resubmit."
         raise errors.Gone(f"{error} {anew}") from None
     except errors.HostedError as error:
-        raise type(error)(f"{error} {errors.not_lost(ticket.request_id)}") from None
+        raise type(error)(f"{error} {errors.NOT_LOST.format(ticket.request_id)}") from None
 
 
 def _known(request_id: str, at: Service) -> Row:
@@ -304,7 +299,7 @@ def _known(request_id: str, at: Service) -> Row:
     with suppress(errors.HostedError):
         row = at.journal.by_id(request_id)
     if row and not row.request_id:
-        raise errors.AmbiguousSubmit(f"{row.id} has no id at the service. {errors.outcome_unknown(row.id)}")
+        raise errors.AmbiguousSubmit(f"{row.id} has no id at the service. {errors.OUTCOME_UNKNOWN.format(row.id)}")
     return row or Row("", request_id=at.client.ticket(request_id).request_id)
 
 

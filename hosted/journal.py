@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .errors import AmbiguousSubmit, HostedError, HostedLimit, outcome_unknown
+from .errors import OUTCOME_UNKNOWN, AmbiguousSubmit, HostedError, HostedLimit
 
 Database = sqlite3.Connection
 State = Literal[
@@ -55,20 +55,14 @@ class Ticket(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One request.
-
-    name      what this pack calls it, until the service has named it
-    kept      it has a seed of its own, so that its pictures answer every equal request
-    payer     a name of the account, webhook a hash of the address that is called
-    is_owner  True for who sends it, and so has a say over it
-    """
+    """One request."""
 
     digest: str
     run: str = ""
     pictures: int = 1
-    kept: bool = True
-    payer: str = ""
-    webhook: str = ""
+    kept: bool = True  # it has a seed of its own, so that its pictures answer every equal request
+    payer: str = ""  # a name of the account
+    webhook: str = ""  # a hash of the address that is called
     state: State = "PREPARED"
     request_id: str | None = None
     url: str | None = None
@@ -76,8 +70,8 @@ class Row:
     note: str = ""
     created: float = 0
     updated: float = 0
-    name: str = field(default_factory=lambda: f"local-{uuid.uuid4().hex[:12]}")
-    is_owner: bool = False
+    name: str = field(default_factory=lambda: f"local-{uuid.uuid4().hex[:12]}")  # until the service has named it
+    is_owner: bool = False  # for who sends it, and so has a say over it
 
     @property
     def ticket(self) -> Ticket | None:
@@ -94,15 +88,12 @@ COLUMNS = [column.name for column in fields(Row) if column.name != "is_owner"]
 
 @dataclass(frozen=True)
 class Guard:
-    """How many pictures may be asked for in one run of a workflow and in one day.
-
-    The user's word lifts the first two numbers (`lifted`); nothing in a workflow lifts the ceilings.
-    """
+    """How many pictures may be asked for in one run of a workflow and in one day."""
 
     per_run: int = 8
     per_day: int = 100
-    lifted: bool = False
-    ceiling_per_run: int = 32
+    lifted: bool = False  # the two above, by the user's word
+    ceiling_per_run: int = 32  # which nothing in a workflow lifts
     ceiling_per_day: int = 200
 
 
@@ -161,7 +152,7 @@ class Journal:
     def find(self, digest: str) -> Row | None:
         """The row of this request that stands, if there is one. The caller holds the digest's lock."""
         with self._database() as database:
-            [row] = _rows(database, f"digest = ? AND {STANDS}", digest) or [None]
+            row = next(iter(_rows(database, f"digest = ? AND {STANDS}", digest)), None)
             if row and row.state == "PREPARED":
                 row = replace(row, state="AMBIGUOUS", note="ended while it was being sent")
                 self._write(database, row)
@@ -185,7 +176,7 @@ class Journal:
         Raises HostedLimit when the guard's numbers are reached; then nothing is given up either.
         """
         with self._database() as database:
-            [standing] = _rows(database, f"digest = ? AND {STANDS}", row.digest) or [None]
+            standing = next(iter(_rows(database, f"digest = ? AND {STANDS}", row.digest)), None)
             if standing and standing.id != give_up:
                 return standing
             self._check(database, row.run, row.pictures, guard)
@@ -268,7 +259,7 @@ def refuse_ambiguous(row: Row) -> None:
     if row.state == "AMBIGUOUS" and not row.request_id:
         why = f" ({row.note})" if row.note else ""
         raise AmbiguousSubmit(
-            f"An earlier, equal request, {row.id}, has no known outcome{why}. {outcome_unknown(row.id)}"
+            f"An earlier, equal request, {row.id}, has no known outcome{why}. {OUTCOME_UNKNOWN.format(row.id)}"
         )
 
 

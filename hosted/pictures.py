@@ -7,7 +7,6 @@ are limited before anything is decoded. What was paid for is kept: an equal requ
 
 import asyncio
 import base64
-import binascii
 import io
 import itertools
 import json
@@ -68,8 +67,7 @@ class PictureFetcher:
             data = await self._content(image)
             total += len(data)
             if total > self.largest_answer:
-                limit = self.largest_answer // 2**20
-                raise BadAnswer(f"The pictures together are larger than {limit} MiB; the rest was not read.")
+                raise BadAnswer(f"The pictures together are larger than {self.largest_answer // 2**20} MiB.")
             pictures.append(decode(data, pixels))
             pixels -= pictures[-1].width * pictures[-1].height
             notes += _differences(number, image, len(data), pictures[-1].size)
@@ -123,7 +121,7 @@ def decode_data_uri(uri: str) -> bytes:
         raise BadAnswer("Expected a data URI with ;base64, found another kind.")
     try:
         return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         raise BadAnswer("A data URI is damaged: its base64 text cannot be read.") from None
 
 
@@ -136,12 +134,9 @@ def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
         # Not Image.open, whose own limit warns in some cases and says less in the others.
         with read(io.BytesIO(data)) as image:
             if image.width * image.height > largest_pixels:
-                raise BadAnswer(
-                    f"A picture of {image.width} x {image.height} pixels is larger than what this pack decodes of one "
-                    f"answer ({LARGEST_PIXELS // 2**20} million pixels together)."
-                )
-            # Other packs may have told Pillow to fill what is missing with grey.
-            if not _is_whole(data, image):
+                most = f"what this pack decodes of one answer ({LARGEST_PIXELS // 2**20} million pixels together)"
+                raise BadAnswer(f"A picture of {image.width} x {image.height} pixels is larger than {most}.")
+            if not _is_whole(data, image):  # other packs may have told Pillow to fill what is missing with grey
                 raise BadAnswer("A picture is damaged: its end is missing.")
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except HostedError:
@@ -159,11 +154,8 @@ def _is_whole(data: bytes, image: Image.Image) -> bool:
 
 def _differences(number: int, image: HostedImage, length: int, size: tuple[int, int]) -> list[str]:
     announced = (("bytes", image.file_size, length), ("width", image.width, size[0]), ("height", image.height, size[1]))
-    return [
-        f"Picture {number}: {expected} {what} were announced, {found} came."
-        for what, expected, found in announced
-        if expected is not None and expected != found
-    ]
+    said = "Picture {}: {} {} were announced, {} came."
+    return [said.format(number, told, what, came) for what, told, came in announced if told not in (None, came)]
 
 
 class Outcome(BaseModel, arbitrary_types_allowed=True, frozen=True):

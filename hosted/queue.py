@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -27,22 +28,16 @@ ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never 
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """What surrounds a request without changing its picture.
-
-    start_seconds  after which the service gives up when no machine has begun
-    lifetime       seconds that the service keeps the pictures; 0 leaves it to the account's settings
-    access         who can read them at the service: "" (as the account has it), "allow", "forbid" or "hide"
-    store          False asks the service to keep no copy of the request and its answer
-    """
+    """What surrounds a request without changing its picture."""
 
     webhook_url: str = ""
     priority: str = "normal"
     runner_hint: str = ""
     no_retry: bool = False
-    start_seconds: float | None = None
-    lifetime: int = 0
-    access: str = ""
-    store: bool = True
+    start_seconds: float | None = None  # the service gives up when no machine has begun by then
+    lifetime: int = 0  # seconds that the service keeps the pictures; 0 leaves that to the account's settings
+    access: str = ""  # to them at the service: as the account has it, "allow", "forbid" or "hide"
+    store: bool = True  # False asks the service to keep no copy of the request and its answer
 
     def __post_init__(self) -> None:
         if not self.runner_hint.isascii() or (self.runner_hint and not self.runner_hint.isprintable()):
@@ -63,23 +58,17 @@ class SubmitOptions:
 
 
 class CancelOutcome(Enum):
-    """What came of asking to cancel, in words for the user."""
+    """What came of asking to cancel, in words for the user; in the order of CANCEL_STATUSES."""
 
-    REQUESTED = "The service was asked to stop; that is no proof that nothing is charged."
     REMOVED = "It was taken out of the queue before it ran."
+    REQUESTED = "The service was asked to stop; that is no proof that nothing is charged."
     TOO_LATE = "It was already finished; its pictures can be fetched by its id."
     UNKNOWN = "The service does not know this request id (any more)."
     NOT_PASSED_ON = "The proxy does not pass a cancel on, so the request goes on; fetch its pictures by its id."
     NO_ANSWER = "The service did not answer the cancel; the request may go on and be charged."
 
 
-CANCEL_OUTCOMES = {  # by HTTP status
-    202: CancelOutcome.REQUESTED,
-    200: CancelOutcome.REMOVED,
-    400: CancelOutcome.TOO_LATE,
-    404: CancelOutcome.UNKNOWN,
-    405: CancelOutcome.NOT_PASSED_ON,
-}
+CANCEL_STATUSES = (200, 202, 400, 404, 405)
 
 
 @dataclass(frozen=True)
@@ -101,11 +90,10 @@ class QueueClient:
                 "Copy it from a submit node or from fal.ai/dashboard/requests."
             )
         known = [base.origin() for base in (self.endpoints.queue, self.endpoints.backup_queue) if base]
-        try:
-            is_ours = isinstance(url, str) and URL(url).origin() in known and not URL(url).user
-        except ValueError:
-            is_ours = False
-        return Ticket(request_id, url if is_ours else f"{self.endpoints.queue}/{ENDPOINT}/requests/{request_id}")
+        with suppress(ValueError):
+            if isinstance(url, str) and URL(url).origin() in known and not URL(url).user:
+                return Ticket(request_id, url)
+        return Ticket(request_id, f"{self.endpoints.queue}/{ENDPOINT}/requests/{request_id}")
 
     def _url(self, ticket: Ticket) -> str:
         """A ticket of other days goes to the addresses of today."""
@@ -152,8 +140,7 @@ class QueueClient:
         """Raises Refused where the service does not say, BadAnswer where it says nothing of use."""
         reply = await self.repeat("GET", URL(f"{self._url(ticket)}/status?logs={int(logs)}"))
         if reply.status not in (200, 202):
-            kind = Gone if reply.status in (404, 410) else Refused
-            raise kind(self.failure(reply).words("Asking for the status failed", ticket.request_id))
+            raise self._refusal(reply, "Asking for the status failed", ticket)
         return read_answer(Status, reply.json)
 
     async def result(self, ticket: Ticket) -> Any | None:
@@ -163,26 +150,28 @@ class QueueClient:
         else: the request is then as it was.
         """
         reply = await self.repeat("GET", URL(self._url(ticket)))
-        if reply.status == 200 and reply.json is None:
-            raise BadAnswer("Expected JSON from the service, found something else.")
+        if reply.status == 200 and (data := reply.json) is not None:
+            return data
         if reply.status == 200:
-            return reply.json
+            raise BadAnswer("Expected JSON from the service, found something else.")
         failure = self.failure(reply)
         if reply.status == 400 and any("in progress" in problem.message for problem in failure.problems):
             return None
         if failure.is_evidence and reply.status not in ABOUT_US:
             raise failed_job(failure, ticket.request_id)
+        raise self._refusal(reply, "Fetching the result failed", ticket)
+
+    def _refusal(self, reply: Reply, doing: str, ticket: Ticket) -> Refused:
         kind = Gone if reply.status in (404, 410) else Refused
-        raise kind(failure.words("Fetching the result failed", ticket.request_id))
+        return kind(self.failure(reply).words(doing, ticket.request_id))
 
     async def cancel(self, ticket: Ticket) -> CancelOutcome:
         """Ask once, and not for long; never raises for what the service or the network does."""
-        terms = replace(self.terms, seconds=self.cancel_seconds)
-        try:
+        with suppress(Unreachable, AnswerLost, BadAnswer):
+            terms = replace(self.terms, seconds=self.cancel_seconds)
             reply = await self.call("PUT", URL(f"{self._url(ticket)}/cancel"), terms=terms)
-        except (Unreachable, AnswerLost, BadAnswer):
-            return CancelOutcome.NO_ANSWER
-        return CANCEL_OUTCOMES.get(reply.status, CancelOutcome.NO_ANSWER)
+            return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
+        return CancelOutcome.NO_ANSWER
 
     def failure(self, reply: Reply) -> Failure:
         return replace(reply.failure, proxied=self.endpoints.proxy is not None)

@@ -40,12 +40,9 @@ MARGIN = 1800  # seconds that it outlives the waiting and running, for uploading
 
 @dataclass(frozen=True)
 class Reference:
-    """A photograph to send: encoded bytes, or an address of the user's own, never both.
+    """A photograph to send: encoded bytes, or an address of the user's own, never both."""
 
-    digest  of what it shows, however it is compressed; of an address, its text
-    """
-
-    digest: str
+    digest: str  # of what it shows, however it is compressed; of an address, its text
     url: str = ""
     content_type: str = ""
     data: bytes = field(default=b"", repr=False)

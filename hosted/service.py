@@ -38,10 +38,6 @@ class JobProgress:
     words: str
 
 
-def _nothing() -> None:
-    pass
-
-
 class Watch:
     """Waits for things as long as the user wants to; `stop` is asked often, and may be asked from any thread."""
 
@@ -70,7 +66,7 @@ class Watch:
             await asyncio.sleep(min(left, PEEK_SECONDS))
             self.check()
 
-    async def over(self, work: Coroutine[Any, Any, T], check: Callable[[], None] = _nothing) -> T:
+    async def over(self, work: Coroutine[Any, Any, T], check: Callable[[], object] = lambda: None) -> T:
         """The result of `work`, which is cancelled when the user wants to stop or when `check`, asked often, raises."""
         task = asyncio.ensure_future(work)
         try:
@@ -115,9 +111,12 @@ class Service:
         try:
             (self.folder / LOCKS_FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCKS_FOLDER / f"{digest[:32]}.lock")
-            while not self._locked(lock):
-                self.report(JobProgress(0, "an equal request is just being sent; waiting for it"))
-                await self.watch.pause(PEEK_SECONDS)
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    self.report(JobProgress(0, "an equal request is just being sent; waiting for it"))
+                    await self.watch.pause(PEEK_SECONDS)
         except (OSError, NotImplementedError) as error:
             raise HostedError(
                 f"{LOCKS_FOLDER}/ beside the journal of hosted requests cannot be locked ({type(error).__name__}). It "
@@ -127,14 +126,6 @@ class Service:
             yield
         finally:
             lock.release()
-
-    @staticmethod
-    def _locked(lock: FileLock) -> bool:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        return True
 
 
 @asynccontextmanager

@@ -69,18 +69,12 @@ class Reply:
 
 @dataclass(frozen=True)
 class Terms:
-    """How long to wait for one exchange, and how large its answer may be.
+    """How long to wait for one exchange, and how large its answer may be."""
 
-    seconds  without a byte of the request moving, and then until the whole answer is there
-    limit    bytes of the answer
-    idle     seconds between two bytes of the answer
-    leave    asked often until the request is wholly sent; what it raises breaks the exchange off
-    """
-
-    seconds: float = 60
-    limit: int = 64 * 2**20
-    idle: float | None = None
-    leave: Callable[[], None] | None = None
+    seconds: float = 60  # without a byte of the request moving, and then until the whole answer is there
+    limit: int = 64 * 2**20  # bytes of the answer
+    idle: float | None = None  # seconds between two of them
+    leave: Callable[[], None] | None = None  # asked until all is sent; what it raises breaks the exchange off
 
 
 DEFAULT_TERMS = Terms()
@@ -106,7 +100,8 @@ class _Sending(aiohttp.payload.Payload):
 
     def __init__(self, body: bytes):
         super().__init__(body, content_type="application/octet-stream")
-        self._body, self._size, self._transport = body, len(body), None
+        self._body, self._size = body, len(body)
+        self._transport: Any = None
         self._clock = asyncio.get_running_loop().time
         self.moved = self._clock()  # when it last did
         self.connected = False

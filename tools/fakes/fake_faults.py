@@ -153,7 +153,7 @@ def read_slowly(pause: float) -> Fault:
 
     async def fault(call: Call) -> web.StreamResponse:
         body = bytearray()
-        while chunk := await call.request.content.readany():
+        while chunk := await call.request.content.read(PIECE):
             body += chunk
             await call.wait(pause)
         call.request._read_bytes = bytes(body)
