@@ -7,15 +7,16 @@
     python3 run.py conformance DIR  this pack's numbers against the authors' reference vectors in DIR
     python3 run.py bench            what the pack costs, as ratios; --quick within two minutes
 
-Two set up nothing and look at what is there; start them with the Python that starts ComfyUI.
+Three set up nothing and look at what is there; start them with the Python that starts ComfyUI.
 
     python run.py models            every weight file: where it lies, whether it is whole; --download fetches them
     python run.py doctor            what is installed and what is wrong, as a text to paste into a bug report
+    python run.py hosted list       requests to the hosted service that are known here; `hosted forget` deletes them
 
 ComfyUI is looked for in --comfyui, COMFYUI_PATH (several: separated like PATH), around this folder when it lies in
 custom_nodes, and in ~/comfy/ComfyUI; otherwise the official repository is cloned into .cache/.
 
-Standard library only, and for `models` and `doctor` parts of the pack that need no more; what developers use lies in
+Standard library only, and for the last three parts of the pack that need no more; what developers use lies in
 tools/develop.py. A new command is a function that takes (hosts, rest) and a line in COMMANDS.
 """
 
@@ -220,6 +221,36 @@ def ask(package: str) -> list:
     return [Finding(package, f"{version_of(package) or ''} {fate} when imported".strip(), f"Install it anew: {anew}")]
 
 
+def hosted(hosts: list[Path], rest: list[str]) -> int:
+    """Lists or forgets what this machine keeps of hosted requests, those of every user with --multi-user."""
+    mount_pack()
+    from pulid_sdxl.hosted import records
+    from pulid_sdxl.pulid.errors import PulidError
+
+    parser = argparse.ArgumentParser(prog="run.py hosted", description=hosted.__doc__)
+    parser.add_argument("action", choices=["list", "forget"])
+    parser.add_argument("ids", nargs="*", metavar="ID", help="requests to forget, as `list` names them")
+    parser.add_argument("--all", action="store_true", help="forget all")
+    parser.add_argument("--older-than", metavar="30d", help="forget what is older: days (d) or hours (h)")
+    parser.add_argument("--user-directory", type=Path, metavar="DIR", help="a ComfyUI `user` folder; else its own")
+    known = parser.parse_args(rest)
+    if known.user_directory is None and not hosts:
+        raise Failure("No ComfyUI found. Name its folder with --comfyui, or its user folder with --user-directory.")
+    private = (known.user_directory or hosts[0] / "user") / "__pulid"
+    folders = [file.parent for file in sorted(private.glob(f"**/{records.JOURNAL_FILE}"))]
+    try:
+        if known.action == "list":
+            print(records.listing(row for folder in folders for row in records.rows(folder)))
+            return 0
+        seconds = 0.0 if known.all else records.seconds_of(known.older_than) if known.older_than else None
+        if seconds is None and not known.ids:
+            raise Failure("Say what to forget: ids, --all, or --older-than 30d.")
+        print(f"{sum(records.forget(folder, known.ids, seconds) for folder in folders)} forgotten.")
+    except PulidError as error:
+        raise Failure(str(error)) from error
+    return 0
+
+
 def developer(name: str, hosts: list[Path], rest: list[str]) -> int:
     """A command that only the repository has: what is installed from the registry has no tools/."""
     if not (ROOT / "tools").is_dir():
@@ -238,6 +269,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "bench": (partial(developer, "bench"), "measure what the pack costs"),
     "models": (models, "list the weight files, and fetch what is missing"),
     "doctor": (doctor, "say what is installed and what is wrong"),
+    "hosted": (hosted, "list or forget what is kept of requests to the hosted service"),
 }
 
 

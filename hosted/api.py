@@ -1,18 +1,22 @@
-"""The values of a request to fal-ai/pulid and of its answer (https://fal.ai/models/fal-ai/pulid/api).
+"""The values of a request to fal-ai/pulid and of the service's answers (https://fal.ai/models/fal-ai/pulid/api).
 
-Names, defaults and literals are the service's own, to the letter; ranges are those of its published OpenAPI data.
+Names, defaults and literals are the service's own, to the letter; ranges are those of its published OpenAPI data. What
+costs money is checked here, since a value that comes through a link passes by the ranges of a node's widgets.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic.functional_validators import BeforeValidator, WrapValidator
 
 from ..pulid.errors import InputError
-from .errors import BadAnswer
+from .errors import BadAnswer, Failure, Problem, clean
 
 ENDPOINT = "fal-ai/pulid"
 
@@ -33,6 +37,8 @@ PRESETS = {  # name -> width, height; the portraits are 3:4 and 9:16 in fact
 }
 LARGEST_SIDE = 14142  # pixels
 LARGEST_SEED = 2**32 - 1  # numpy's, which the authors' code hands the seed to
+LARGEST_ANSWER = 64 * 2**20  # pixels of all pictures of a request together
+MOST_PICTURES = 8
 IDEAL_REFERENCES = 4
 
 
@@ -40,18 +46,17 @@ IDEAL_REFERENCES = 4
 class HostedRequest:
     """The eleven fields. What is at the service's default in `seed` and `id_mix` is left to it, as its page does.
 
-    reference_images  https addresses or data URIs, the main face first; placeholders until they are uploaded
-    image_size        a name of PRESETS, or width and height in pixels
+    Raises InputError for what would cost more than was meant, or could not be sent as JSON.
     """
 
-    reference_images: tuple[str, ...]
+    reference_images: tuple[str, ...]  # addresses or data URIs, the main face first; digests until they are placed
     prompt: str
     negative_prompt: str = NEGATIVE_PROMPT
     num_images: int = 1
     guidance_scale: float = 1.2
     num_inference_steps: int = 4
-    seed: int | None = None
-    image_size: str | tuple[int, int] = (768, 1024)
+    seed: int | None = None  # None: the service chooses one, and no other request is equal to this one
+    image_size: str | tuple[int, int] = (768, 1024)  # a name of PRESETS, or width and height in pixels
     id_scale: float = 0.8
     mode: str = "fidelity"
     id_mix: bool = False
@@ -60,8 +65,29 @@ class HostedRequest:
         if not self.reference_images:
             needed = "The hosted service needs at least one photograph of the person, found none."
             raise InputError(f"{needed} Connect reference_images, or put addresses into reference_urls.")
-        if not self.prompt.strip():
+        if not (isinstance(self.prompt, str) and self.prompt.strip()):
             raise InputError("The prompt is empty. Say what the picture shall show.")
+        _check_number("num_images", self.num_images, 1, MOST_PICTURES)
+        if self.seed is not None:
+            _check_number("seed", self.seed, 0, math.inf, "-1 lets the service choose")
+        for name, side in zip(("width", "height"), self.size, strict=True):
+            _check_number(name, side, 1, LARGEST_SIDE)
+        if self.num_images * math.prod(self.size) > LARGEST_ANSWER:
+            raise InputError(
+                f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels are more than is read of one "
+                f"answer ({LARGEST_ANSWER // 2**20} million pixels). Ask for less. Nothing was sent."
+            )
+        for name, value in self.body().items():
+            try:
+                json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+            except (ValueError, TypeError, RecursionError):
+                wrong = "NaN, an infinity, half of a character, or neither text nor number"
+                raise InputError(f"{name} cannot be sent as JSON, it holds {wrong}. Nothing was sent.") from None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels; (1, 1) for a preset that only the service knows."""
+        return PRESETS.get(self.image_size, (1, 1)) if isinstance(self.image_size, str) else self.image_size
 
     def body(self) -> dict[str, Any]:
         """The JSON of the request."""
@@ -74,10 +100,20 @@ class HostedRequest:
         }
         return {name: value for name, value in (asdict(self) | changed).items() if value is not None}
 
-    def digest(self, account: str) -> str:
-        """A name of this request within an account; reference_images then hold hashes of what they show."""
-        text = json.dumps([ENDPOINT, account, self.body()], sort_keys=True, ensure_ascii=False)
+    def digest(self) -> str:
+        """A name of this request, whoever pays; reference_images then hold digests of what they show."""
+        alone = uuid.uuid4().hex if self.seed is None else ""
+        text = json.dumps([ENDPOINT, self.body(), alone], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_number(name: str, value: Any, low: int, high: float, hint: str = "Check what is linked to it") -> None:
+    if type(value) is not int or not low <= value <= high:
+        span = f"from {low} to {high}" if high < math.inf else f"from {low} on"
+        raise InputError(f"{name} is a whole number {span}, found {clean(repr(value), 40)}. {hint}. Nothing was sent.")
+
+
+# --- Answers: whatever comes, it is read as one of these or is a BadAnswer ---
 
 
 def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:
@@ -90,20 +126,29 @@ def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:
 UNREADABLE_IS_NONE = WrapValidator(_or_none)  # for what is no reason to lose pictures that were paid for
 Text = Annotated[str | None, UNREADABLE_IS_NONE]
 Number = Annotated[int | None, UNREADABLE_IS_NONE]
+REQUEST_ID = r"^[0-9A-Za-z][0-9A-Za-z_-]{3,127}$"
 
 
-class HostedImage(BaseModel):
-    """One picture of an answer; `url` alone is certain."""
-
+class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
-    url: str = Field(min_length=1)
+
+class HostedImage(_Answer):
+    """One picture of an answer, behind an address or in `file_data` (base64 or a data URI)."""
+
+    url: Annotated[str, BeforeValidator(lambda url: url if isinstance(url, str) else "")] = ""
     content_type: Text = None
     file_name: Text = None
     file_size: Number = None
     file_data: Text = None
     width: Number = None
     height: Number = None
+
+    @model_validator(mode="after")
+    def _is_somewhere(self) -> "HostedImage":
+        if not (self.url or self.file_data):
+            raise ValueError("neither url nor file_data")
+        return self
 
 
 class HostedAnswer(BaseModel):
@@ -113,7 +158,73 @@ class HostedAnswer(BaseModel):
     seed: Annotated[str, BeforeValidator(lambda seed: str(seed) if type(seed) is int else "unknown")] = "unknown"
 
 
+class Accepted(BaseModel):
+    """The answer to a submit."""
+
+    request_id: str = Field(pattern=REQUEST_ID)
+    response_url: Any = None
+
+
+class UploadPlace(_Answer):
+    """Where a file goes, and where it can then be read."""
+
+    upload_url: str = Field(min_length=1)
+    file_url: str = Field(min_length=1)
+
+
+class _Line(_Answer):
+    message: Text = None
+
+
+_LINES = TypeAdapter(list[Annotated[_Line | str | None, UNREADABLE_IS_NONE]])
+
+
+def _lines(logs: Any) -> tuple[str, ...]:
+    """The texts of log entries, which may be null, objects with a `message`, or bare texts, without control signs."""
+    lines = _LINES.validate_python(logs if isinstance(logs, list) else [])
+    texts = (line.message if isinstance(line, _Line) else line for line in lines)
+    return tuple(clean(text, 1000) for text in texts if text is not None)
+
+
+QUEUED, RUNNING, DONE = "IN_QUEUE", "IN_PROGRESS", "COMPLETED"
+Cleaned = Annotated[str, BeforeValidator(lambda text: clean(text, 40) if isinstance(text, str) else text)]
+AsText = BeforeValidator(lambda data: data if isinstance(data, str) else json.dumps(data) if data else None)
+
+
+class Status(_Answer):
+    """Where a request stands. A state that is not in the service's documents counts as waiting."""
+
+    state: Cleaned = Field(alias="status")
+    position: Number = Field(None, alias="queue_position")  # how many are before it
+    logs: Annotated[tuple[str, ...], BeforeValidator(_lines)] = ()  # all lines so far
+    metrics: Annotated[dict[str, Annotated[FiniteFloat | None, UNREADABLE_IS_NONE]] | None, UNREADABLE_IS_NONE] = None
+    error: Annotated[str | None, AsText] = None  # with error_type, what a failed job has although it is COMPLETED
+    error_type: Text = None
+
+    @property
+    def done(self) -> bool:
+        return self.state == DONE
+
+    @property
+    def failed(self) -> bool:
+        return self.done and bool(self.error or self.error_type)
+
+    @property
+    def failure(self) -> Failure:
+        """What `error` and `error_type` say."""
+        return Failure(200, _problems(parse(self.error or "", self.error), self.error_type or ""))
+
+
+_JSON = TypeAdapter(Any)
 Answer = TypeVar("Answer", bound=BaseModel)
+
+
+def parse(text: str | bytes, otherwise: Any = None) -> Any:
+    """The JSON in a text; `otherwise` where it is none, or is nested without end."""
+    try:
+        return _JSON.validate_json(text)
+    except ValidationError:
+        return otherwise
 
 
 def read_answer(kind: type[Answer], data: Any) -> Answer:
@@ -121,5 +232,54 @@ def read_answer(kind: type[Answer], data: Any) -> Answer:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"]))
+        place = clean(".".join(map(str, error.errors(include_input=False)[0]["loc"])), 60)
         raise BadAnswer(f"The service's answer lacks what must be in it: {place or 'a JSON object'}.") from None
+
+
+# --- Failures, in every style of body ---
+
+
+class _Entry(_Answer):
+    loc: Annotated[list[str | int] | None, UNREADABLE_IS_NONE] = None
+    msg: Text = None
+    type: Text = None
+
+    def problem(self, kind: str) -> Problem:
+        """["body", "reference_images", 0, "image_url"] -> "reference 1"."""
+        parts = [part for part in self.loc or [] if part != "body"]
+        if parts[:1] == ["reference_images"] and len(parts) > 1 and isinstance(parts[1], int):
+            parts = [f"reference {parts[1] + 1}"]
+        if parts[:1] in (["path"], ["query"], ["header"]):  # is about our asking, and not about the job
+            return Problem(".".join(map(str, parts)), self.msg or "")
+        return Problem(".".join(map(str, parts)), self.msg or "", self.type or kind or ("unnamed" if self.msg else ""))
+
+
+class _FailureBody(_Answer):
+    detail: Any = None
+    error: Any = None
+    message: Any = None
+    error_type: Text = None
+
+
+_DETAIL = TypeAdapter(list[Annotated[_Entry | str | None, UNREADABLE_IS_NONE]])
+
+
+def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
+    """Both styles of error body, a bare text, and anything else a gateway may send; header names in lower case."""
+    data = parse(body)
+    said = _FailureBody.model_validate(data) if isinstance(data, dict) else _FailureBody()
+    flag = headers.get("x-fal-retryable", headers.get("x-fal-needs-retry", "")).lower()
+    detail = next((each for each in (said.detail, said.error, said.message) if each is not None), None)
+    return Failure(
+        status,
+        _problems(detail, said.error_type or headers.get("x-fal-error-type", "")),
+        retryable={"true": True, "false": False}.get(flag),
+        own_limit=status in (408, 504) and headers.get("x-fal-request-timeout-type", "").lower() == "user",
+        units=headers.get("x-fal-billable-units", ""),
+    )
+
+
+def _problems(detail: Any, kind: str) -> tuple[Problem, ...]:
+    entries = _DETAIL.validate_python(detail if isinstance(detail, list) else [detail])
+    found = (Problem("", entry, kind) if isinstance(entry, str) else entry.problem(kind) for entry in entries if entry)
+    return tuple(found) or ((Problem("", "", kind),) if kind else ())

@@ -11,16 +11,20 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from yarl import URL
 
-from .errors import MissingKey, UnsafeAddress
+from ..pulid.errors import InputError
+from .errors import MissingKey, UnsafeAddress, clean
 
 QUEUE, BACKUP_QUEUE, REST = URL("https://queue.fal.run"), URL("https://queue.falrun.com"), URL("https://rest.fal.ai")
+API = URL("https://api.fal.ai")
 PREFIX = "PULID_FAL_"
+WEBHOOK_FILE = "webhook_hosts.txt"
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,11 @@ class Endpoints:
     queue: URL = QUEUE
     rest: URL = REST
     proxy: URL | None = None
+    api: URL | None = None  # of the price list; none is asked where another service than fal's own is set
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Endpoints":
-        """PULID_FAL_QUEUE_URL, _REST_URL and _PROXY_URL, each checked; raises UnsafeAddress."""
+        """PULID_FAL_QUEUE_URL, _REST_URL, _API_URL and _PROXY_URL, each checked; raises UnsafeAddress."""
         run_host = environ.get("FAL_RUN_HOST", "")
         queue_host = environ.get("FAL_QUEUE_RUN_HOST") or (run_host and f"queue.{run_host}")
 
@@ -41,7 +46,9 @@ class Endpoints:
             return checked(environ.get(f"{PREFIX}{name}_URL") or default, f"{PREFIX}{name}_URL")
 
         proxy = read("PROXY", "") if environ.get(f"{PREFIX}PROXY_URL") else None
-        return cls(read("QUEUE", f"https://{queue_host}" if queue_host else QUEUE), read("REST", REST), proxy)
+        queue, rest = read("QUEUE", f"https://{queue_host}" if queue_host else QUEUE), read("REST", REST)
+        is_fal = (queue, rest, proxy) == (QUEUE, REST, None)
+        return cls(queue, rest, proxy, read("API", API) if is_fal or environ.get(f"{PREFIX}API_URL") else None)
 
     @property
     def backup_queue(self) -> URL | None:
@@ -49,8 +56,8 @@ class Endpoints:
         return BACKUP_QUEUE if self.queue == QUEUE and self.proxy is None else None
 
     def may_see_key(self, url: URL) -> bool:
-        """True for the queue and rest origins, and for nothing at all where a proxy adds the key."""
-        trusted = (self.queue, self.rest, self.backup_queue)
+        """True for the queue, rest and api origins, and for nothing at all where a proxy adds the key."""
+        trusted = (self.queue, self.rest, self.api, self.backup_queue)
         return self.proxy is None and url.origin() in {known.origin() for known in trusted if known}
 
     def is_own_storage(self, url: URL) -> bool:
@@ -60,28 +67,22 @@ class Endpoints:
 
 def checked(address: str | URL, name: str) -> URL:
     """The address as a URL, or UnsafeAddress: https, or http to this machine, and nothing but host, port and path."""
-    try:
+    with suppress(ValueError):
         url = URL(str(address).strip().rstrip("/"))
         safe = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
-        plain = bool(url.host) and not (url.user or url.password or url.query_string or url.fragment)
-    except ValueError:
-        safe = plain = False
-    if not (safe and plain):
-        raise UnsafeAddress(
-            f"{name} is not an address that a key may be sent to. Expected https://host, "
-            "or http:// for this machine alone (127.0.0.1), without user name or query."
-        )
-    return url
+        if safe and url.host and not (url.user or url.password or url.query_string or url.fragment):
+            return url
+    raise UnsafeAddress(
+        f"{name} is not an address that a key may be sent to. Expected https://host, "
+        "or http:// for this machine alone (127.0.0.1), without user name or query."
+    )
 
 
 def is_loopback(url: URL) -> bool:
     """True when the host is this machine by its own name or number; no name is looked up."""
-    if url.host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(url.host or "").is_loopback
-    except ValueError:
-        return False
+    with suppress(ValueError):
+        return url.host == "localhost" or ipaddress.ip_address(url.host or "").is_loopback
+    return False
 
 
 # --- Which addresses that others name may be read from ---
@@ -89,6 +90,11 @@ def is_loopback(url: URL) -> bool:
 # Parts of the public IPv6 range that lead to IPv4 addresses, which may be private.
 TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
+FALS = ("fal.run", "fal.ai", "fal.media")
+LOCAL_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa")
+# What resolvers take for a number: 127.1, 0, 2130706433, 0177.0.0.1, 0x7f.1
+NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")
+NAME = re.compile(r"([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
 
 
 def is_public(address: str) -> bool:
@@ -99,36 +105,83 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
+def is_fals(host: str) -> bool:
+    """True for a name of fal's own, of which TLS proves that it is fal who answers."""
+    return any(f".{_plain(host)}".endswith(f".{name}") for name in FALS)
+
+
+def may_be_private(host: str, also_bare_names: bool = False) -> bool:
+    """Whether a host as it is written, without looking it up, is or may stand for something that is not public.
+
+    Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
+    also_bare_names  true for a name that only a local network knows, too
+    """
+    host = _plain(host)
+    try:
+        return not is_public(host)
+    except ValueError:
+        local = any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES[: None if also_bare_names else 1])
+        bare = also_bare_names and "." not in host
+        return local or bare or NUMBER.fullmatch(host) is not None or NAME.fullmatch(host) is None
+
+
+def _plain(host: str) -> str:
+    return host.rstrip(".").lower()
+
+
 def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -> URL:
     """The address, which may be relative to `base`, or UnsafeAddress. A name is checked again when it is looked up."""
     try:
         url = base.join(URL(address)) if base else URL(address)
+        found = f"one of scheme {url.scheme!r}, port {url.port}{', with a user name' if url.user else ''}"
     except ValueError:
         raise UnsafeAddress("The service named an address that is none. It was not read.") from None
     if endpoints.is_own_storage(url):
         return url
     if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
-        raise UnsafeAddress(
-            f"Expected a plain https address from the service, found one of scheme {url.scheme!r}, port {url.port}"
-            f"{', with a user name' if url.user else ''}. It was not read."
-        )
-    try:
-        public = is_public(url.host)
-    except ValueError:
-        return url  # a name
-    if not public:
+        raise UnsafeAddress(f"Expected a plain https address from the service, found {found}. It was not read.")
+    if may_be_private(url.raw_host or ""):
         refuse_private(url.host)
     return url
 
 
 def refuse_private(host: str) -> NoReturn:
-    raise UnsafeAddress(f"{host} leads to a private address, where no picture of the service can be. It was not read.")
+    where = f"{clean(host, 80)} leads to a private address"
+    raise UnsafeAddress(f"{where}, where no picture of the service can be. It was not read.")
+
+
+def is_shareable(address: str) -> bool:
+    """True for an https address that is not, as far as it can be told from here, of this machine or its network."""
+    with suppress(ValueError):
+        url = URL(address)
+        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "", True)
+    return False
+
+
+def check_webhook(address: str, folder: Path) -> None:
+    """Raises InputError unless the address is public https and its host is one that this machine's owner has allowed.
+
+    A graph of somebody else's can hold an address to which every picture would go; no value in a graph allows one.
+    """
+    if not is_shareable(address) or URL(address).user:
+        example = "A webhook is a public https address such as https://example.com/done"
+        raise InputError(f"{example}, found {clean(address, 80)!r}. Nothing was sent.")
+    host, file, allowed = _plain(URL(address).raw_host or ""), folder / WEBHOOK_FILE, ""
+    with suppress(OSError, UnicodeDecodeError):
+        allowed = file.read_text(encoding="utf-8-sig")
+    if host not in {_plain(line.strip()) for line in allowed.splitlines()}:
+        raise InputError(
+            f"This graph has the service send its pictures to {clean(address, 200)}, and this machine does not know "
+            f"{host}. Nothing was sent. If you want that, write the line {host} into {_end_of(file)}, then queue again."
+        )
 
 
 # --- The key ---
 
 PLACEHOLDERS = {"YOUR_FAL_KEY", "YOUR_API_KEY"}  # as fal's page prints them
-LINE = re.compile(r"""^\s*FAL_KEY\s*=\s*["']?([^"'#]*)["']?\s*(?:#.*)?$""", re.MULTILINE)
+LINE = re.compile(
+    r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))(?:[ \t]+\#.*|[ \t]*)$"""
+)
 AUTHORIZATION = re.compile(
     r"(?i)(authorization\W{1,4}(?:key |bearer )?|\bkey (?=[\w-]{6,}:)|\bbearer (?=[\w.-]{20,}))[^\s'\",]+"
 )
@@ -145,7 +198,7 @@ class Key:
     def __init__(self, value: str):
         if not value.isascii() or not value.isprintable() or " " in value:
             raise MissingKey(
-                "The key of the hosted service holds spaces or characters that no key has. Copy it again, as id:secret."
+                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
             )
         self._value = value
 
@@ -175,9 +228,7 @@ class Key:
 class QuietFilter(logging.Filter):
     """Takes the key, and whatever else looks like an authorization, out of every record of a logger."""
 
-    def __init__(self, key: Key):
-        super().__init__()
-        self.key = key
+    key: Key | None = None
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self._hide(record.getMessage()), None
@@ -186,15 +237,17 @@ class QuietFilter(logging.Filter):
         return True
 
     def _hide(self, text: str) -> str:
-        return AUTHORIZATION.sub(rf"\1{HIDDEN}", self.key.hide(text))
+        return AUTHORIZATION.sub(rf"\1{HIDDEN}", self.key.hide(text) if self.key else text)
+
+
+QUIET = QuietFilter()
 
 
 def quieten(key: Key) -> None:
     """Keep this key out of what this package and the HTTP library under it log; the key before it is forgotten."""
-    for logger in map(logging.getLogger, LOGGERS):
-        for known in [known for known in logger.filters if isinstance(known, QuietFilter)]:
-            logger.removeFilter(known)
-        logger.addFilter(QuietFilter(key))
+    QUIET.key = key
+    for name in LOGGERS:
+        logging.getLogger(name).addFilter(QUIET)  # once, however often it is added
 
 
 def find_key(environ: Mapping[str, str], file: Path) -> Key:
@@ -215,17 +268,22 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
 
 
 def _read_key(file: Path) -> str:
-    if not file.is_file():
-        return ""
-    if os.name == "posix" and file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise MissingKey(
-            f"Others on this machine can read {_end_of(file)}. Make it yours alone: chmod 600, then run again."
-        )
     try:
-        found = LINE.search(file.read_text(encoding="utf-8"))
+        mode = file.stat().st_mode
+        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            others = f"Others on this machine can read {_end_of(file)} (its mode is {stat.S_IMODE(mode):o})."
+            raise MissingKey(f"{others} Make it yours alone: chmod 600, then run again.")
+        found = LINE.search(file.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except PermissionError:
+        closed = f"ComfyUI may not read {_end_of(file)}: it or a folder above it is somebody else's, or is closed."
+        raise MissingKey(f"{closed} Make it yours and readable (chown, chmod 600), then run again.") from None
     except (OSError, UnicodeDecodeError):
-        raise MissingKey(f'{_end_of(file)} cannot be read. It is a text with the line FAL_KEY = "id:secret".') from None
-    return found[1] if found else ""
+        found = None
+    if found is None:
+        raise MissingKey(f'{_end_of(file)} cannot be read. It is a text (UTF-8) with the line FAL_KEY = "id:secret".')
+    return next(filter(None, found.groups()), "")
 
 
 def _end_of(file: Path) -> str:

@@ -1,26 +1,44 @@
 """One hosted request from its values to its pictures: look, send once, wait, fetch, keep, and call it off if need be.
 
 Nothing below `submit` ever sends a request that costs money, so asking again is always safe.
+
+    what proves it                                                      the request is    queueing it again
+    no connection, or not wholly sent; a 4xx answer                     not sent          sends it
+    sent, and no answer, or one without an id                           of unknown fate   stops, and names it
+    an id                                                               under way         joins it
+    the status' error, a kind of error, the model's own list, the       failed            sends it
+        service's word that the request's own time was up
+    pictures                                                            done              takes them from this disk
+    anything else that is said of it                                    under way         asks again
+
+Whoever sends a request owns it: their interrupt or limit calls it off, and that of those who join it does not.
 """
 
 import asyncio
+import hashlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..pulid.errors import InputError
 from . import errors
-from .api import IDEAL_REFERENCES, HostedAnswer, HostedRequest, read_answer
-from .journal import HEARTBEAT_SECONDS, Guard, Row, State, refuse_ambiguous
+from .api import DONE, IDEAL_REFERENCES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status, read_answer
+from .endpoints import check_webhook
+from .journal import Guard, Row, State, Ticket, refuse_ambiguous
 from .pictures import Outcome
-from .queue import DONE, QUEUED, RUNNING, CancelOutcome, Status, SubmitOptions, Ticket
-from .references import Reference, unreachable_for_service
-from .service import PEEK_SECONDS, STEPS, JobProgress, Service
+from .prices import ask_price, estimate
+from .queue import CancelOutcome, SubmitOptions
+from .references import Reference
+from .service import STEPS, JobProgress, Service
 
-LONGEST_TEXT = 64  # characters shown of what is no address, such as a picture in a text
-CALL_OFF_SECONDS = 60  # to fetch what was finished before it could be called off
+LONGEST_TEXT, LONGEST_ADDRESS = 64, 2000  # characters shown of a picture in a text, of an address
+CALL_OFF_SECONDS, LAST_SECONDS = 60, 1.5  # to fetch what was finished before a cancel; after a limit
+GOES_ON = "It goes on at the service: run this again to fetch its pictures, or stop it with PuLID Hosted Cancel."
+
+CANCELLED: dict[CancelOutcome, State] = {CancelOutcome.REMOVED: "FAILED", CancelOutcome.REQUESTED: "CANCEL_REQUESTED"}
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
@@ -36,167 +54,189 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """A request and what surrounds it.
+    """A request and what surrounds it."""
 
-    request  its reference_images are the digests of `references`; addresses take their place when it is sent
-    run      names the run of a workflow within which the guard counts
-    """
-
-    request: HostedRequest
+    request: HostedRequest  # its reference_images are the digests of `references`, until it is sent
     references: tuple[Reference, ...]
     options: SubmitOptions
     guard: Guard
-    run: str
+    run: str  # names the run of a workflow within which the guard counts
     transport: str = "auto"
     limits: Limits = field(default_factory=Limits)
-    force: bool = False
+    give_up: str = ""  # the id of an equal request, finished or not, that is given up for a new one
+
+
+class Patience:
+    """How long a user has waited for a request, against their limits; and what it costs, where that is known."""
+
+    def __init__(self, limits: Limits, now: Callable[[], float], cost: str = ""):
+        self.limits, self.now, self.cost = limits, now, cost
+        self.began = now()
+        self.queued: float | None = None  # since when, and so on
+        self.running: float | None = None
+        self.request_id = ""
+
+    def accepted(self, request_id: str) -> None:
+        self.request_id, self.queued = request_id, self.now()
+
+    def check(self) -> None:
+        """Raises HostedLimit."""
+        now, queued = self.now(), self.queued if self.running is None else None
+        spans = (
+            ("in the queue", "queue_limit", self.limits.queue, queued),
+            ("for the run", "run_limit", self.limits.run, self.running),
+            ("altogether", "total_limit", self.limits.total, self.began),
+        )
+        for what, name, limit, since in spans:
+            if since is not None and now - since > limit:
+                known = f"for request {self.request_id}, which is not done." if self.queued else "and sent nothing."
+                raise errors.HostedLimit(f"Waited {limit:g} s {what} ({name}) {known}")
 
 
 async def generate(job: Job, at: Service) -> Outcome:
     """The pictures of a request, which is sent only if no equal one is finished or under way. Raises HostedError."""
     with ExitStack() as place:
-        row, ticket = await submit(job, at, place)
+        row, patience = await submit(job, at, place)
         try:
-            return await at.watch.over(collect(row, ticket, job.limits, at, job))
+            outcome = await at.watch.over(collect(row, patience, at, job), patience.check)
+            return outcome.with_notes(_remarks(row, patience, job, at))
         except (errors.Interrupted, errors.HostedLimit, asyncio.CancelledError) as stopped:
             place.close()
-            return await _call_off(row, ticket, stopped, at)
+            return await _call_off(row, stopped, at)
         except errors.JobCancelled:
             if row.state != "CANCEL_REQUESTED" or at.journal.find(row.digest):
                 raise
     return await generate(job, at)  # the user had called that one off, it has ended, and they ask again
 
 
-async def submit(job: Job, at: Service, place: ExitStack) -> tuple[Row, Ticket]:
+async def submit(job: Job, at: Service, place: ExitStack) -> tuple[Row, Patience]:
     """The accepted request that equals this one: a standing one, or one that is sent now, once, and takes a place."""
-    digest, pictures = job.request.digest(at.account), job.request.num_images
-    row = None if job.force else at.journal.find(digest)
-    if row is None:
-        at.journal.check(job.run, pictures, job.guard)
-        at.report(JobProgress(0, f"sending {len(job.references)} reference pictures"))
-        urls = await at.watch.over(at.storage.place(job.references, job.transport, job.limits.queue))
-        await _take_place(at, place)
-        row = at.journal.claim(digest, job.run, pictures, job.request.seed is not None, job.guard, job.force)
-        if row.fresh:
-            return await _send(row, replace(job.request, reference_images=urls), job.options, at)
-        place.close()
-    return await _join(row, at)
+    if job.options.webhook_url:
+        check_webhook(job.options.webhook_url, at.folder)
+    digest, pictures = job.request.digest(), job.request.num_images
+    async with at.alone_with(digest):
+        row = at.journal.find(digest)
+        if row is None or row.id == job.give_up:
+            at.journal.check(job.run, pictures, job.guard)
+            await at.take_place(place)
+            patience = Patience(job.limits, at.now, estimate(job.request, await at.watch.over(ask_price(at.client))))
+            sending = f"sending {len(job.references)} reference pictures"
+            at.report(JobProgress(0, f"{patience.cost}; {sending}" if patience.cost else sending))
+            needed = job.limits.queue + job.limits.run
+            urls = await at.watch.over(at.storage.place(job.references, job.transport, needed), patience.check)
+            fixed, hook = job.request.seed is not None, _hash(job.options.webhook_url)
+            row = at.journal.claim(Row(digest, job.run, pictures, fixed, at.payer, hook), job.guard, job.give_up)
+            if row.is_owner:
+                request = replace(job.request, reference_images=urls)
+                return await _send(row, request, job.options, patience, at), patience
+            place.close()
+    refuse_ambiguous(row)
+    if job.options.webhook_url and row.webhook != _hash(job.options.webhook_url):
+        raise InputError(
+            f"An equal request, {row.id}, was sent with another webhook or none, and will not call this one. Nothing "
+            f"was sent. Fetch its pictures by its id, or put {row.id} into force_resubmit to pay for a new one."
+        )
+    return row, Patience(job.limits, at.now)
 
 
-async def order(job: Job, at: Service) -> Ticket:
-    """The ticket of an accepted request, without waiting for it. Raises HostedError."""
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
+
+
+async def order(job: Job, at: Service) -> tuple[Ticket, list[str]]:
+    """The ticket of an accepted request, without waiting for it, and what its user should know. Raises HostedError."""
     with ExitStack() as place:
-        row, ticket = await submit(job, at, place)
+        row, patience = await submit(job, at, place)
     try:
         at.watch.check()
     except errors.Interrupted as stopped:
-        await _call_off(row, ticket, stopped, at)
-    return ticket
+        await _call_off(row, stopped, at)
+    return _ticket(row, at), _remarks(row, patience, job, at)
 
 
 async def status(request_id: str, logs: bool, at: Service) -> Status:
     """Where a request stands of which only the id is known."""
-    return await at.watch.over(at.client.status(at.client.ticket(request_id), logs))
+    ticket = _ticket(_known(request_id, at), at)
+    with _nothing_is_lost(None, ticket, at):
+        return await at.watch.over(at.client.status(ticket, logs))
 
 
 async def upload(references: Sequence[Reference], seconds: int, at: Service) -> list[str]:
-    """The address of each photograph in the service's storage, which deletes it after so many seconds."""
-    return [await at.watch.over(at.storage.upload(reference, seconds, seconds / 2)) for reference in references]
+    """The address of each file in the service's storage, which deletes it after so many seconds."""
+    with ExitStack() as place:
+        await at.take_place(place)
+        return [await at.watch.over(at.storage.upload(reference, seconds, seconds / 2)) for reference in references]
 
 
 async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
     """The pictures of a request of which only the id is known, waiting for them if need be."""
-    row, ticket = _known(request_id, at)
+    row, patience = _known(request_id, at), Patience(limits, at.now)
     try:
-        return await at.watch.over(collect(row, ticket, limits, at))
+        return await at.watch.over(collect(row, patience, at), patience.check)
     except errors.HostedLimit as error:
-        raise errors.HostedLimit(f"{error} It goes on at the service: run this again to fetch its pictures.") from None
+        raise errors.HostedLimit(f"{error} {GOES_ON}") from None
 
 
 async def cancel(request_id: str, at: Service) -> CancelOutcome:
     """Ask the service to stop a request of which only the id is known."""
-    row, ticket = _known(request_id, at)
-    if row is None or not _may_cancel(row, at):
-        return await at.client.cancel(ticket)
-    return await _cancel_claimed(row, ticket, at)
+    return await _cancel(_known(request_id, at), at)
 
 
-async def collect(row: Row | None, ticket: Ticket, limits: Limits, at: Service, job: Job | None = None) -> Outcome:
-    """The pictures of a request: kept ones, or waited for, fetched and then kept.
-
-    row, job  None for a request that is not in the journal, or whose values are not known here
-    """
+async def collect(row: Row, patience: Patience, at: Service, job: Job | None = None) -> Outcome:
+    """The pictures of an accepted request: kept ones, or waited for, fetched and then kept. `job` where it is known."""
+    ticket = _ticket(row, at)
+    patience.accepted(ticket.request_id)
     if kept := at.store.get(ticket.request_id):
         return kept
-    began = at.now()
     with _nothing_is_lost(row, ticket, at):
-        data, status = await wait(ticket, limits, at)
+        data, status = await wait(ticket, patience, at)
         waited = at.now()
         _move(row, "COMPLETED", at)
         at.report(JobProgress(4, f"fetching the pictures (request {ticket.request_id})"))
         answer = read_answer(HostedAnswer, data)
-        images, notes = await at.fetcher.fetch_all(answer.images)
-    timings = {"waited": round(waited - began, 3), "fetched": round(at.now() - waited, 3), **(status.metrics or {})}
-    info = describe(ticket, answer, status, timings, notes, job)
-    outcome = Outcome(images, answer.seed, ticket.request_id, info)
+        asked = row.pictures if row.digest else len(answer.images)
+        images, notes = await at.fetcher.fetch_all(answer.images, min(asked, 8))
+    timings = {"waited": round(waited - patience.began, 3), "fetched": round(at.now() - waited, 3)}
+    info = describe(ticket, answer, status, timings | (status.metrics or {}), job)
+    info["notes"] = notes + info["notes"]
+    outcome = Outcome(images=images, seed=answer.seed, request_id=ticket.request_id, info=info)
     if at.store.put(ticket.request_id, outcome):
         _move(row, "DOWNLOADED", at, seed=answer.seed)
     at.report(JobProgress(STEPS, f"done (request {ticket.request_id})"))
     return outcome
 
 
-async def _send(row: Row, request: HostedRequest, options: SubmitOptions, at: Service) -> tuple[Row, Ticket]:
-    """The one place that spends money. It is not broken off by the user, so that its outcome is known."""
-    beat = asyncio.ensure_future(_beat(row, at))
+async def _send(row: Row, request: HostedRequest, options: SubmitOptions, patience: Patience, at: Service) -> Row:
+    """The one place that spends money. Once it is wholly sent, nothing breaks it off, so that its outcome is known."""
+
+    def leave() -> None:
+        at.watch.check()
+        patience.check()
+
+    client = replace(at.client, sleep=lambda seconds: at.watch.over(at.watch.pause(seconds), patience.check))
     try:
-        ticket = await at.client.submit(request.body(), options)
+        ticket = await client.submit(request.body(), options, leave)
+    except errors.AmbiguousSubmit as error:
+        note = f"It was interrupted while it was being sent. {error}" if at.watch.is_over else str(error)
+        _move(row, "AMBIGUOUS", at, note)
+        words = f"{note} {errors.OUTCOME_UNKNOWN.format(row.id)}"
+        logger.warning("%s", words)  # who interrupted it hears nothing else
+        raise errors.AmbiguousSubmit(words) from None
     except errors.HostedError as error:
-        _move(row, "AMBIGUOUS" if isinstance(error, errors.AmbiguousSubmit) else "FAILED", at, str(error))
+        _move(row, "FAILED", at, str(error))
         raise
     except BaseException:
         _move(row, "AMBIGUOUS", at, "ended while it was being sent")
         raise
-    finally:
-        beat.cancel()
-    row = replace(row, state="SUBMITTED", ticket=ticket)
+    row = replace(row, state="SUBMITTED", request_id=ticket.request_id, url=ticket.url)
     _move(row, "SUBMITTED", at)
     at.report(JobProgress(1, f"sent (request {ticket.request_id})"))
-    return row, ticket
+    return row
 
 
-async def _beat(row: Row, at: Service) -> None:
-    while True:
-        await asyncio.sleep(HEARTBEAT_SECONDS)
-        with suppress(errors.HostedError):
-            at.journal.alive(row)
-
-
-async def _join(row: Row, at: Service) -> tuple[Row, Ticket]:
-    """The row once it has a ticket; somebody else may just be sending it."""
-    while row.ticket is None:
-        refuse_ambiguous(row)
-        at.report(JobProgress(0, "an equal request is just being sent; waiting for it"))
-        await at.watch.pause(PEEK_SECONDS)
-        standing = at.journal.find(row.digest)
-        if standing is None:
-            refused = "An equal request that was being sent was not accepted."
-            raise errors.Refused(f"{refused} Queue the prompt again to send this one.")
-        row = standing
-    return row, row.ticket
-
-
-async def _take_place(at: Service, place: ExitStack) -> None:
-    """Wait for one of the places for requests under way; who joins another's request needs none."""
-    while not at.slots.acquire(blocking=False):
-        at.report(JobProgress(0, "waiting for another hosted request to finish"))
-        await at.watch.pause(PEEK_SECONDS)
-    place.callback(at.slots.release)
-    at.watch.check()
-
-
-async def wait(ticket: Ticket, limits: Limits, at: Service) -> tuple[Any, Status]:
-    """The JSON of the result, and the last status. Raises JobFailed, HostedLimit, Refused."""
-    began, running, seen = at.now(), None, 0
+async def wait(ticket: Ticket, patience: Patience, at: Service) -> tuple[Any, Status]:
+    """The JSON of the result, and the last status. Raises JobFailed, Refused, BadAnswer."""
+    seen = 0
     for pause in itertools.chain(at.poll_seconds, itertools.repeat(at.poll_seconds[-1])):
         status = await at.client.status(ticket)
         for line in status.logs[seen:]:
@@ -204,10 +244,10 @@ async def wait(ticket: Ticket, limits: Limits, at: Service) -> tuple[Any, Status
         seen = max(seen, len(status.logs))
         if status.done and (data := await _result(ticket, status, at)) is not None:
             return data, status
-        if running is None and status.state != QUEUED:
-            running = at.now()
-        at.report(_progress(ticket, status, at.now() - (began if running is None else running)))
-        _check_limits(ticket, limits, began, running, at.now())
+        if patience.running is None and status.state != QUEUED:
+            patience.running = at.now()
+        since = patience.began if patience.running is None else patience.running
+        at.report(_progress(ticket, status, at.now() - since))
         await at.watch.pause(pause)
     raise AssertionError("the pauses never end")
 
@@ -216,12 +256,13 @@ async def _result(ticket: Ticket, status: Status, at: Service) -> Any | None:
     """The JSON of a finished request, None while it is not there yet. A reported error counts in any case."""
     try:
         data = await at.client.result(ticket)
-    except errors.Refused:
+    except errors.JobFailed:
+        raise
+    except errors.HostedError:
         if not status.failed:
             raise
-        data = None
     if status.failed:
-        raise errors.failed_job(errors.reported_failure(status.error, status.error_type), ticket.request_id)
+        raise errors.failed_job(status.failure, ticket.request_id)
     return data
 
 
@@ -231,94 +272,96 @@ def _progress(ticket: Ticket, status: Status, seconds: float) -> JobProgress:
     if status.state == QUEUED:
         position = "" if status.position is None else f", {status.position} before it"
         return JobProgress(2, f"queued {seconds:.0f} s{position}{named}")
-    known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state[:40]!r}"
+    known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state!r}"
     return JobProgress(3, f"running {seconds:.0f} s{known}{last}{named}")
-
-
-def _check_limits(ticket: Ticket, limits: Limits, began: float, running: float | None, now: float) -> None:
-    spans = (
-        ("in the queue", "queue_limit", limits.queue, now - began if running is None else 0),
-        ("for the run", "run_limit", limits.run, 0 if running is None else now - running),
-        ("altogether", "total_limit", limits.total, now - began),
-    )
-    for what, name, limit, span in spans:
-        if span > limit:
-            waited = f"Waited {limit:g} s {what} ({name})"
-            raise errors.HostedLimit(f"{waited} for request {ticket.request_id}, which is not done.")
 
 
 @contextmanager
 def _nothing_is_lost(row: Row | None, ticket: Ticket, at: Service) -> Iterator[None]:
-    """Notes a job that failed; says of every other failure that the request can still be asked about."""
+    """Notes a job that failed; says of every other failure that the request can still be asked about, and how."""
     try:
         yield
     except errors.JobFailed as error:
         _move(row, "FAILED", at, str(error))
         raise
-    except (errors.AnswerLost, errors.BadAnswer, errors.Unreachable, errors.UnsafeAddress) as error:
-        raise type(error)(f"{error} Request {ticket.request_id} is not lost.{errors.GOES_ON}") from None
+    except (errors.HostedLimit, errors.Interrupted):
+        raise
+    except errors.Gone as error:
+        anew = f"To have it made, and paid for, anew, put {ticket.request_id} into force_resubmit."
+        raise errors.Gone(f"{error} {anew}") from None
+    except errors.HostedError as error:
+        raise type(error)(f"{error} {errors.NOT_LOST.format(ticket.request_id)}") from None
 
 
-def _known(request_id: str, at: Service) -> tuple[Row | None, Ticket]:
+def _known(request_id: str, at: Service) -> Row:
     """What the journal knows of a request; a journal that cannot be read keeps nobody from asking the service."""
-    ticket, row = at.client.ticket(request_id), None
+    row, request_id = None, request_id.strip()
     with suppress(errors.HostedError):
-        row = at.journal.by_request(ticket.request_id)
-    return row, (row and row.ticket) or ticket
+        row = at.journal.by_id(request_id)
+    if row and not row.request_id:
+        raise errors.AmbiguousSubmit(f"{row.id} has no id at the service. {errors.OUTCOME_UNKNOWN.format(row.id)}")
+    return row or Row("", request_id=at.client.ticket(request_id).request_id)
 
 
-async def _call_off(row: Row, ticket: Ticket, stopped: BaseException, at: Service) -> Outcome:
+def _ticket(row: Row, at: Service) -> Ticket:
+    return row.ticket if row.ticket and row.url else at.client.ticket(row.id)
+
+
+async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     """Ask the service once to stop; what turns out to be finished is fetched and kept, since it is paid for."""
     at.watch.finish()
-    if not _may_cancel(row, at):
-        raise stopped
-    at.report(JobProgress(3, f"calling it off (request {ticket.request_id})"))
-    cancelled = await _cancel_claimed(row, ticket, at)
-    at.report(JobProgress(3, f"{cancelled.value} (request {ticket.request_id})"))
-    logger.info("Request %s: %s", ticket.request_id, cancelled.value)
+    is_limit = isinstance(stopped, errors.HostedLimit)
+    if not row.is_owner or _is_over(row, at):
+        raise errors.HostedLimit(f"{stopped} {GOES_ON}") if is_limit else stopped
+    at.report(JobProgress(3, f"calling it off (request {row.id})"))
+    cancelled = await _cancel(row, at)
+    at.report(JobProgress(3, f"{cancelled.value} (request {row.id})"))
+    logger.info("Request %s: %s", row.id, cancelled.value)
     if cancelled is CancelOutcome.TOO_LATE:
         with suppress(errors.HostedError, asyncio.TimeoutError):  # it can still be fetched by its id
-            outcome = await asyncio.wait_for(collect(row, ticket, Limits(), at), CALL_OFF_SECONDS)
-            if isinstance(stopped, errors.HostedLimit):
+            seconds = LAST_SECONDS if is_limit else CALL_OFF_SECONDS
+            outcome = await asyncio.wait_for(collect(row, Patience(Limits(), at.now), at), seconds)
+            if is_limit:
                 return outcome
-    if isinstance(stopped, errors.HostedLimit):
-        raise errors.HostedLimit(f"{stopped} {cancelled.value}") from None
-    raise stopped
+    raise errors.HostedLimit(f"{stopped} {cancelled.value}") if is_limit else stopped
 
 
-def _may_cancel(row: Row, at: Service) -> bool:
-    """True for the one who is to cancel. A journal that cannot be written keeps nobody from it."""
-    try:
-        return at.journal.claim_cancel(row)
-    except errors.HostedError:
-        return True
+def _is_over(row: Row, at: Service) -> bool:
+    """Whether a request needs no cancel any more. A journal that is damaged or gone keeps nobody from it."""
+    with suppress(errors.HostedError):
+        now = at.journal.by_id(row.name)
+        return now is not None and now.state in ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")
+    return False
 
 
-async def _cancel_claimed(row: Row, ticket: Ticket, at: Service) -> CancelOutcome:
+async def _cancel(row: Row, at: Service) -> CancelOutcome:
     """Cancel and note what came of it: only a request that never ran is over; every other can still be asked about."""
-    cancelled = await at.client.cancel(ticket)
-    if cancelled is CancelOutcome.REMOVED:
-        _move(row, "FAILED", at, "cancelled before it ran")
-    elif cancelled in (CancelOutcome.NOT_PASSED_ON, CancelOutcome.NO_ANSWER):
-        _move(row, "SUBMITTED", at)
+    cancelled = await at.client.cancel(_ticket(row, at))
+    if cancelled in CANCELLED and row.state not in ("COMPLETED", "DOWNLOADED", "FAILED"):
+        _move(row, CANCELLED[cancelled], at, cancelled.value)
     return cancelled
 
 
 def _move(row: Row | None, state: State, at: Service, note: str = "", seed: str | None = None) -> None:
     """Note a step. A journal that cannot be written now must not cost pictures: the row then stays as it was."""
-    if row is None:
+    if row is None or not row.digest:
         return
     try:
-        at.journal.move(row, state, note, seed)
+        at.journal.move(replace(row, state=state, note=note, seed=seed))
     except errors.HostedError as error:
-        logger.warning("Request %s is %s, but: %s", row.ticket.request_id if row.ticket else "", state, error)
+        logger.warning("Request %s is %s, but: %s", row.id, state, error)
 
 
 def describe(
-    ticket: Ticket, answer: HostedAnswer, status: Status, timings: Mapping[str, Any], notes: list[str], job: Job | None
+    ticket: Ticket, answer: HostedAnswer, status: Status, timings: Mapping[str, Any], job: Job | None
 ) -> dict[str, Any]:
     """What a user is told about a request that went through, as JSON's values; the seed as text."""
     said = [image.model_dump(exclude_none=True) for image in answer.images]
+    references = job.references if job else ()
+    notes = [f"{len(references)} references were sent; {IDEAL_REFERENCES} are ideal."]
+    notes = notes if len(references) > IDEAL_REFERENCES else []
+    if job and len(answer.images) < job.request.num_images:
+        notes.append(f"{job.request.num_images} pictures were asked for, {len(answer.images)} came.")
     return {
         "seed": answer.seed,
         "request_id": ticket.request_id,
@@ -327,20 +370,22 @@ def describe(
         "timings": dict(timings),
         "request": _shown_request(job) if job else None,
         "logs": list(status.logs),
-        "notes": notes + (_remarks(job.request, job.references, len(answer.images)) if job else []),
+        "notes": notes + [f"Reference {number} {ref.note}." for number, ref in enumerate(references, 1) if ref.note],
     }
 
 
-def _remarks(request: HostedRequest, references: Sequence[Reference], came: int) -> list[str]:
-    """What a user should know about it all the same; `came` is the number of pictures."""
-    far = [number for number, reference in enumerate(references, 1) if unreachable_for_service(reference)]
+def _remarks(row: Row, patience: Patience, job: Job, at: Service) -> list[str]:
+    """What a user should know about how this run came by its request; not kept with the pictures."""
     found = (
-        (came != request.num_images, f"{request.num_images} pictures were asked for, {came} came."),
-        (len(references) > IDEAL_REFERENCES, f"{len(references)} references were sent; {IDEAL_REFERENCES} are ideal."),
-        (bool(far), f"The service cannot read addresses of a private network: reference {', '.join(map(str, far))}."),
+        (bool(patience.cost), f"By the service's price list it costs {patience.cost}."),
+        (row.payer not in ("", at.payer), "It was paid for with another key than today's."),
+        (
+            bool(job.give_up) and not row.is_owner,
+            f"force_resubmit names {errors.clean(job.give_up, 60)}, but {row.id} answers this request, so nothing was "
+            "given up.",
+        ),
     )
-    noted = [(number, reference.note) for number, reference in enumerate(references, 1) if reference.note]
-    return [text for holds, text in found if holds] + [f"Reference {number} {note}." for number, note in noted]
+    return [text for holds, text in found if holds]
 
 
 def _shown_request(job: Job) -> dict[str, Any]:
@@ -351,6 +396,6 @@ def _shown_request(job: Job) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """An address or a number as it is, a picture in a text as its start."""
-    if not isinstance(value, str) or value.startswith(("http://", "https://")) or len(value) <= LONGEST_TEXT:
-        return value
-    return f"{value[:LONGEST_TEXT]}..."
+    is_address = isinstance(value, str) and value.startswith(("http://", "https://"))
+    longest = LONGEST_ADDRESS if is_address else LONGEST_TEXT
+    return f"{value[:longest]}..." if isinstance(value, str) and len(value) > longest else value

@@ -1,64 +1,100 @@
 """What was sent to the hosted service and what became of it, in an SQLite file that outlives a crash.
 
 A row is written before a request leaves, so that whatever happens afterwards, somebody can tell. At most one row of a
-digest stands at a time, over all threads and processes; that is what keeps one picture from being bought twice. A row
-with a seed of its own stands also after its pictures have come.
+digest stands at a time, over all threads and processes; that is what keeps one picture from being bought twice. Who
+sends holds the digest's lock (service.py) meanwhile: a PREPARED row that is found with the lock free was left by
+somebody who has died. A row with a seed of its own stands also after its pictures have come.
 
     PREPARED ─┬─> SUBMITTED ─┬─> COMPLETED ──> DOWNLOADED
               │              ├─> CANCEL_REQUESTED (may still come to COMPLETED or FAILED)
-              ├─> AMBIGUOUS  └─> FAILED
-              └─> FAILED
+              ├─> AMBIGUOUS  └─> FAILED (the service or the model said so)
+              └─> FAILED (not wholly sent, or refused)
+
+The standard library only, since `run.py hosted` reads it too.
 """
 
 import os
 import sqlite3
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .errors import OUTCOME_UNKNOWN, AmbiguousSubmit, HostedError, HostedLimit
-from .queue import Ticket
 
 Database = sqlite3.Connection
-State = Literal["PREPARED", "SUBMITTED", "COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED", "AMBIGUOUS"]
+State = Literal[
+    "PREPARED", "SUBMITTED", "COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED", "AMBIGUOUS", "FORGOTTEN"
+]  # fmt: skip
 OPEN = ("PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS")
-STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND fixed))"
+STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND kept))"
 
-HEARTBEAT_SECONDS = 2.0  # between two signs of life of who is sending
 BUSY_SECONDS = 10  # to wait for another process's write
 DAY = 24 * 3600
+STEP = 60  # seconds that a clock may be set back by and rows still count as past
+VERSION = 1
+SCHEMA = f"""CREATE TABLE requests (
+    name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, run TEXT NOT NULL, pictures INTEGER NOT NULL,
+    kept INTEGER NOT NULL, payer TEXT NOT NULL, webhook TEXT NOT NULL, request_id TEXT, url TEXT, seed TEXT, note TEXT,
+    created REAL NOT NULL, updated REAL NOT NULL);
+CREATE UNIQUE INDEX one_stands ON requests (digest) WHERE {STANDS};
+CREATE INDEX by_request ON requests (request_id);
+CREATE TABLE uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, made REAL NOT NULL, expires REAL NOT NULL);
+PRAGMA user_version = {VERSION}"""
 
-SCHEMA = f"""CREATE TABLE IF NOT EXISTS jobs (
-    id INTEGER PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, fixed INTEGER NOT NULL,
-    run TEXT NOT NULL, pictures INTEGER NOT NULL, created REAL NOT NULL, updated REAL NOT NULL,
-    request_id TEXT, status_url TEXT, response_url TEXT, cancel_url TEXT, seed TEXT, note TEXT);
-CREATE UNIQUE INDEX IF NOT EXISTS one_stands ON jobs (digest) WHERE {STANDS};
-CREATE INDEX IF NOT EXISTS by_request ON jobs (request_id);
-CREATE TABLE IF NOT EXISTS uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, expires REAL NOT NULL)
-"""
+
+class Ticket(NamedTuple):
+    """A request that was accepted, and where its result is; /status and /cancel lie below."""
+
+    request_id: str
+    url: str
 
 
 @dataclass(frozen=True)
 class Row:
-    """One request. `fresh` is True for who wrote it, and so is the one to send it."""
+    """One request."""
 
-    id: int
     digest: str
-    state: State
-    ticket: Ticket | None
-    fresh: bool = False
+    run: str = ""
+    pictures: int = 1
+    kept: bool = True  # it has a seed of its own, so that its pictures answer every equal request
+    payer: str = ""  # a name of the account
+    webhook: str = ""  # a hash of the address that is called
+    state: State = "PREPARED"
+    request_id: str | None = None
+    url: str | None = None
+    seed: str | None = None
+    note: str = ""
+    created: float = 0
+    updated: float = 0
+    name: str = field(default_factory=lambda: f"local-{uuid.uuid4().hex[:12]}")  # until the service has named it
+    is_owner: bool = False  # for who sends it, and so has a say over it
+
+    @property
+    def ticket(self) -> Ticket | None:
+        return Ticket(self.request_id, self.url or "") if self.request_id else None
+
+    @property
+    def id(self) -> str:
+        """What users name it by."""
+        return self.request_id or self.name
+
+
+COLUMNS = [column.name for column in fields(Row) if column.name != "is_owner"]
 
 
 @dataclass(frozen=True)
 class Guard:
-    """How many pictures may be asked for in one run of a workflow and in one day; `lifted` by the user's word."""
+    """How many pictures may be asked for in one run of a workflow and in one day."""
 
     per_run: int = 8
     per_day: int = 100
-    lifted: bool = False
+    lifted: bool = False  # the two above, by the user's word
+    ceiling_per_run: int = 32  # which nothing in a workflow lifts
+    ceiling_per_day: int = 200
 
 
 @dataclass(frozen=True)
@@ -67,152 +103,166 @@ class Journal:
 
     path: Path
     now: Callable[[], float] = time.time
-    silence: float = 15.0  # seconds without a sign of life, after which who was sending has died
 
     @contextmanager
     def _database(self) -> Iterator[Database]:
         """One step that is written wholly or not at all. Raises HostedError where the disk does not take it."""
+        inode = None
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            inode = self.path.stat().st_ino
             connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
             try:
                 connection.row_factory = sqlite3.Row
                 connection.execute("PRAGMA synchronous=FULL")  # on the disk before a byte leaves
                 connection.execute("BEGIN IMMEDIATE")
-                for statement in SCHEMA.split(";"):
-                    connection.execute(statement)
+                [version] = connection.execute("PRAGMA user_version").fetchone()
+                if version == 0 and not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    for statement in SCHEMA.split(";"):
+                        connection.execute(statement)
+                elif version != VERSION:
+                    raise sqlite3.DatabaseError(f"it was written by another version of this pack ({version})")
                 yield connection
                 connection.execute("COMMIT")
             finally:
                 connection.close()
         except (OSError, sqlite3.Error) as error:
+            # Of no subclass: no database, a damaged one, or another version's. "no such table": a foreign one.
+            if type(error) is sqlite3.DatabaseError or str(error).startswith("no such "):
+                self._set_aside(inode, str(error))
             raise HostedError(
                 f"The journal of hosted requests ({self.path.name}) could not be written: {error}. It keeps a request "
                 "from being paid for twice. Check the free space and the permissions of ComfyUI's user folder."
             ) from error
 
+    def _set_aside(self, inode: int | None, why: str) -> None:
+        """Give the file another name, unless somebody else already has; raises HostedError in any case."""
+        aside = self.path.with_name(f"{self.path.stem}-set-aside-{uuid.uuid4().hex[:8]}{self.path.suffix}")
+        if self.path.exists() and self.path.stat().st_ino == inode:
+            self.path.rename(aside)
+        raise HostedError(
+            f"The journal of hosted requests cannot be read ({why}) and was set aside as {aside.name}. It is no longer "
+            "known what was sent before, so an equal request would be paid for again. Nothing was sent now. Look at "
+            "fal.ai/dashboard/requests, fetch what is there by its id (PuLID Hosted Result), then queue the prompt "
+            "again; a new journal begins."
+        )
+
     def find(self, digest: str) -> Row | None:
-        """The row of this request that stands, if there is one."""
+        """The row of this request that stands, if there is one. The caller holds the digest's lock."""
         with self._database() as database:
-            return self._standing(database, digest)
+            row = next(iter(_rows(database, f"digest = ? AND {STANDS}", digest)), None)
+            if row and row.state == "PREPARED":
+                row = replace(row, state="AMBIGUOUS", note="ended while it was being sent")
+                self._write(database, row)
+            return row
 
-    def by_request(self, request_id: str) -> Row | None:
-        """The last row of a request id, if this machine sent it."""
+    def by_id(self, known: str) -> Row | None:
+        """The last row that the service, or else this pack, calls so."""
         with self._database() as database:
-            query = "SELECT * FROM jobs WHERE request_id = ? ORDER BY id DESC"
-            return _row(database.execute(query, [request_id]).fetchone())
+            return next(iter(_rows(database, "request_id = ? OR name = ?", known, known)), None)
 
-    def claim(self, digest: str, run: str, pictures: int, fixed: bool, guard: Guard, force: bool) -> Row:
-        """The row of this request that stands, or a new one that makes the caller the one to send it.
+    def rows(self) -> list[Row]:
+        """All of them, the newest first."""
+        with self._database() as database:
+            return _rows(database, "state != 'FORGOTTEN'")
 
-        fixed  the request has a seed of its own, so that its pictures answer every equal request
-        force  give up on a row that stands, and send anew; one that is just being sent is left alone
+    def claim(self, row: Row, guard: Guard, give_up: str = "") -> Row:
+        """Write a new row, which makes the caller the one to send it, or give the one that stands.
 
-        Raises HostedLimit when the guard's numbers are reached, AmbiguousSubmit for a request that may have been sent.
+        give_up  the id of a row that stands, which is given up for the new one
+
+        Raises HostedLimit when the guard's numbers are reached; then nothing is given up either.
         """
         with self._database() as database:
-            row = self._standing(database, digest)
-            if row and force and row.state != "PREPARED":
-                if row.state == "DOWNLOADED":
-                    database.execute("UPDATE jobs SET fixed = 0 WHERE id = ?", [row.id])
-                else:
-                    self._set(database, row, "FAILED", "given up for a new one")
-                row = None
-            if row is None:
-                self._check(database, run, pictures, guard)
-                names = "digest, state, run, pictures, fixed, created, updated"
-                values = (digest, "PREPARED", run, pictures, fixed, self.now(), self.now())
-                cursor = database.execute(f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
-                return Row(cursor.lastrowid or 0, digest, "PREPARED", None, fresh=True)
-        refuse_ambiguous(row)
-        return row
+            standing = next(iter(_rows(database, f"digest = ? AND {STANDS}", row.digest)), None)
+            if standing and standing.id != give_up:
+                return standing
+            self._check(database, row.run, row.pictures, guard)
+            if standing and standing.state == "DOWNLOADED":
+                database.execute("UPDATE requests SET kept = 0 WHERE name = ?", [standing.name])
+            elif standing:
+                self._write(database, replace(standing, state="FAILED", note="given up for a new one"))
+            row = replace(row, created=self.now(), is_owner=True)
+            self._write(database, row)
+            return row
 
     def check(self, run: str, pictures: int, guard: Guard) -> None:
         """Raises HostedLimit when the guard's numbers would be exceeded."""
         with self._database() as database:
             self._check(database, run, pictures, guard)
 
-    def alive(self, row: Row) -> None:
-        """Say that a prepared row is still being sent."""
+    def move(self, row: Row) -> None:
+        """Note where a request stands now, also where the row or the whole file has vanished meanwhile."""
         with self._database() as database:
-            statement = "UPDATE jobs SET updated = ? WHERE id = ? AND state = 'PREPARED'"
-            database.execute(statement, (self.now(), row.id))
+            self._write(database, row)
 
-    def move(self, row: Row, state: State, note: str = "", seed: str | None = None) -> None:
-        """Note a step of a row, together with its ticket in case that an earlier write of it failed."""
+    def forget(self, name: str) -> None:
+        """Wipe a row but for what the guard counts."""
         with self._database() as database:
-            self._set(database, row, state, note, seed)
-
-    def claim_cancel(self, row: Row) -> bool:
-        """True for the one caller that shall ask the service to cancel."""
-        with self._database() as database:
-            state = database.execute("SELECT state FROM jobs WHERE id = ?", [row.id]).fetchone()["state"]
-            if state in ("PREPARED", "SUBMITTED"):
-                self._set(database, row, "CANCEL_REQUESTED")
-                return True
-            return False
+            database.execute(
+                "UPDATE requests SET digest = name, state = 'FORGOTTEN', kept = 0, payer = '', webhook = '', "
+                "request_id = NULL, url = NULL, seed = NULL, note = NULL WHERE name = ?",
+                [name],
+            )
+            database.execute("DELETE FROM requests WHERE state = 'FORGOTTEN' AND created < ?", [self.now() - DAY])
+            database.execute("DELETE FROM uploads")
 
     def uploaded(self, digest: str, at_least: float) -> str | None:
         """The address of a photograph that stays readable for so many seconds, if it was uploaded before."""
         with self._database() as database:
-            query = "SELECT url FROM uploads WHERE digest = ? AND expires > ?"
-            found = database.execute(query, (digest, self.now() + at_least)).fetchone()
-            return found["url"] if found else None
+            query = "SELECT url FROM uploads WHERE digest = ? AND expires > ? AND made <= ?"
+            found = database.execute(query, (digest, self.now() + at_least, self.now() + STEP)).fetchone()
+            return found and found["url"]
 
     def remember_upload(self, digest: str, url: str, seconds: float) -> None:
         with self._database() as database:
             database.execute("DELETE FROM uploads WHERE expires < ?", [self.now()])
-            database.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?)", (digest, url, self.now() + seconds))
+            values = (digest, url, self.now(), self.now() + seconds)
+            database.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?)", values)
 
-    def _standing(self, database: Database, digest: str) -> Row | None:
-        found = database.execute(f"SELECT * FROM jobs WHERE digest = ? AND {STANDS}", [digest]).fetchone()
-        row = _row(found)
-        if row and row.state == "PREPARED" and self.now() - found["updated"] > self.silence:
-            row = replace(row, state="AMBIGUOUS")
-            self._set(database, row, row.state, "ended while it was being sent")
-        return row
-
-    def _set(self, database: Database, row: Row, state: State, note: str = "", seed: str | None = None) -> None:
-        given = {"seed": seed}
-        if row.ticket:
-            url = row.ticket.url
-            given |= {"request_id": row.ticket.request_id, "response_url": url}
-            given |= {"status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
-        columns = "".join(f", {name} = COALESCE(?, {name})" for name in given)
+    def _write(self, database: Database, row: Row) -> None:
+        values = {**{column: getattr(row, column) for column in COLUMNS}, "updated": self.now()}
+        kept = ", ".join(f"{name} = COALESCE(excluded.{name}, {name})" for name in ("request_id", "url", "seed"))
         database.execute(
-            f"UPDATE jobs SET state = ?, updated = ?, note = ?{columns} WHERE id = ? AND state != ?",
-            (state, self.now(), note, *given.values(), row.id, "FAILED"),  # what has failed stays so
+            f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
+            "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated"
+            f", {kept} WHERE state NOT IN ('FAILED', 'FORGOTTEN')",  # what has failed stays so
+            values,
         )
 
     def _check(self, database: Database, run: str, pictures: int, guard: Guard) -> None:
-        def asked(condition: str, value: str | float) -> int:
-            sent = "(request_id IS NOT NULL OR state IN ('PREPARED', 'AMBIGUOUS'))"
-            query = f"SELECT COALESCE(SUM(pictures), 0) FROM jobs WHERE {sent} AND {condition}"
-            return database.execute(query, [value]).fetchone()[0]
+        def asked(condition: str, *values: str | float) -> int:
+            sent = "(request_id IS NOT NULL OR state IN ('PREPARED', 'AMBIGUOUS', 'FORGOTTEN'))"
+            query = f"SELECT COALESCE(SUM(MAX(pictures, 1)), 0) FROM requests WHERE {sent} AND {condition}"
+            return database.execute(query, values).fetchone()[0]
 
-        counts = (
-            ("this run", asked("run = ?", run), guard.per_run, "PULID_FAL_PICTURES_PER_RUN"),
-            ("the last 24 hours", asked("created > ?", self.now() - DAY), guard.per_day, "PULID_FAL_PICTURES_PER_DAY"),
-        )
-        for what, before, limit, name in counts:
-            if not guard.lifted and before + pictures > limit:
-                raise HostedLimit(
-                    f"The guard against unmeant costs stopped this: {before} pictures were asked for in {what}, "
-                    f"{pictures} more would exceed {limit}. Nothing was sent. Switch confirm_paid on to send it "
-                    f"all the same, or set {name}."
-                )
+        day = asked("created > ? AND created <= ?", self.now() - DAY, self.now() + STEP)
+        spans = (("this run", asked("run = ?", run), "RUN"), ("the last 24 hours", day, "DAY"))
+        limits = [(guard.ceiling_per_run, guard.ceiling_per_day, "CEILING", "No switch on a node lifts this")]
+        if not guard.lifted:
+            lift = "Switch confirm_paid on to send it all the same"
+            limits.append((guard.per_run, guard.per_day, "PICTURES", lift))
+        for per_run, per_day, name, lifting in limits:
+            for (what, before, span), limit in zip(spans, (per_run, per_day), strict=True):
+                if before + max(pictures, 1) > limit:
+                    raise HostedLimit(
+                        f"The guard against unmeant costs stopped this: {before} pictures were asked for in {what}, "
+                        f"{pictures} more would exceed {limit}. Nothing was sent. {lifting}, "
+                        f"or set PULID_FAL_{name}_PER_{span} in ComfyUI's environment."
+                    )
 
 
 def refuse_ambiguous(row: Row) -> None:
     """Raises AmbiguousSubmit where nobody knows what became of a request."""
-    if row.state == "AMBIGUOUS":
-        raise AmbiguousSubmit(f"An earlier, equal request has no known outcome. {OUTCOME_UNKNOWN}")
+    if row.state == "AMBIGUOUS" and not row.request_id:
+        why = f" ({row.note})" if row.note else ""
+        raise AmbiguousSubmit(
+            f"An earlier, equal request, {row.id}, has no known outcome{why}. {OUTCOME_UNKNOWN.format(row.id)}"
+        )
 
 
-def _row(found: sqlite3.Row | None) -> Row | None:
-    if found is None:
-        return None
-    ticket = Ticket(found["request_id"], found["response_url"]) if found["request_id"] else None
-    return Row(found["id"], found["digest"], found["state"], ticket)
+def _rows(database: Database, condition: str, *values: str) -> list[Row]:
+    found = database.execute(f"SELECT * FROM requests WHERE {condition} ORDER BY created DESC", values)
+    return [Row(**dict(each)) for each in found]

@@ -7,7 +7,6 @@ are limited before anything is decoded. What was paid for is kept: an equal requ
 
 import asyncio
 import base64
-import binascii
 import io
 import itertools
 import json
@@ -15,6 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +24,23 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+from pydantic import BaseModel, Field
 
-from .api import HostedImage
+from .api import LARGEST_ANSWER, MOST_PICTURES, HostedImage, parse, read_answer
 from .endpoints import Endpoints, check_address
-from .errors import AnswerLost, BadAnswer, HostedError, Refused, UnsafeAddress
-from .transport import Reply, Sleep, Terms, Transport, repeated
+from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, UnsafeAddress, clean
+from .journal import DAY
+from .transport import AiohttpTransport, Reply, Sleep, Terms, repeated
 
 REDIRECTS = 3
-LARGEST_PIXELS = 64 * 2**20  # of one picture
+LARGEST_PIXELS = LARGEST_ANSWER  # of one picture
 PICTURE_TERMS = Terms(seconds=120, limit=64 * 2**20, idle=30)
 MAGIC: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"\xff\xd8\xff": JpegImageFile,
     b"RIFF": WebPImageFile,
 }
-LARGEST_STORE = 512 * 2**20  # bytes of all kept pictures together
-EXPIRED = (
-    "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again. Switch "
-    "force_resubmit on to have new ones made."
-)
+EXPIRED = "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again."
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
@@ -51,27 +49,41 @@ logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 class PictureFetcher:
     """Fetches and decodes the pictures of an answer."""
 
-    transport: Transport  # one that goes to public addresses only
+    transport: AiohttpTransport  # one that goes to public addresses only
     endpoints: Endpoints
     sleep: Sleep = asyncio.sleep
     terms: Terms = PICTURE_TERMS  # of one picture; its seconds are for all tries together
     largest_answer: int = 256 * 2**20  # bytes of all pictures of an answer together
-    largest_pixels: int = LARGEST_PIXELS  # of one picture
+    largest_pixels: int = LARGEST_PIXELS  # of all pictures of an answer together
 
-    async def fetch_all(self, images: tuple[HostedImage, ...]) -> tuple[tuple[Image.Image, ...], list[str]]:
-        """RGB pictures in order, and notes on what differs from what the service announced."""
+    async def fetch_all(
+        self, images: tuple[HostedImage, ...], asked: int = MOST_PICTURES
+    ) -> tuple[tuple[Image.Image, ...], list[str]]:
+        """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
         pictures: list[Image.Image] = []
         notes: list[str] = []
-        total = 0
-        for number, image in enumerate(images, start=1):
-            data = decode_data_uri(image.url) if image.url.startswith("data:") else await self.fetch(image.url)
+        total, pixels = 0, self.largest_pixels
+        for number, image in enumerate(images[:asked], start=1):
+            data = await self._content(image)
             total += len(data)
             if total > self.largest_answer:
-                limit = self.largest_answer // 2**20
-                raise BadAnswer(f"The pictures together are larger than {limit} MiB; the rest was not read.")
-            pictures.append(decode(data, self.largest_pixels))
+                raise BadAnswer(f"The pictures together are larger than {self.largest_answer // 2**20} MiB.")
+            pictures.append(decode(data, pixels))
+            pixels -= pictures[-1].width * pictures[-1].height
             notes += _differences(number, image, len(data), pictures[-1].size)
+        if len(images) > asked:
+            notes.append(f"{asked} pictures were asked for, {len(images)} came; the others were not read.")
         return tuple(pictures), notes
+
+    async def _content(self, image: HostedImage) -> bytes:
+        """What is in the answer itself, else what its address leads to."""
+        if image.file_data:
+            try:
+                return decode_data_uri(image.file_data)
+            except BadAnswer:
+                if not image.url:
+                    raise
+        return decode_data_uri(image.url) if image.url.startswith("data:") else await self.fetch(image.url)
 
     async def fetch(self, address: str) -> bytes:
         """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
@@ -93,23 +105,23 @@ class PictureFetcher:
 
 def _body(reply: Reply) -> bytes:
     if reply.status in (404, 410):
-        raise Refused(EXPIRED)
+        raise Gone(EXPIRED)
     if reply.status != 200:
-        raise Refused(f"The picture could not be read (HTTP {reply.status}). Queue the prompt again to fetch it anew.")
+        raise Refused(f"The picture could not be read (HTTP {reply.status}).")
     kind = reply.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind not in ("application/octet-stream", "binary/octet-stream"):
-        raise BadAnswer(f"Expected a picture, found content of type {kind[:60]!r}.")
+        raise BadAnswer(f"Expected a picture, found content of type {clean(kind, 60)!r}.")
     return reply.body
 
 
 def decode_data_uri(uri: str) -> bytes:
-    """The bytes of a base64 data URI. Raises BadAnswer."""
-    head, _, data = uri.partition(",")
-    if not head.endswith(";base64"):
+    """The bytes of a base64 data URI, or of bare base64. Raises BadAnswer."""
+    head, _, data = uri.rpartition(",")
+    if head and not head.endswith(";base64"):
         raise BadAnswer("Expected a data URI with ;base64, found another kind.")
     try:
         return base64.b64decode(data, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise BadAnswer("A data URI is damaged: its base64 text cannot be read.") from None
 
 
@@ -122,52 +134,70 @@ def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
         # Not Image.open, whose own limit warns in some cases and says less in the others.
         with read(io.BytesIO(data)) as image:
             if image.width * image.height > largest_pixels:
-                raise BadAnswer(
-                    f"A picture of {image.width} x {image.height} pixels is larger than this pack decodes "
-                    f"({largest_pixels // 2**20} million)."
-                )
-            return image.convert("RGB")
+                most = f"what this pack decodes of one answer ({LARGEST_PIXELS // 2**20} million pixels together)"
+                raise BadAnswer(f"A picture of {image.width} x {image.height} pixels is larger than {most}.")
+            if not _is_whole(data, image):  # other packs may have told Pillow to fill what is missing with grey
+                raise BadAnswer("A picture is damaged: its end is missing.")
+            return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except HostedError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # Pillow's are of every class, and warnings may be errors
         raise BadAnswer(f"A picture is damaged and could not be read ({type(error).__name__}).") from None
+
+
+def _is_whole(data: bytes, image: Image.Image) -> bool:
+    ends = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
+    if image.format == "WEBP":
+        return len(data) >= int.from_bytes(data[4:8], "little") + 8
+    return ends[image.format or "PNG"] in data[-(2**16) :]
 
 
 def _differences(number: int, image: HostedImage, length: int, size: tuple[int, int]) -> list[str]:
     announced = (("bytes", image.file_size, length), ("width", image.width, size[0]), ("height", image.height, size[1]))
-    return [
-        f"Picture {number}: {expected} {what} were announced, {found} came."
-        for what, expected, found in announced
-        if expected is not None and expected != found
-    ]
+    said = "Picture {}: {} {} were announced, {} came."
+    return [said.format(number, told, what, came) for what, told, came in announced if told not in (None, came)]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(BaseModel, arbitrary_types_allowed=True, frozen=True):
     """What a request gave. `info` can be written as JSON; it holds the seed as text, addresses, timings and notes."""
 
-    images: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...] = Field(exclude=True)
+    seed: str
+    request_id: str
+    info: dict[str, Any]
+
+    def with_notes(self, notes: list[str]) -> "Outcome":
+        return self.model_copy(update={"info": {**self.info, "notes": self.info["notes"] + notes}})
+
+
+class _Kept(BaseModel):
+    """What lies beside the pictures of an outcome."""
+
+    images: int = Field(ge=1, le=MOST_PICTURES)
     seed: str
     request_id: str
     info: dict[str, Any]
 
 
 class PictureStore:
-    """A folder with one folder of PNG files per request; the ones not used for longest go first."""
+    """A folder with one folder of PNG files per request. None stays for longer than `days`; of more than `largest`
+    bytes, the ones not used for longest go first."""
 
-    def __init__(self, folder: Path, largest: int = LARGEST_STORE):
-        self.folder, self.largest = Path(folder), largest
+    def __init__(self, folder: Path, largest: float = 512 * 2**20, days: float = 30):
+        self.folder, self.largest, self.days = Path(folder), largest, days
 
     def get(self, name: str) -> Outcome | None:
         """The kept outcome, or None also where its files are damaged."""
         place = self.folder / name
         try:
-            facts = json.loads((place / "outcome.json").read_text(encoding="utf-8"))
-            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(facts["images"]))
+            kept = read_answer(_Kept, parse((place / "outcome.json").read_bytes()))
+            if kept.request_id != name or not isinstance(kept.info.get("notes"), list):
+                return None
+            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(kept.images))
             os.utime(place)
-        except (OSError, ValueError, KeyError):  # BadAnswer, of a damaged picture, is a ValueError
+        except (OSError, BadAnswer):
             return None
-        return Outcome(images, facts["seed"], facts["request_id"], facts["info"])
+        return Outcome(images=images, seed=kept.seed, request_id=name, info=kept.info)
 
     def put(self, name: str, outcome: Outcome) -> bool:
         """False where the disk does not take it: the pictures are there all the same."""
@@ -177,24 +207,26 @@ class PictureStore:
             try:
                 for number, image in enumerate(outcome.images):
                     image.save(place / f"{number}.png")
-                facts = {"images": len(outcome.images), "seed": outcome.seed, "request_id": outcome.request_id}
-                (place / "outcome.json").write_text(json.dumps({**facts, "info": outcome.info}), encoding="utf-8")
+                facts = {**outcome.model_dump(), "images": len(outcome.images)}
+                (place / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")
                 shutil.rmtree(self.folder / name, ignore_errors=True)
                 place.rename(self.folder / name)
             finally:
                 shutil.rmtree(place, ignore_errors=True)
-            self._shrink(keep=name)
+            self.shrink(keep=name)
         except OSError as error:
             logger.warning("The pictures of a hosted request could not be kept for later: %s", error)
             return False
         return True
 
-    def _shrink(self, keep: str) -> None:
-        places = [place for place in self.folder.iterdir() if place.is_dir()]
+    def shrink(self, keep: str = "") -> None:
+        """Drop what is too old or too much. Raises OSError."""
+        places = [place for place in self.folder.glob("*") if place.is_dir()]
         sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in places}
         total = sum(sizes.values())
         for place in sorted(places, key=lambda place: place.stat().st_mtime):
-            if total > self.largest and place.name != keep:
+            made = max((file.stat().st_mtime for file in place.glob("*.*")), default=time.time())
+            if place.name != keep and (total > self.largest or time.time() - made > self.days * DAY):
                 shutil.rmtree(place, ignore_errors=True)
                 total -= sizes[place]
 

@@ -8,37 +8,41 @@ import base64
 import hashlib
 import io
 import json
+import mimetypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from yarl import URL
 
 from ..pulid.errors import InputError
-from .endpoints import check_address, is_loopback, is_public
-from .errors import BadAnswer, Refused
+from .api import UploadPlace, read_answer
+from .endpoints import check_address, is_shareable
+from .errors import BadAnswer, Refused, clean
 from .journal import Journal
-from .pictures import decode_data_uri
+from .pictures import LARGEST_PIXELS, decode_data_uri
 from .queue import QueueClient
-from .transport import Transport, repeated
+from .transport import AiohttpTransport, Terms, repeated
 
 LONGEST_SIDE = 1024  # pixels
 LARGEST_PNG = 10**6  # bytes; beyond, a JPEG of high quality
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4
 LARGEST_INLINE, LARGEST_INLINE_TOTAL = 2**20, 4 * 2**20  # bytes of one, of all, that go inside a request
+LARGEST_FILE = 90 * 2**20  # bytes; beyond, the service wants uploads in parts
 TRANSPORTS = ("auto", "data URI", "upload")
-EXPIRES = 3600  # seconds
-MARGIN = 60  # seconds; an upload this close to its end is made again
+SHORTEST_LIFE = 3600  # seconds that an upload is kept
+MARGIN = 1800  # seconds that it outlives the waiting and running, for uploading the others and sending
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A photograph to send: encoded bytes, or an address (or data URI) of the user's own, never both."""
+    """A photograph to send: encoded bytes, or an address of the user's own, never both."""
 
-    digest: str
+    digest: str  # of what it shows, however it is compressed; of an address, its text
     url: str = ""
     content_type: str = ""
     data: bytes = field(default=b"", repr=False)
@@ -56,59 +60,75 @@ def encode(image: Tensor, as_is: bool = False) -> Reference:
     if not bool(image.isfinite().all()):
         raise InputError("A reference picture holds NaN or infinite values. Check the node it comes from.")
     pixels = (image.detach().float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)
-    picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    note = ""
-    if picture.mode == "RGBA":
-        note = "has transparent parts, which were sent as white"
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    return _encode(Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels), as_is)
+
+
+def _encode(picture: Image.Image, as_is: bool) -> Reference:
+    picture, note = _on_white(picture)
     if not as_is and max(picture.size) > LONGEST_SIDE:
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     data, content_type = _save(picture, format="PNG"), "image/png"
     if len(data) > LARGEST_PNG:
         data, content_type = _save(picture, **JPEG), "image/jpeg"
-    return Reference(hashlib.sha256(data).hexdigest(), content_type=content_type, data=data, note=note)
+    return Reference(_digest(picture), content_type=content_type, data=data, note=note)
+
+
+def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        note = "has transparent parts, which were sent as white"
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), note
+    return picture.convert("RGB"), ""
+
+
+def _digest(picture: Image.Image) -> str:
+    """A hash of an RGB picture's pixels."""
+    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def _save(picture: Image.Image, **how: Any) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, **how)
+    picture.save(file := io.BytesIO(), **how)
     return file.getvalue()
 
 
-def read_lines(text: str) -> list[Reference]:
-    """Addresses and data URIs, one a line, as references. Raises InputError."""
+def read_lines(text: str, as_is: bool = False) -> list[Reference]:
+    """Addresses and data URIs, one a line, as references; pictures in data URIs are encoded anew. Raises InputError."""
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    return [Reference(_digest_of(line, f"Line {number} of reference_urls"), url=line) for number, line in lines if line]
+    return [_read_line(line, f"Line {number} of reference_urls", as_is) for number, line in lines if line]
 
 
-def _digest_of(line: str, name: str) -> str:
-    """A hash of what a data URI holds, or of an address. Raises InputError."""
+def _read_line(line: str, name: str, as_is: bool) -> Reference:
     if line.startswith("data:"):
         if not line.startswith("data:image/"):
             raise InputError(f"{name} is a data URI, but not of a picture (data:image/...).")
         try:
-            return hashlib.sha256(decode_data_uri(line)).hexdigest()
+            with Image.open(io.BytesIO(decode_data_uri(line))) as picture:
+                if picture.width * picture.height > LARGEST_PIXELS:
+                    raise InputError(f"{name} is a picture of {picture.width} x {picture.height} pixels: too large.")
+                return _encode(ImageOps.exif_transpose(picture), as_is)
+        except InputError:
+            raise
         except BadAnswer as error:
             raise InputError(f"{name}: {error}") from None
-    try:
-        sound = URL(line).scheme == "https" and bool(URL(line).host)
-    except ValueError:
-        sound = False
-    if not sound:
-        raise InputError(f"{name} is neither an https:// address nor a data URI: {line[:60]!r}.")
-    return hashlib.sha256(f"address {line}".encode()).hexdigest()
+        except Exception as error:  # Pillow's are of every class
+            raise InputError(f"{name} holds no picture that could be read ({type(error).__name__}).") from None
+    if not line.startswith("https://") or not is_shareable(line):
+        raise InputError(
+            f"{name} is neither a data URI nor an https:// address that the service can read, but {clean(line, 60)!r}. "
+            "It cannot read this machine or a private network: connect the picture itself. Nothing was sent."
+        )
+    return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
 
 
-def unreachable_for_service(reference: Reference) -> bool:
-    """True for an address that only this machine or its network can read; the service never will."""
-    if not reference.url or reference.url.startswith("data:"):
-        return False
-    url = URL(reference.url)
-    try:
-        return is_loopback(url) or not is_public(url.host or "")
-    except ValueError:
-        return "." not in (url.host or "")  # a bare name belongs to a local network
+def read_file(folder: Path, name: str) -> Reference:
+    """A file of a folder, of any kind, as it is. Raises InputError."""
+    path = (folder / name).absolute()
+    if ".." in path.parts or not path.is_relative_to(folder.absolute()) or not path.is_file():
+        raise InputError(f"{clean(name, 80)!r} is not a file of ComfyUI's input folder. Choose one from the list.")
+    if path.stat().st_size > LARGEST_FILE:
+        raise InputError(f"{clean(name, 80)!r} is larger than {LARGEST_FILE // 2**20} MiB, which cannot be uploaded.")
+    data, kind = path.read_bytes(), mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+    return Reference(hashlib.sha256(kind.encode() + data).hexdigest(), content_type=kind, data=data)
 
 
 def inline(references: Sequence[Reference], how: str) -> bool:
@@ -124,14 +144,14 @@ class ReferenceStorage:
     """Places photographs where the service can read them."""
 
     client: QueueClient  # for the call that needs a key
-    transport: Transport  # for the one that must not have it; goes to public addresses only
+    transport: AiohttpTransport  # for the one that must not have it; goes to public addresses only
     journal: Journal  # remembers uploads until shortly before they expire
 
     async def place(self, references: Sequence[Reference], how: str = "auto", needed: float = 0) -> tuple[str, ...]:
         """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""
         if inline(references, how):
             return tuple(reference.url or reference.data_uri for reference in references)
-        seconds = max(EXPIRES, needed + MARGIN)
+        seconds = max(SHORTEST_LIFE, needed + MARGIN)
         return tuple([reference.url or await self.upload(reference, seconds, needed) for reference in references])
 
     async def upload(self, reference: Reference, seconds: float, needed: float) -> str:
@@ -140,8 +160,9 @@ class ReferenceStorage:
         seconds  after which the service deletes it
         needed   seconds for which an earlier upload must still be there to be used again
         """
-        name = hashlib.sha256(f"{self.client.endpoints.rest} {reference.digest}".encode()).hexdigest()
-        if kept := self.journal.uploaded(name, needed + MARGIN):
+        place = f"{self.client.endpoints.rest} {reference.content_type} {reference.digest}"
+        name = hashlib.sha256(place.encode()).hexdigest()
+        if kept := self.journal.uploaded(name, needed):
             return kept
         upload_url, file_url = await self._initiate(reference, int(seconds))
         await self._put(upload_url, reference)
@@ -152,19 +173,20 @@ class ReferenceStorage:
         url = self.client.endpoints.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
         lifecycle = json.dumps({"expiration_duration_seconds": seconds})
         headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
-        suffix = reference.content_type.partition("/")[2]
-        body = {"file_name": f"reference.{suffix}", "content_type": reference.content_type}
+        suffix = mimetypes.guess_extension(reference.content_type) or ".bin"
+        body = {"file_name": f"reference{suffix}", "content_type": reference.content_type}
         reply = await self.client.repeat("POST", url, headers, json.dumps(body).encode())
         if reply.status >= 300:
-            raise Refused(reply.failure.words("Uploading a reference picture failed"))
-        answer = reply.json if isinstance(reply.json, dict) else {}
-        upload_url, file_url = answer.get("upload_url"), answer.get("file_url")
-        if not (upload_url and isinstance(upload_url, str) and file_url and isinstance(file_url, str)):
-            raise BadAnswer("The service named no place to upload a reference picture to.")
-        return check_address(upload_url, self.client.endpoints), file_url
+            raise Refused(self.client.failure(reply).words("Uploading a reference picture failed, so nothing was sent"))
+        try:
+            place = read_answer(UploadPlace, reply.json)
+        except BadAnswer:
+            raise BadAnswer("The service named no place to upload a reference picture to. Nothing was sent.") from None
+        return check_address(place.upload_url, self.client.endpoints), place.file_url
 
     async def _put(self, url: URL, reference: Reference) -> None:
-        headers = {"Content-Type": reference.content_type}
-        reply = await repeated(lambda: self.transport.send("PUT", url, headers, reference.data), self.client.sleep)
+        headers, terms = {"Content-Type": reference.content_type}, Terms(self.client.terms.seconds)
+        send = self.transport.send
+        reply = await repeated(lambda: send("PUT", url, headers, reference.data, terms), self.client.sleep)
         if reply.status >= 300:
             raise Refused(f"Uploading a reference picture failed (HTTP {reply.status}). Nothing was generated.")

@@ -4,22 +4,25 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from ..pulid.errors import InputError
 from .endpoints import PREFIX, Endpoints, find_key, quieten
-from .errors import Interrupted
+from .errors import HostedError, Interrupted
 from .journal import Guard, Journal
 from .pictures import PictureFetcher, PictureStore
 from .queue import QueueClient
+from .records import JOURNAL_FILE, PICTURES_FOLDER
 from .references import ReferenceStorage
 from .transport import DEFAULT_TERMS, AiohttpTransport, Terms
 
-KEY_FILE, JOURNAL_FILE, PICTURES_FOLDER = "fal.toml", "hosted.sqlite", "results"
+KEY_FILE, LOCKS_FOLDER = "fal.toml", "locks"
 AT_ONCE = 2  # what a new account may have running
 STEPS = 5  # of progress: sent, queued, running, finished, fetched
 PEEK_SECONDS = 0.2  # how long it takes at most until a wish to stop is seen
@@ -41,9 +44,13 @@ class Watch:
     def __init__(self, stop: Callable[[], bool] = lambda: False):
         self._stop, self._finishing = stop, False
 
+    @property
+    def is_over(self) -> bool:
+        return not self._finishing and self._stop()
+
     def check(self) -> None:
         """Raises Interrupted when the user wants to stop."""
-        if not self._finishing and self._stop():
+        if self.is_over:
             raise Interrupted("Stopped by the user.")
 
     def finish(self) -> None:
@@ -59,12 +66,13 @@ class Watch:
             await asyncio.sleep(min(left, PEEK_SECONDS))
             self.check()
 
-    async def over(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work`, which is cancelled and answered with Interrupted when the user wants to stop."""
+    async def over(self, work: Coroutine[Any, Any, T], check: Callable[[], object] = lambda: None) -> T:
+        """The result of `work`, which is cancelled when the user wants to stop or when `check`, asked often, raises."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
                 self.check()
+                check()
                 await asyncio.wait({task}, timeout=PEEK_SECONDS)
             return task.result()
         finally:
@@ -81,12 +89,43 @@ class Service:
     fetcher: PictureFetcher
     journal: Journal
     store: PictureStore
-    account: str  # a name of it, for the digests of its requests
+    folder: Path
+    payer: str  # a name of the account
     slots: threading.Semaphore  # for requests under way at once, over all threads
     watch: Watch
     report: Callable[[JobProgress], None]  # is told about progress, often
     now: Callable[[], float] = time.monotonic
     poll_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
+
+    async def take_place(self, place: ExitStack) -> None:
+        """Wait for one of the places for requests under way; who joins another's request needs none."""
+        while not self.slots.acquire(blocking=False):
+            self.report(JobProgress(0, "waiting for another hosted request to finish"))
+            await self.watch.pause(PEEK_SECONDS)
+        place.callback(self.slots.release)
+        self.watch.check()
+
+    @asynccontextmanager
+    async def alone_with(self, digest: str) -> AsyncIterator[None]:
+        """While nobody else, in whatever process, looks for a request and sends it; the system frees it at a crash."""
+        try:
+            (self.folder / LOCKS_FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = FileLock(self.folder / LOCKS_FOLDER / f"{digest[:32]}.lock")
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    self.report(JobProgress(0, "an equal request is just being sent; waiting for it"))
+                    await self.watch.pause(PEEK_SECONDS)
+        except (OSError, NotImplementedError) as error:
+            raise HostedError(
+                f"{LOCKS_FOLDER}/ beside the journal of hosted requests cannot be locked ({type(error).__name__}). It "
+                "keeps a request from being paid for twice. Check the permissions of ComfyUI's user folder."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 @asynccontextmanager
@@ -105,6 +144,10 @@ async def open_service(
         quieten(key)
     terms = Terms(read_number(environ, "ANSWER_SECONDS", DEFAULT_TERMS.seconds))
     journal = Journal(folder / JOURNAL_FILE)
+    largest, days = read_number(environ, "KEEP_MB", 512) * 2**20, read_number(environ, "KEEP_DAYS", 30)
+    store = PictureStore(folder / PICTURES_FOLDER, largest, days)
+    with suppress(OSError):
+        store.shrink()
     async with AiohttpTransport() as own, AiohttpTransport(public=True) as foreign:
         client = QueueClient(own, endpoints, key, terms, watch.pause)
         yield Service(
@@ -112,8 +155,9 @@ async def open_service(
             ReferenceStorage(client, foreign, journal),
             PictureFetcher(foreign, endpoints, watch.pause),
             journal,
-            PictureStore(folder / PICTURES_FOLDER),
-            account=key.account if key else f"proxy {endpoints.proxy}",
+            store,
+            folder,
+            payer=key.account if key else f"proxy {endpoints.proxy}",
             slots=_slots(int(read_number(environ, "AT_ONCE", AT_ONCE))),
             watch=watch,
             report=report,
@@ -121,9 +165,11 @@ async def open_service(
 
 
 def read_guard(environ: Mapping[str, str], lifted: bool) -> Guard:
-    """How many pictures may be asked for, from the environment."""
-    per_run = read_number(environ, "PICTURES_PER_RUN", Guard.per_run)
-    return Guard(int(per_run), int(read_number(environ, "PICTURES_PER_DAY", Guard.per_day)), lifted)
+    """How many pictures may be asked for, from the environment; `lifted` is the user's word on a node."""
+    names = ("per_run", "per_day", "ceiling_per_run", "ceiling_per_day")
+    variables = {name: f"PICTURES_{name}" if name.startswith("per") else name for name in names}
+    numbers = {name: int(read_number(environ, variables[name].upper(), getattr(Guard, name))) for name in names}
+    return Guard(**numbers, lifted=lifted)
 
 
 def read_number(environ: Mapping[str, str], name: str, default: float) -> float:

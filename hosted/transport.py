@@ -1,32 +1,44 @@
-"""One HTTP exchange and what its failure proves, that nothing was sent or that nobody knows; and repeats of it.
+"""One HTTP exchange and what its failure proves, that nothing was accepted or that nobody knows; and repeats of it.
 
 No exchange follows a redirect, keeps a cookie or repeats itself, and no error of the HTTP library leaves this file,
-since its errors can hold the headers of a request.
+since its errors can hold the headers of a request. Proxies are those of the environment, as other clients use them.
 """
 
 import asyncio
-import json
+import base64
 import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
-from aiohttp.abc import ResolveResult
+from aiohttp.abc import AbstractStreamWriter, ResolveResult
 from yarl import URL
 
-from .endpoints import is_public, refuse_private
-from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable, read_failure
+from .api import parse, read_failure
+from .endpoints import is_fals, is_loopback, is_public, refuse_private
+from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable
 
 CONNECT_SECONDS = 10
-CHUNK = 64 * 1024  # bytes
+CHUNK = 64 * 1024  # bytes that are read at a time
+PIECE, SEND_BUFFER = 16 * 1024, 32 * 1024  # bytes that are sent at a time, and that the system may hold back
+LOOK_SECONDS = 0.2  # between two looks at whether somebody wants to leave
 USER_AGENT = "pulid-sdxl (ComfyUI)"
 REPEATS = 6  # of a call that may be repeated
 LONGEST_PAUSE = 10.0  # seconds between two of them
-PASSING = (429, 502, 503, 504)  # statuses that may be over in a moment
 
+KINDS = {  # of the library's errors, in words; their own texts can hold addresses and headers
+    aiohttp.ClientHttpProxyError: "the proxy refused it, HTTP {}",
+    aiohttp.ClientProxyConnectionError: "the proxy of HTTPS_PROXY cannot be reached",
+    aiohttp.ClientConnectorDNSError: "its name was not found",
+    aiohttp.ClientConnectorCertificateError: "its certificate is not valid",
+    aiohttp.ClientSSLError: "no secure connection",
+    asyncio.TimeoutError: "no answer in time",
+    aiohttp.ClientConnectorError: "refused",
+}
 Headers = Mapping[str, str] | None
 Sleep = Callable[[float], Awaitable[None]]
 
@@ -42,106 +54,187 @@ class Reply:
     @property
     def json(self) -> Any:
         """What the body holds as JSON; None where it holds none."""
-        try:
-            return json.loads(self.body)
-        except ValueError:
-            return None
+        return parse(self.body)
 
     @property
     def failure(self) -> Failure:
         """What an answer that is none says about why."""
         return read_failure(self.status, self.headers, self.body)
 
+    @property
+    def may_pass(self) -> bool:
+        """True for a status that may be over in a moment."""
+        return self.status in (408, 429, 499) or self.status >= 500
+
 
 @dataclass(frozen=True)
 class Terms:
-    """How long to wait for one exchange in seconds, and how large its answer may be in bytes."""
+    """How long to wait for one exchange, and how large its answer may be."""
 
-    seconds: float = 60
-    limit: int = 64 * 2**20
-    idle: float | None = None  # longest pause between two bytes
+    seconds: float = 60  # without a byte of the request moving, and then until the whole answer is there
+    limit: int = 64 * 2**20  # bytes of the answer
+    idle: float | None = None  # seconds between two of them
+    leave: Callable[[], None] | None = None  # asked until all is sent; what it raises breaks the exchange off
 
 
 DEFAULT_TERMS = Terms()
 
 
-class Transport(Protocol):
-    """What the client needs of an HTTP library."""
-
-    async def send(
-        self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
-    ) -> Reply:
-        """Raises Unreachable when nothing was sent, AnswerLost when something may have been, BadAnswer."""
-        ...
-
-
 class PublicResolver(aiohttp.ThreadedResolver):
-    """Looks names up, and refuses every one that leads to an address which is not on the public internet."""
+    """Looks names up, and refuses every one that leads to an address which is not on the public internet.
+
+    fal's own names are known by TLS instead: VPNs, NAT64 and providers give them addresses that are not public.
+    """
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
         found = await super().resolve(host, port, family)
-        if not all(is_public(entry["host"]) for entry in found):
-            refuse_private(host)
-        return found
+        if is_fals(host) or all(is_public(entry["host"]) for entry in found):
+            return found
+        refuse_private(host)
+
+
+class _Sending(aiohttp.payload.Payload):
+    """A body on its way, piece by piece, so that somebody can tell whether it moves and whether all of it has left."""
+
+    def __init__(self, body: bytes):
+        super().__init__(body, content_type="application/octet-stream")
+        self._body, self._size = body, len(body)
+        self._transport: Any = None
+        self._clock = asyncio.get_running_loop().time
+        self.moved = self._clock()  # when it last did
+        self.connected = False
+        self.whole = not body  # the last piece is handed to the system, or there is none
+
+    def connect(self) -> None:
+        self.connected, self.moved = True, self._clock()
+
+    @property
+    def all_sent(self) -> bool:
+        """False as long as it is certain that something is still here."""
+        return self.connected and self.whole
+
+    def end(self) -> None:
+        """Nothing of what is still here leaves any more: a transport that is only closed sends the rest first."""
+        if self._transport is not None and not self.whole:
+            self._transport.abort()
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self._body.decode(encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        self._transport = getattr(writer, "transport", None)
+        if self._transport is not None:  # else it is gone, which the first piece says
+            self._transport.set_write_buffer_limits(high=0)
+            with suppress(OSError, AttributeError):
+                self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        for start in range(0, len(self._body), PIECE):
+            self.whole = start + PIECE >= len(self._body)
+            await writer.write(self._body[start : start + PIECE])
+            await writer.drain()
+            self.moved = self._clock()
 
 
 class AiohttpTransport:
-    """An asynchronous context manager of one event loop; with `public`, nothing goes to private addresses."""
+    """An asynchronous context manager of one event loop; with `public`, no name that leads to a private address."""
 
     def __init__(self, public: bool = False):
         self._public = public
 
     async def __aenter__(self) -> "AiohttpTransport":
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_start.append(_once)
-        trace.on_connection_create_end.append(_connected)
-        resolver = PublicResolver() if self._public else None
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-            auto_decompress=False,
-            trace_configs=[trace],
-        )
+        self._direct = _session(PublicResolver() if self._public else None)
+        self._proxied = _session(None)  # the proxy may well be a private address
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._direct.close()
+        await self._proxied.close()
 
     async def send(
         self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
     ) -> Reply:
-        connection = SimpleNamespace(connected=False)
-        timeout = aiohttp.ClientTimeout(terms.seconds, sock_connect=CONNECT_SECONDS, sock_read=terms.idle)
+        """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
+        sending, now = _Sending(body or b""), asyncio.get_running_loop().time
+        exchange = asyncio.ensure_future(self._exchange(method, url, headers, sending, terms))
         failure: HostedError
         try:
-            async with self._session.request(
-                method,
-                url,
-                headers=headers,
-                data=body,
-                timeout=timeout,
-                allow_redirects=False,
-                trace_request_ctx=connection,
-            ) as response:
-                names = {name.lower(): value for name, value in response.headers.items()}
-                return Reply(response.status, names, await _read(response, url, terms.limit))
+            while not exchange.done():
+                left = sending.moved + terms.seconds - now()
+                if left <= 0:
+                    raise asyncio.TimeoutError
+                if terms.leave and not sending.all_sent:
+                    terms.leave()
+                    left = min(left, LOOK_SECONDS)
+                await asyncio.wait({exchange}, timeout=left)
+            return exchange.result()
         except HostedError as error:
             failure = error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            failure = _failure(connection.connected, url, terms, error)
+            failure = _failure(sending, url, terms, error)
+        finally:
+            exchange.cancel()
+            await asyncio.gather(exchange, return_exceptions=True)
+            sending.end()
         raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
 
+    async def _exchange(self, method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
+        proxy, proxy_headers = proxy_for(url)
+        if proxy and self._public and not is_fals(url.raw_host or ""):
+            # It looks names up itself; what this machine knows to be private is refused all the same.
+            with suppress(socket.gaierror, UnicodeError):
+                await PublicResolver().resolve(url.raw_host or "", url.port or 443)
+        async with (self._proxied if proxy else self._direct).request(
+            method,
+            url,
+            headers=headers,
+            data=sending if sending.size else None,
+            timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=terms.idle),
+            allow_redirects=False,
+            proxy=proxy,
+            proxy_headers=proxy_headers,
+            trace_request_ctx=sending,
+        ) as response:
+            names = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status, names, await _read(response, url, terms.limit))
 
-async def _once(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:
+
+def _session(resolver: aiohttp.ThreadedResolver | None) -> aiohttp.ClientSession:
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_create_start.append(_once)
+    trace.on_connection_create_end.append(_connected)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+        auto_decompress=False,
+        trace_configs=[trace],
+    )  # without trust_env, which would send what a .netrc holds in the place of the key
+
+
+async def _once(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
     if context.trace_request_ctx.connected:  # the library repeats all calls but POST, on a second connection
         raise AnswerLost("The connection broke off before an answer came.")
 
 
-async def _connected(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:
-    context.trace_request_ctx.connected = True
+async def _connected(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+    context.trace_request_ctx.connect()
+
+
+def proxy_for(url: URL) -> tuple[URL | None, Mapping[str, str] | None]:
+    """The proxy that the environment names for an address, and what it must be sent. Raises Unreachable."""
+    found, proxy = getproxies(), None
+    text = found.get(url.scheme) or found.get("all") or ""
+    if not text or is_loopback(url) or proxy_bypass(f"{url.raw_host}:{url.port}"):
+        return None, None
+    with suppress(ValueError):
+        proxy = URL(text if "://" in text else f"http://{text}")
+    if proxy is None or proxy.scheme not in ("http", "https") or not proxy.host:
+        raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
+    if proxy.user is None:
+        return proxy, None
+    secret = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
+    return proxy.with_user(None), {"Proxy-Authorization": f"Basic {secret}"}
 
 
 async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes:
@@ -158,27 +251,18 @@ async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes
     return bytes(read)
 
 
-def _failure(connected: bool, url: URL, terms: Terms, error: Exception) -> HostedError:
-    if not connected:
-        return Unreachable(
-            f"No connection to {url.host} came about ({_kind(error)}), so nothing was sent. "
-            "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
-        )
+def _failure(sending: _Sending, url: URL, terms: Terms, error: Exception) -> HostedError:
+    words = next((words for kind, words in KINDS.items() if isinstance(error, kind)), type(error).__name__)
+    why = words.format(getattr(error, "status", ""))
+    next_step = "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
+    if not sending.connected:
+        return Unreachable(f"No connection to {url.host} came about ({why}), so nothing was sent. {next_step}")
+    if not sending.all_sent:
+        ended = f"The connection to {url.host} ended before all was sent ({why})"
+        return Unreachable(f"{ended}, so nothing was accepted. {next_step}")
     if isinstance(error, asyncio.TimeoutError):
         return AnswerLost(f"{url.host} did not answer within {terms.seconds:g} s.")
-    return AnswerLost(f"The connection to {url.host} broke off before its answer was whole ({_kind(error)}).")
-
-
-def _kind(error: Exception) -> str:
-    """The library's class of error in words; its own text can hold addresses and headers."""
-    kinds = {
-        aiohttp.ClientConnectorDNSError: "its name was not found",
-        aiohttp.ClientConnectorCertificateError: "its certificate is not valid",
-        aiohttp.ClientSSLError: "no secure connection",
-        asyncio.TimeoutError: "no answer in time",
-        aiohttp.ClientConnectorError: "refused",
-    }
-    return next((words for kind, words in kinds.items() if isinstance(error, kind)), type(error).__name__)
+    return AnswerLost(f"The connection to {url.host} broke off before its answer was whole ({why}).")
 
 
 async def repeated(
@@ -188,7 +272,7 @@ async def repeated(
     for attempt in range(REPEATS):
         try:
             reply = await send()
-            if not (may_pass(reply) if may_pass else reply.status in PASSING):
+            if not (may_pass(reply) if may_pass else reply.may_pass):
                 return reply
             pause = retry_after(reply, attempt)
         except (Unreachable, AnswerLost):
@@ -199,10 +283,11 @@ async def repeated(
 
 def retry_after(reply: Reply, attempt: int) -> float:
     """Seconds that the service asks to wait, or our own where it does not say."""
-    try:
-        return max(0.0, float(reply.headers.get("retry-after", "")))
-    except ValueError:
-        return backoff(attempt)
+    with suppress(ValueError):
+        asked = float(reply.headers.get("retry-after", ""))
+        if 0 <= asked < float("inf"):
+            return asked
+    return backoff(attempt)
 
 
 def backoff(attempt: int) -> float:

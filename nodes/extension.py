@@ -15,6 +15,7 @@ from .similarity import PulidFaceSimilarity
 class PulidExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         host.register_folders()
+        host.learn_users()
         return [
             PulidLoader,
             PulidEncode,

@@ -2,14 +2,20 @@
 
 import os
 import sys
+import uuid
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import folder_paths
 import torch
+from aiohttp import web
+from comfy.cli_args import args
 from comfy.ldm.modules.attention import CrossAttention
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
@@ -18,7 +24,7 @@ from torch import nn
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
 from ..models.locate import ModelFolders, other_programs
 from ..pulid.encoders import TOKEN_WIDTH
-from ..pulid.errors import MismatchError
+from ..pulid.errors import InputError, MismatchError
 from ..pulid.networks import Bring, Managed, Network
 from ..pulid.sites import SITES, Site
 
@@ -99,9 +105,62 @@ def registered_nodes() -> Mapping[str, type]:
 
 
 def private_folder() -> Path:
-    """A folder for what must not be served: `__` in front is in no user's name, so no route of the host leads there."""
+    """A folder for what must not be served: `__` in front is in no user's name, so no route of the host leads there.
+
+    With --multi-user each user has one of their own. Raises InputError where nobody knows whose prompt runs.
+    """
     find = getattr(folder_paths, "get_system_user_directory", None)  # from 0.4
-    return Path(find("pulid") if find else Path(folder_paths.get_user_directory(), "__pulid"))
+    folder = Path(find("pulid") if find else Path(folder_paths.get_user_directory(), "__pulid"))
+    if not args.multi_user:
+        return folder
+    context = get_executing_context()
+    user = _users.get(context.prompt_id) if context else None
+    if user is None:
+        raise InputError(
+            "ComfyUI runs with --multi-user, and this prompt came without a user, so it is not known whose key and "
+            "requests it may use. Queue it from the editor, or send the header comfy-user with a known user's id."
+        )
+    return folder / "users" / Path(user).name
+
+
+_users: dict[str, str] = {}  # id of a prompt -> who queued it, in this process
+MOST_PROMPTS = 10_000  # that are remembered
+
+
+def learn_users() -> None:
+    """With --multi-user, remember who queues a prompt: the host knows it of the HTTP call alone, not of the run."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if not args.multi_user or server is None:
+        return
+    caller: ContextVar[str | None] = ContextVar("caller", default=None)
+
+    @web.middleware
+    async def note_caller(request: web.Request, handler: Any) -> web.StreamResponse:
+        caller.set(None)  # a connection may bring many calls
+        with suppress(KeyError):
+            caller.set(server.user_manager.get_request_user_id(request))
+        return await handler(request)
+
+    def note_prompt(data: dict[str, Any]) -> dict[str, Any]:
+        if user := caller.get():
+            data["prompt_id"] = data.get("prompt_id") or str(uuid.uuid4())
+            _users[str(data["prompt_id"])] = user
+            for oldest in list(_users)[:-MOST_PROMPTS]:
+                del _users[oldest]
+        return data
+
+    server.app.middlewares.append(note_caller)
+    server.add_on_prompt_handler(note_prompt)
+
+
+def input_folder() -> Path:
+    """Where the host keeps what users have uploaded to it."""
+    return Path(folder_paths.get_input_directory())
+
+
+def input_files() -> list[str]:
+    folder = input_folder()
+    return sorted(file.name for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
 
 
 def managed(module: Network, source: Hashable = None) -> Managed[Network]:

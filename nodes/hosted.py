@@ -3,20 +3,24 @@
 Every input, output and call of https://fal.ai/models/fal-ai/pulid/api; the key never comes near a node.
 """
 
+import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, Sequence
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ..hosted import api, job, references
+from ..hosted import api, job, records, references
+from ..hosted.journal import Ticket
 from ..hosted.pictures import Outcome, as_batches
-from ..hosted.queue import SubmitOptions, Ticket
+from ..hosted.queue import SubmitOptions
 from ..hosted.service import JobProgress, Service, Watch, open_service, read_guard
 from ..pulid.errors import InputError
 from . import host
@@ -26,9 +30,13 @@ from .texts import described
 CATEGORY = "PuLID"
 CUSTOM = "custom"
 # From a node to the API, under the same name.
-PASSED_ON = ("prompt", "negative_prompt", "num_images", "guidance_scale", "num_inference_steps", "seed")
-LIFETIMES = {"1h": 3600, "1d": 24 * 3600, "7d": 7 * 24 * 3600, "30d": 30 * 24 * 3600}
+PASSED_ON = ("prompt", "negative_prompt", "num_images", "guidance_scale", "num_inference_steps", "id_scale", "mode")
 DAY = 24 * 3600  # seconds
+LIFETIMES = {"1h": 3600, "1d": DAY, "7d": 7 * DAY, "30d": 30 * DAY}
+ACCOUNTS = "as the account has it"
+ACCESS = {ACCOUNTS: "", "anyone with the link": "allow", "my account only": "forbid"}
+NO_FILE = "none"
+NO_RUN = uuid.uuid4().hex  # stands for a run where there is none, as in scripts
 
 T = TypeVar("T")
 
@@ -46,7 +54,7 @@ def _request_inputs() -> list[io.Input]:
         io.Int.Input("num_images", default=1, min=1, max=8),
         io.Float.Input("guidance_scale", default=1.2, min=1, max=1.5, step=0.05),
         io.Int.Input("num_inference_steps", default=4, min=1, max=12),
-        io.Int.Input("seed", default=0, min=0, max=api.LARGEST_SEED, control_after_generate=True),
+        io.Int.Input("seed", default=0, min=-1, max=api.LARGEST_SEED, control_after_generate=True),
         _choice("image_size", [CUSTOM, *api.PRESETS], optional=False),
         io.Int.Input("width", default=768, min=1, max=api.LARGEST_SIDE),
         io.Int.Input("height", default=1024, min=1, max=api.LARGEST_SIDE),
@@ -75,48 +83,111 @@ def _limit_inputs(*names: str) -> list[io.Input]:
 
 
 def _money_inputs() -> list[io.Input]:
-    return [io.Boolean.Input(name, optional=True, default=False) for name in ("confirm_paid", "force_resubmit")]
-
-
-def _result_outputs() -> list[io.Output]:
     return [
-        io.Image.Output("pictures", display_name="images", is_output_list=True),
-        io.String.Output("used_seed", display_name="seed"),
-        io.String.Output("id_of_request", display_name="request_id"),
-        io.String.Output("facts", display_name="info"),
+        io.Boolean.Input("confirm_paid", optional=True, default=False),
+        io.String.Input("force_resubmit", optional=True, default=""),  # was a switch once
     ]
 
 
-def _with_defaults(node: type[io.ComfyNode], values: dict[str, Any]) -> dict[str, Any]:
+def _storage_inputs() -> list[io.Input]:
+    return [
+        _choice("keep_pictures", [ACCOUNTS, *LIFETIMES]),
+        io.Boolean.Input("service_copy", optional=True, default=True),
+    ]
+
+
+def _result_outputs(many: bool) -> list[io.Output]:
+    """`many` where a node may make several requests, and so gives a list of each."""
+    return [
+        io.Image.Output("pictures", display_name="images", is_output_list=True),
+        io.String.Output("used_seed", display_name="seed", is_output_list=many),
+        io.String.Output("id_of_request", display_name="request_id", is_output_list=many),
+        io.String.Output("facts", display_name="info", is_output_list=many),
+    ]
+
+
+def _with_defaults(node: type[io.ComfyNode], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that a run gave, and the schema's default for each input that it left out."""
-    return {input.id: getattr(input, "default", None) for input in node.SCHEMA.inputs} | values
+    return {input.id: getattr(input, "default", None) for input in node.SCHEMA.inputs} | {**values}
 
 
-def _as_job(values: dict[str, Any], options: SubmitOptions) -> job.Job:
+def _requests(node: type[io.ComfyNode], lists: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """The values of each request: lists go side by side, a shorter one with its last value again, as ComfyUI does it;
+    all photographs go into each, whatever their sizes."""
+    lists = {name: values for name, values in lists.items() if values}
+    photographs = lists.pop("reference_images", None)
+    count = max(map(len, lists.values()), default=1)
+    chosen = ({name: values[min(index, len(values) - 1)] for name, values in lists.items()} for index in range(count))
+    return [_with_defaults(node, {**values, "reference_images": photographs}) for values in chosen]
+
+
+async def _all(requests: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all of them give; one that fails is told only when the others, which are paid for, have come to an end."""
+    results = await asyncio.gather(*requests, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]
+
+
+def _is_new_each_time(seed: Any) -> float | bool:
+    """For a fingerprint: with a seed of the service's choice, no run equals the one before."""
+    return float("nan") if -1 in (seed if isinstance(seed, list) else [seed]) else False
+
+
+def _given_up(text: Any) -> str:
+    """The id in force_resubmit. Raises InputError for the switch that it was in graphs of older versions."""
+    text = str(text).strip()
+    if text.lower() == "true":
+        raise InputError(
+            "force_resubmit was a switch and is a text now, so that a saved graph cannot pay twice. Nothing was sent. "
+            "Leave it empty; to give up a request for a new one, put that request's id into it: it is shown on the "
+            "node, in the error message, and by PuLID Hosted Requests."
+        )
+    return "" if text.lower() in ("false", "none") else text
+
+
+def _options(values: Mapping[str, Any]) -> SubmitOptions:
+    return SubmitOptions(
+        webhook_url=values.get("webhook_url", "").strip(),
+        priority=values.get("priority", "normal"),
+        runner_hint=values.get("runner_hint", "").strip(),
+        no_retry=values.get("no_retry", False),
+        start_seconds=values["queue_limit"],
+        lifetime=LIFETIMES.get(values["keep_pictures"], 0),
+        access=ACCESS[values.get("picture_access", ACCOUNTS)],
+        store=values["service_copy"],
+    )
+
+
+def _as_job(values: Mapping[str, Any]) -> job.Job:
     """A node's values, by name, as a job. Encodes the photographs, so it is called in the background."""
-    images = () if values["reference_images"] is None else values["reference_images"]
-    photos = [references.encode(image, as_is=values["reference_size"] == "as is") for image in images]
-    photos += references.read_lines(values["reference_urls"])
+    as_is = values["reference_size"] == "as is"
+    batches = values["reference_images"] or ()
+    photos = [references.encode(image, as_is) for batch in batches for image in batch]
+    photos += references.read_lines(values["reference_urls"], as_is)
     preset = values["image_size"]
     request = api.HostedRequest(
         reference_images=tuple(photo.digest for photo in photos),
         image_size=(values["width"], values["height"]) if preset == CUSTOM else preset,
-        **{name: values[name] for name in (*PASSED_ON, "id_scale", "mode", "id_mix")},
+        seed=None if values["seed"] == -1 else values["seed"],
+        id_mix=bool(values["id_mix"]),
+        **{name: values[name] for name in PASSED_ON},
     )
     context = get_executing_context()
     return job.Job(
         request=request,
         references=tuple(photos),
-        options=options,
-        guard=read_guard(os.environ, lifted=values["confirm_paid"]),
-        run=context.prompt_id if context else "",
+        options=_options(values),
+        guard=read_guard(os.environ, lifted=bool(values["confirm_paid"])),
+        run=context.prompt_id if context else NO_RUN,
         transport=values["transport"],
         limits=_limits(values),
-        force=values["force_resubmit"],
+        give_up=_given_up(values["force_resubmit"]),
     )
 
 
-def _limits(values: dict[str, Any]) -> job.Limits:
+def _limits(values: Mapping[str, Any]) -> job.Limits:
     return job.Limits(
         **{name: values[f"{name}_limit"] for name in ("queue", "run", "total") if f"{name}_limit" in values}
     )
@@ -132,12 +203,14 @@ async def _with_service(work: Callable[[Service], Awaitable[T]], node: type[io.C
     return await run_in_background(run, node.hidden.unique_id)
 
 
-def _as_output(outcome: Outcome) -> io.NodeOutput:
-    info = json.dumps(outcome.info, indent=2)
-    notes = [f"request {outcome.request_id}, seed {outcome.seed}", *outcome.info["notes"]]
+def _as_batches(outcome: Outcome) -> list[Tensor]:
+    """(B, H, W, 3) each; several where sizes differ."""
     arrays = [np.stack([np.asarray(image) for image in batch]) for batch in as_batches(outcome.images)]
-    batches = [torch.from_numpy(array).float() / 255 for array in arrays]  # (B, H, W, 3)
-    return io.NodeOutput(batches, outcome.seed, outcome.request_id, info, ui={"text": notes})
+    return [torch.from_numpy(array).float() / 255 for array in arrays]
+
+
+def _notes(outcome: Outcome) -> list[str]:
+    return [f"request {outcome.request_id}, seed {outcome.seed}", *outcome.info["notes"]]
 
 
 @described
@@ -153,19 +226,30 @@ class PulidHosted(io.ComfyNode):
                 *_reference_inputs(),
                 *_limit_inputs("queue_limit", "run_limit", "total_limit"),
                 *_money_inputs(),
+                *_storage_inputs(),
             ],
-            outputs=_result_outputs(),
+            outputs=_result_outputs(many=True),
             hidden=[io.Hidden.unique_id],
+            is_input_list=True,
         )
 
     @classmethod
+    def fingerprint_inputs(cls, seed: Any = None, **_: Any) -> float | bool:
+        return _is_new_each_time(seed)
+
+    @classmethod
     async def execute(cls, **values: Any) -> io.NodeOutput:
-        values = _with_defaults(cls, values)
+        async def make(values: dict[str, Any]) -> Outcome:
+            return await _with_service(lambda service: job.generate(_as_job(values), service), cls)
 
-        async def work(service: Service) -> Outcome:
-            return await job.generate(_as_job(values, SubmitOptions(start_seconds=values["queue_limit"])), service)
-
-        return _as_output(await _with_service(work, cls))
+        outcomes = await _all([make(each) for each in _requests(cls, values)])
+        return io.NodeOutput(
+            [batch for outcome in outcomes for batch in _as_batches(outcome)],
+            [outcome.seed for outcome in outcomes],
+            [outcome.request_id for outcome in outcomes],
+            [json.dumps(outcome.info, indent=2) for outcome in outcomes],
+            ui={"text": [note for outcome in outcomes for note in _notes(outcome)]},
+        )
 
 
 @described
@@ -185,28 +269,27 @@ class PulidHostedSubmit(io.ComfyNode):
                 io.Boolean.Input("no_retry", optional=True, default=False),
                 *_limit_inputs("queue_limit"),
                 *_money_inputs(),
+                *_storage_inputs(),
+                _choice("picture_access", list(ACCESS)),
             ],
-            outputs=[io.String.Output("id_of_request", display_name="request_id")],
+            outputs=[io.String.Output("id_of_request", display_name="request_id", is_output_list=True)],
             hidden=[io.Hidden.unique_id],
+            is_input_list=True,
             is_output_node=True,
         )
 
     @classmethod
+    def fingerprint_inputs(cls, seed: Any = None, **_: Any) -> float | bool:
+        return _is_new_each_time(seed)
+
+    @classmethod
     async def execute(cls, **values: Any) -> io.NodeOutput:
-        values = _with_defaults(cls, values)
-        options = SubmitOptions(
-            webhook_url=values["webhook_url"].strip(),
-            priority=values["priority"],
-            runner_hint=values["runner_hint"].strip(),
-            no_retry=values["no_retry"],
-            start_seconds=values["queue_limit"],
-        )
+        async def send(values: dict[str, Any]) -> tuple[Ticket, list[str]]:
+            return await _with_service(lambda service: job.order(_as_job(values), service), cls)
 
-        async def work(service: Service) -> Ticket:
-            return await job.order(_as_job(values, options), service)
-
-        ticket = await _with_service(work, cls)
-        return io.NodeOutput(ticket.request_id, ui={"text": [f"request {ticket.request_id}"]})
+        sent = await _all([send(each) for each in _requests(cls, values)])
+        text = [line for ticket, notes in sent for line in (f"request {ticket.request_id}", *notes)]
+        return io.NodeOutput([ticket.request_id for ticket, _ in sent], ui={"text": text})
 
 
 @described
@@ -244,14 +327,17 @@ class PulidHostedResult(io.ComfyNode):
             display_name="PuLID Hosted Result",
             category=CATEGORY,
             inputs=[REQUEST_ID, *_limit_inputs("queue_limit", "run_limit", "total_limit")],
-            outputs=_result_outputs(),
+            outputs=_result_outputs(many=False),
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     async def execute(cls, request_id: str, **values: Any) -> io.NodeOutput:
         limits = _limits(_with_defaults(cls, values))
-        return _as_output(await _with_service(lambda service: job.fetch(request_id, limits, service), cls))
+        outcome = await _with_service(lambda service: job.fetch(request_id, limits, service), cls)
+        info = json.dumps(outcome.info, indent=2)
+        ui = {"text": _notes(outcome)}
+        return io.NodeOutput(_as_batches(outcome), outcome.seed, outcome.request_id, info, ui=ui)
 
 
 @described
@@ -286,7 +372,12 @@ class PulidHostedUpload(io.ComfyNode):
             node_id="PuLID_HostedUpload",
             display_name="PuLID Hosted Upload",
             category=CATEGORY,
-            inputs=[io.Image.Input("image"), _choice("expires_in", list(LIFETIMES)), SIZE],
+            inputs=[
+                io.Image.Input("image", optional=True),
+                _choice("expires_in", list(LIFETIMES)),
+                SIZE,
+                _choice("file", [NO_FILE, *host.input_files()]),
+            ],
             outputs=[io.String.Output("addresses", display_name="urls")],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -295,18 +386,73 @@ class PulidHostedUpload(io.ComfyNode):
 
     @classmethod
     async def execute(
-        cls, image: list[Tensor], expires_in: Sequence[str] = ("1h",), reference_size: Sequence[str] = ("1024",)
+        cls,
+        image: Sequence[Tensor] = (),
+        expires_in: Sequence[str] = ("1h",),
+        reference_size: Sequence[str] = ("1024",),
+        file: Sequence[str] = (NO_FILE,),
     ) -> io.NodeOutput:
         as_is, seconds = reference_size[0] == "as is", LIFETIMES[expires_in[0]]
-        if not any(len(batch) for batch in image):
-            raise InputError("The image batch is empty: connect at least one photograph.")
+        names = [name for name in file if name != NO_FILE]
+        if not names and not any(len(batch) for batch in image):
+            raise InputError("There is nothing to upload: connect at least one photograph, or choose a file.")
 
         async def work(service: Service) -> list[str]:
             photos = [references.encode(picture, as_is) for batch in image for picture in batch]
+            photos += [references.read_file(host.input_folder(), name) for name in names]
             return await job.upload(photos, seconds, service)
 
         urls = await _with_service(work, cls)
         return io.NodeOutput("\n".join(urls), ui={"text": list(urls)})
 
 
-NODES = [PulidHosted, PulidHostedSubmit, PulidHostedStatus, PulidHostedResult, PulidHostedCancel, PulidHostedUpload]
+@described
+class PulidHostedRequests(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PuLID_HostedRequests",
+            display_name="PuLID Hosted Requests",
+            category=CATEGORY,
+            inputs=[
+                _choice("show", list(records.CHOICES), optional=False),
+                io.String.Input("request_id", default=""),
+                _choice("action", ["list", "fetch", "cancel", "forget"], optional=False),
+            ],
+            outputs=[
+                io.String.Output("report"),
+                io.Image.Output("pictures", display_name="images", is_output_list=True),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        return float("nan")
+
+    @classmethod
+    async def execute(cls, show: str, request_id: str, action: str) -> io.NodeOutput:
+        folder, request_id, pictures, said = host.private_folder(), request_id.strip(), None, ""
+        if action != "list" and not request_id:
+            raise InputError(f"To {action} a request, put its id into request_id. The list shows all ids.")
+        if action == "fetch":
+            outcome = await _with_service(lambda service: job.fetch(request_id, job.Limits(), service), cls)
+            pictures, said = _as_batches(outcome), "\n".join(_notes(outcome))
+        elif action == "cancel":
+            said = (await _with_service(lambda service: job.cancel(request_id, service), cls)).value
+        elif action == "forget":
+            said = f"{await asyncio.to_thread(records.forget, folder, [request_id])} forgotten."
+        report = "\n".join(filter(None, (said, records.listing(await asyncio.to_thread(records.rows, folder), show))))
+        return io.NodeOutput(report, pictures or ExecutionBlocker(None), ui={"text": report.splitlines()})
+
+
+NODES = [
+    PulidHosted,
+    PulidHostedSubmit,
+    PulidHostedStatus,
+    PulidHostedResult,
+    PulidHostedCancel,
+    PulidHostedUpload,
+    PulidHostedRequests,
+]

@@ -35,7 +35,6 @@ from pulid_sdxl.tools.comfy_server import ComfyServer, link
 from pulid_sdxl.tools.fakes import fake_faults as faults
 from pulid_sdxl.tools.fakes.fake_fal import EVERY, FakeFal
 from pulid_sdxl.tools.fakes.fake_model import NEGATIVE_PROMPT, PRESETS, pictures, png
-from pulid_sdxl.tools.fakes.webhook_receiver import listening
 from pulid_sdxl.tools.workflow import set_inputs, to_prompt
 
 comfy_host.enter(os.environ["COMFYUI"])
@@ -162,8 +161,8 @@ class Run:
 class Driver:
     """Queues prompts as a browser does, and keeps all that ComfyUI says."""
 
-    def __init__(self, server):
-        self.server, self.heard = server, b""
+    def __init__(self, server, headers=None):
+        self.server, self.headers, self.heard = server, headers, b""
 
     def run(self, graph, when=None, act: Callable | None = None, times=1) -> Run:
         """Queue the prompt and follow it to its end; `act` runs in a thread as soon as `when()` holds."""
@@ -176,7 +175,7 @@ class Driver:
         if act:
             threading.Thread(target=lambda: wait_for(when) and act(), daemon=True).start()
         async with (
-            aiohttp.ClientSession(f"http://127.0.0.1:{self.server.port}") as session,
+            aiohttp.ClientSession(f"http://127.0.0.1:{self.server.port}", headers=self.headers) as session,
             session.ws_connect("/ws?clientId=hosted", max_msg_size=0) as socket,
         ):
             runs = {}
@@ -239,7 +238,25 @@ def prepare(base):
     (base / "input").mkdir()
     for name, (width, height, color) in FACES.items():
         Image.new("RGB", (width, height), color).save(base / "input" / name)
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)
+    Image.fromarray(noise).save(base / "input" / "noise.png")
     return base
+
+
+BOTH = """
+class Both:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_IS_LIST = ("IMAGE",), "run", "tests", (True,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"one": ("IMAGE",), "other": ("IMAGE",)}}
+
+    def run(self, one, other):
+        return ([one, other],)
+
+
+NODE_CLASS_MAPPINGS = {"Both": Both}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +268,12 @@ def service():
 @pytest.fixture(scope="module")
 def driver(comfyui, service, tmp_path_factory):
     base = prepare(tmp_path_factory.mktemp("base"))
-    variables = {**NO_KEY, **service.environment, "PULID_FAL_PICTURES_PER_DAY": "10000"}
+    (base / "custom_nodes" / "both").mkdir()
+    (base / "custom_nodes" / "both" / "__init__.py").write_text(BOTH)
+    plenty = {"PULID_FAL_PICTURES_PER_DAY": "10000", "PULID_FAL_CEILING_PER_DAY": "10000"}
+    (base / "user" / "__pulid").mkdir(parents=True)
+    (base / "user" / "__pulid" / "webhook_hosts.txt").write_text("optional.webhook.url\n")
+    variables = {**NO_KEY, **service.environment, **plenty}
     with ComfyServer(comfyui, base, ("--cpu",), variables) as server:
         yield Driver(server)
 
@@ -486,7 +508,6 @@ class TestMethods:
         assert sent.query == {"fal_webhook": hook}
         assert (sent.headers["x-fal-queue-priority"], sent.headers["x-fal-runner-hint"]) == ("low", "studio")
         assert sent.headers["x-fal-no-retry"] == "1"
-
         asked = Graph()
         status = asked.add("PuLID_HostedStatus", request_id=request_id, logs=True)
         asked.preview(status, 0, 1)
@@ -495,7 +516,6 @@ class TestMethods:
         fal.script = ("IN_PROGRESS",)
         state, facts = driver.run(asked).texts()  # the same graph asks anew
         assert (state, json.loads(facts)["logs"][-1]) == ("IN_PROGRESS", "Denoising")
-
         fal.script = ("COMPLETED",)
         run = driver.run(result_of(request_id))
         assert (run.seed, run.request_id) == ("0", request_id)
@@ -503,14 +523,11 @@ class TestMethods:
         assert fal.bill == 1
 
     def test_a_webhook_brings_the_id_that_collects_the_picture(self, driver, fal):
-        with listening() as (address, calls):
-            hook = f"{address}/done"
-            graph = Graph()
-            graph.submit(**SMALL, seed=4010, webhook_url=hook)
-            assert driver.run(graph).error is None
-            assert wait_for(lambda: calls)
-            told = json.loads(calls[0])
-        assert told["status"] == "OK"
+        graph = Graph()
+        graph.submit(**SMALL, seed=4010, webhook_url="https://optional.webhook.url/done")
+        assert driver.run(graph).error is None
+        assert wait_for(lambda: fal.webhooks)
+        [(_, told)] = fal.webhooks
         assert_same(driver.run(result_of(told["request_id"])).images()[0], expected(fal, 4010)[0])
         assert fal.bill == 1
 
@@ -599,6 +616,154 @@ class TestMoney:
         *unconfirmed, one, other = sorted(job.input["seed"] for job in fal.jobs.values())
         assert len(unconfirmed) <= 1 and (one, other) == (5032, 5033)
 
+    @pytest.mark.parametrize("route", ["status", "result"])
+    def test_a_bare_500_is_no_failure(self, driver, fal, route):
+        fal.plan(route, 1, faults.answer(500, {"detail": "Internal"}))
+        assert driver.run(Graph(seed=5100 + (route == "result"))).error is None
+        assert fal.bill == 1
+
+    def test_a_bare_408_for_good_loses_nothing_and_names_the_id(self, driver, fal):
+        fal.plan("result", EVERY, faults.answer(408, b"", {"Retry-After": "0"}))
+        error = driver.run(Graph(seed=5110)).error
+        assert f"Request {next(iter(fal.jobs))} is not lost" in error and "billed" not in error
+        fal._plans.clear()
+        assert driver.run(Graph(seed=5110)).error is None
+        assert fal.bill == 1
+
+    def test_a_number_through_a_link_is_checked_where_it_is_spent(self, driver, fal):
+        for number in (-50, 104):
+            graph = Graph()
+            values = {"seed": 5120, "num_images": [graph.add("PrimitiveInt", value=number), 0], "confirm_paid": True}
+            graph.hosted(**values)
+            graph.submit(**values)
+            assert "num_images is a whole number from 1 to 8" in driver.run(graph).error
+        assert fal.requests == []
+
+    def test_no_switch_lifts_the_ceiling(self, driver, fal):
+        graph = Graph()
+        for number in range(5):
+            graph.hosted(seed=5130 + number, num_images=8, confirm_paid=True)
+        assert "No switch on a node lifts this" in driver.run(graph).error
+        assert fal.bill == 4  # 32 pictures
+
+    @pytest.mark.parametrize("node", ["hosted", "submit"])
+    @pytest.mark.parametrize("saved", [False, True])
+    def test_a_graph_of_the_days_when_force_resubmit_was_a_switch(self, driver, fal, node, saved):
+        graph = Graph()
+        getattr(graph, node)(seed=5140 + saved, force_resubmit=saved)
+        error = driver.run(graph).error
+        assert (error or "").startswith("force_resubmit was a switch") is saved
+        assert fal.bill <= (not saved)
+
+    def test_a_saved_force_resubmit_pays_once(self, driver, fal):
+        first = driver.run(Graph(seed=5150)).request_id
+        graphs = [Graph(seed=5150, force_resubmit=first, run_limit=limit) for limit in (600, 601)]
+        second, third = (driver.run(graph).request_id for graph in graphs)
+        assert first != second == third
+        assert fal.bill == 2
+
+    def test_a_damaged_kept_result_is_fetched_again(self, driver, fal):
+        first = driver.run(Graph(seed=5160)).request_id
+        kept = driver.server.base / "user" / "__pulid" / "results" / first / "outcome.json"
+        kept.write_text('{"images": "x"}')
+        assert driver.run(Graph(seed=5160, run_limit=601)).request_id == first
+        assert fal.bill == 1
+
+    def test_a_place_is_taken_before_anything_is_uploaded(self, driver, fal):
+        fal.script = ("IN_PROGRESS",)
+        graph = Graph()
+        for number, name in enumerate(("one.png", "two.png", "three.png", "four.png")):
+            graph.hosted(photos=[name], seed=5170 + number, transport="upload", keep_pictures="1h")
+        run = driver.run(graph, when=lambda: fal.bill == 2, act=driver.interrupt)
+        assert run.interrupted and fal.bill == 2
+        assert len(fal.seen("submit")) == 2 >= len(fal.seen("put"))
+        preference = fal.seen("submit")[0].headers["x-fal-object-lifecycle-preference"]
+        assert json.loads(preference) == {"expiration_duration_seconds": 3600}
+
+    def test_what_was_not_wholly_sent_was_not_accepted(self, driver, fal):
+        fal.plan("submit", 1, faults.unread(faults.reset))
+        values = {"photos": ["noise.png"], "seed": 5175, "transport": "data URI", "reference_size": "as is"}
+        assert "nothing was accepted" in driver.run(Graph(**values)).error
+        assert driver.run(Graph(**values)).error is None
+        assert fal.bill == 1
+
+    def test_who_joins_has_no_say_and_the_cancel_needs_no_journal(self, driver, fal):
+        fal.script = ("IN_PROGRESS",)
+        graph = Graph()
+        for limit in (600, 601):
+            graph.hosted(seed=5178, run_limit=limit)
+
+        def act():
+            (driver.server.base / "user" / "__pulid" / "hosted.sqlite").unlink()
+            driver.interrupt()
+
+        run = driver.run(graph, when=lambda: len(fal.seen("status")) > 4, act=act)
+        assert run.interrupted and fal.bill == 1
+        assert wait_for(lambda: fal.seen("cancel")) and not wait_for(lambda: len(fal.seen("cancel")) > 1, seconds=0.5)
+
+    def test_a_webhook_is_shown_before_it_is_used(self, driver, fal):
+        graph = Graph()
+        graph.submit(**SMALL, seed=5180, webhook_url="https://elsewhere.example/take")
+        error = driver.run(graph).error
+        assert "https://elsewhere.example/take" in error and "webhook_hosts.txt" in error
+        assert fal.seen("submit") == []
+
+    def test_an_equal_submit_with_another_webhook_stops(self, driver, fal):
+        errors = []
+        for hook in ("https://optional.webhook.url/a", "https://optional.webhook.url/b"):
+            graph = Graph()
+            graph.submit(**SMALL, seed=5190, webhook_url=hook)
+            errors.append(driver.run(graph).error)
+        assert errors[0] is None and "was sent with another webhook" in errors[1]
+        assert fal.bill == 1
+
+    def test_photographs_of_different_sizes_in_a_list_are_one_request(self, driver, fal):
+        graph = Graph()
+        photos = [graph.photos("one.png"), graph.photos("large.png")]
+        graph.nodes["list"] = {"class_type": "Both", "inputs": {"one": photos[0], "other": photos[1]}}
+        graph.show(graph.add("PuLID_Hosted", **{**DEFAULTS, **SMALL, "seed": 5200, "reference_images": ["list", 0]}))
+        assert driver.run(graph).error is None
+        assert [picture.shape for picture in references(fal)] == [(32, 24, 3), (512, 1024, 3)]
+        assert fal.bill == 1
+
+    def test_a_seed_of_the_services_choice_is_new_each_time(self, driver, fal):
+        seeds = [driver.run(Graph(seed=-1)).seed for _ in range(2)]
+        assert seeds == ["17454220438242315174"] * 2
+        assert ["seed" in job.input for job in fal.jobs.values()] == [False, False]
+
+    def test_the_service_can_be_asked_to_keep_no_copy(self, driver, fal):
+        assert driver.run(Graph(seed=5210, service_copy=False)).error is None
+        assert fal.seen("submit")[0].headers["x-fal-store-io"] == "0"
+
+    def test_requests_are_listed_fetched_cancelled_and_forgotten(self, driver, fal):
+        fal.script = (3,)
+        graph = Graph()
+        graph.preview(graph.submit(**SMALL, seed=5220), 0)
+        [request_id] = driver.run(graph).texts()
+
+        def report(action, show="open"):
+            graph = Graph()
+            node = graph.add("PuLID_HostedRequests", show=show, request_id=request_id, action=action)
+            graph.preview(node, 0)
+            graph.add("SaveImage", images=[node, 1], filename_prefix="listed")
+            run = driver.run(graph)
+            assert run.error is None
+            return run.texts()[0], len(run.images())
+
+        assert f"{request_id}  0 s ago  1 picture  under way" in report("list")[0].replace("1 s ago", "0 s ago")
+        fal.script = ("COMPLETED",)
+        assert report("fetch")[1] == 1
+        assert "already finished" in report("cancel")[0]
+        text, pictures = report("forget", "all")
+        assert text.startswith("1 forgotten.") and request_id not in text and pictures == 0
+
+    def test_any_file_of_the_input_folder_can_be_uploaded(self, driver, fal):
+        (driver.server.base / "input" / "notes.txt").write_text("hello")
+        graph = Graph()
+        graph.preview(graph.add("PuLID_HostedUpload", expires_in="1h", reference_size="1024", file="notes.txt"), 0)
+        assert driver.run(graph).error is None
+        assert fal.seen("put")[-1].body == b"hello"
+
     def test_other_nodes_run_meanwhile(self, driver, fal):
         fal.script = ("IN_PROGRESS",)
         graph = Graph()
@@ -644,8 +809,8 @@ def test_photographs_are_encoded_beside_comfyuis_event_loop(fal, tmp_path, monke
         monkeypatch.setenv(variable, value)
     Node.GET_SCHEMA()
     photographs = Photographs()
-    inputs = {"image": [photographs]} if name == "HostedUpload" else {**DEFAULTS, "reference_images": photographs}
-    asyncio.run(Node.execute(**inputs))
+    inputs = {name: [value] for name, value in DEFAULTS.items()} | {"reference_images": [photographs]}
+    asyncio.run(Node.execute(**({"image": [photographs]} if name == "HostedUpload" else inputs)))
     assert photographs.threads and threading.get_ident() not in photographs.threads
 
 
@@ -745,7 +910,6 @@ def test_no_part_of_the_key_is_in_anything_that_comfyui_writes_or_says(driver, f
         fal._plans.clear()
     graph = Graph(seed=7010)
     assert driver.run(graph).error is None
-
     places = assert_no_key(driver, fal.key)
     names = " ".join(places)
     for written in ("hosted.sqlite", "results/", "output/hosted_", "server.log", "websocket", "/history", "text of"):
@@ -782,11 +946,6 @@ def journal(base, statement):
         return database.execute(statement).fetchall()
 
 
-def age_journal(base):
-    """Let a minute pass, in which nobody gave a sign of life."""
-    journal(base, "UPDATE jobs SET updated = updated - 60")
-
-
 def start(comfyui, base, variables):
     return ComfyServer(comfyui, base, ("--cpu",), {**NO_KEY, **variables})
 
@@ -797,7 +956,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
     key_file = base / "user" / "__pulid" / "fal.toml"
     with FakeFal() as fal:
         addresses = {name: value for name, value in fal.environment.items() if name != "FAL_KEY"}
-
         with start(comfyui, base, addresses) as server:
             driver = Driver(server)
             # Without a key the pack loads, and the node says what is missing before anything leaves.
@@ -805,7 +963,6 @@ def test_the_life_of_a_process(comfyui, tmp_path):
             error = driver.run(Graph(seed=1)).error
             assert "FAL_KEY" in error and "fal.toml" in error
             assert fal.requests == []
-
             # A key file is read as soon as it is there, is not served, and must be its owner's alone.
             key_file.parent.mkdir(exist_ok=True)
             key_file.write_text(f'FAL_KEY = "{fal.key}"\n')
@@ -817,7 +974,12 @@ def test_the_life_of_a_process(comfyui, tmp_path):
                     server.read(path)
             assert driver.run(Graph(seed=1)).error is None
             assert fal.bill == 1
-
+            # Another key does not pay again for what is done.
+            key_file.write_text("FAL_KEY = another-id:another-secret")
+            again = driver.run(Graph(seed=1, run_limit=601))
+            assert again.info["notes"] == ["It was paid for with another key than today's."]
+            assert fal.bill == 1
+            key_file.write_text(f'FAL_KEY = "{fal.key}"\n')
             # Killed between one submit and its answer, and while another request runs.
             fal.script = ("IN_PROGRESS",)
             fal.plan("submit", 2, faults.accept_then_stall)
@@ -829,25 +991,46 @@ def test_the_life_of_a_process(comfyui, tmp_path):
 
             driver.run(both, when=lambda: fal.bill == 3 and asked_about(), act=server.process.kill)
             heard = driver.heard + server.log_file.read_bytes()
-
         [known] = asked_about()
         [lost] = {2, 3} - {known}
         with start(comfyui, base, addresses) as server:
             driver = Driver(server)
-            age_journal(base)
             assert "may have been accepted and billed" in driver.run(Graph(seed=lost)).error
             fal.script = ("COMPLETED",)
             run = driver.run(Graph(seed=known))  # picked up where it was left
             assert (run.error, len(run.images())) == (None, 1)
             assert fal.bill == 3
-
             # Told to end while it waits: the request is in the journal, for the next start.
             fal.script, polls = ("IN_PROGRESS",), len(fal.seen("status"))
             end = partial(server.process.send_signal, signal.SIGINT)
             driver.run(Graph(seed=4), when=lambda: len(fal.seen("status")) > polls, act=end)
             server.process.wait(15)
-            assert journal(base, "SELECT request_id FROM jobs ORDER BY id")[-1] == (list(fal.jobs)[-1],)
+            assert journal(base, "SELECT request_id FROM requests ORDER BY created")[-1] == (list(fal.jobs)[-1],)
             assert fal.bill == 4
             key_file.unlink()
             driver.heard += heard
             assert_no_key(driver, fal.key, paths=())
+
+
+def test_with_several_users_each_has_a_key_and_requests_of_their_own(comfyui, tmp_path):
+    base = prepare(tmp_path / "base")
+    with FakeFal() as fal:
+        fal.script = ("COMPLETED",)
+        addresses = {name: value for name, value in fal.environment.items() if name != "FAL_KEY"}
+        with ComfyServer(comfyui, base, ("--cpu", "--multi-user"), {**NO_KEY, **addresses}) as server:
+            users = []
+            for name in ("ann", "bob"):
+                body = json.dumps({"username": name}).encode()
+                url, headers = f"http://127.0.0.1:{server.port}/users", {"Content-Type": "application/json"}
+                with urllib.request.urlopen(urllib.request.Request(url, body, headers, method="POST")) as answer:
+                    users.append(json.loads(answer.read()))
+            file = base / "user" / "__pulid" / "users" / users[0] / "fal.toml"
+            file.parent.mkdir(parents=True)
+            file.write_text(f'FAL_KEY = "{fal.key}"')
+            file.chmod(0o600)
+            ann, bob, nobody = (Driver(server, headers) for headers in ({"comfy-user": each} for each in (*users, "x")))
+            assert ann.run(Graph(seed=1)).error is None
+            assert "FAL_KEY" in bob.run(Graph(seed=2)).error
+            assert "without a user" in nobody.run(Graph(seed=3)).error
+        assert fal.bill == 1
+        assert sorted(path.name for path in file.parent.iterdir()) == ["fal.toml", "hosted.sqlite", "locks", "results"]

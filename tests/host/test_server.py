@@ -49,7 +49,8 @@ HOSTED_REQUEST = ["prompt", "negative_prompt", "num_images", "guidance_scale", "
 HOSTED_REQUEST += ["image_size", "width", "height", "id_scale", "mode", "id_mix"]
 HOSTED_REFERENCES = ["reference_images", "reference_urls", "transport", "reference_size"]
 HOSTED_ORDER = ["webhook_url", "priority", "runner_hint", "no_retry", "queue_limit"]
-HOSTED_LIMITS, PAID = ["queue_limit", "run_limit", "total_limit"], ["confirm_paid", "force_resubmit"]
+HOSTED_LIMITS = ["queue_limit", "run_limit", "total_limit"]
+PAID = ["confirm_paid", "force_resubmit", "keep_pictures", "service_copy"]
 HOSTED_ANSWER = ["images", "seed", "request_id", "info"]
 ENCODE = ["pulid", "image", "face", "face_index", "photos", "id_mix", "no_face"]
 
@@ -63,11 +64,16 @@ NODES = {
     "PuLID_FaceSimilarity": (["pulid", "reference", "image"], [], ["similarity", "per image", "annotated image"]),
     "PuLID_Apply": (["model", "pulid", "identity", "method", "weight", "start_at", "end_at"], ["attn_mask"], ["model"]),
     "PuLID_Hosted": (HOSTED_REQUEST, [*HOSTED_REFERENCES, *HOSTED_LIMITS, *PAID], HOSTED_ANSWER),
-    "PuLID_HostedSubmit": (HOSTED_REQUEST, [*HOSTED_REFERENCES, *HOSTED_ORDER, *PAID], ["request_id"]),
+    "PuLID_HostedSubmit": (
+        HOSTED_REQUEST,
+        [*HOSTED_REFERENCES, *HOSTED_ORDER, *PAID, "picture_access"],
+        ["request_id"],
+    ),
     "PuLID_HostedStatus": (["request_id", "logs"], [], ["status", "info"]),
     "PuLID_HostedResult": (["request_id"], HOSTED_LIMITS, HOSTED_ANSWER),
     "PuLID_HostedCancel": (["request_id"], [], []),
-    "PuLID_HostedUpload": (["image"], ["expires_in", "reference_size"], ["urls"]),
+    "PuLID_HostedUpload": ([], ["image", "expires_in", "reference_size", "file"], ["urls"]),
+    "PuLID_HostedRequests": (["show", "request_id", "action"], [], ["report", "images"]),
 }
 
 

@@ -1,6 +1,7 @@
 """A small request and a client that was just started, against the fake service."""
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
@@ -37,6 +38,29 @@ def perform(fal, folder, act=None, watch=None, told=None, change=lambda service:
 
 def generate(fal, folder, job=None, **others):
     return perform(fal, folder, lambda service: jobs.generate(job or a_job(), service), **others)
+
+
+def beside(target, *arguments, **others):
+    """Run in a thread; returns a function that gives the result or raises the error."""
+    outcome = {}
+
+    def run():
+        try:
+            outcome["result"] = target(*arguments, **others)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def result():
+        thread.join(30)  # a silent call is given up after 60 s
+        assert not thread.is_alive()
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["result"]
+
+    return result
 
 
 def wait_until(condition, seconds=30):

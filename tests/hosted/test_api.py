@@ -50,9 +50,7 @@ def request(**values):
 
 def test_the_defaults_are_the_pages_example():
     urls = tuple(entry["image_url"] for entry in PAGE["reference_images"])
-
     body = api.HostedRequest(urls, PAGE["prompt"]).body()
-
     assert json.dumps(body) == json.dumps(PAGE)  # the order too
 
 
@@ -79,17 +77,38 @@ def test_a_request_without_references_or_prompt_is_refused_in_words():
     "change",
     [{"seed": 8}, {"prompt": "other"}, {"id_mix": True}, {"reference_images": ("b", "a")}, {"image_size": "square"}],
 )
-def test_the_digest_tells_requests_and_accounts_apart(change):
+def test_the_digest_tells_requests_apart_whoever_pays(change):
     first = request(seed=7, reference_images=("a", "b"))
+    assert first.digest() == request(seed=7, reference_images=("a", "b")).digest()
+    assert first.digest() != request(**{"seed": 7, "reference_images": ("a", "b")} | change).digest()
 
-    assert first.digest("me") == request(seed=7, reference_images=("a", "b")).digest("me")
-    assert first.digest("me") != first.digest("you")
-    assert first.digest("me") != request(**{"seed": 7, "reference_images": ("a", "b")} | change).digest("me")
+
+def test_no_request_without_a_seed_equals_another():
+    assert request().digest() != request().digest()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"num_images": number} for number in (0, -8, 9, 2.0, True, "3", None)),
+        *({"seed": seed} for seed in (-1, 1.5, "7")),
+        {"guidance_scale": float("nan")},
+        {"id_scale": float("inf")},
+        {"prompt": "half \ud800 a character"},
+        {"negative_prompt": b"bytes"},
+        {"image_size": (0, 32)},
+        {"image_size": (32, 14143)},
+        {"num_images": 8, "image_size": (4096, 4096)},  # more than is read of one answer
+    ],
+    ids=str,
+)
+def test_what_comes_through_a_link_and_must_not_be_sent_is_refused(wrong):
+    with pytest.raises(InputError):
+        request(**wrong)
 
 
 def test_the_pages_answer_is_read_whole():
     answer = api.read_answer(api.HostedAnswer, SAMPLE)
-
     [image] = answer.images
     assert {name: getattr(image, name) for name in SAMPLE["images"][0]} == SAMPLE["images"][0]
     assert image.file_data is None
@@ -102,20 +121,51 @@ def test_a_seed_beyond_64_bits_keeps_every_digit():
 
 def test_only_the_address_of_a_picture_is_needed_and_other_keys_are_passed_over():
     data = {"images": [{"url": "u", "width": "wide", "extra": 1}], "timings": {}, "has_nsfw_concepts": [False]}
-
     answer = api.read_answer(api.HostedAnswer, data)
-
     assert answer == api.HostedAnswer(images=(api.HostedImage(url="u"),))
     assert answer.seed == "unknown"
 
 
-@pytest.mark.parametrize("data", [None, [], "x", {}, {"images": None}, {"images": []}, {"images": "x"}])
+def test_a_picture_may_be_in_file_data_instead_of_behind_an_address():
+    [image] = api.read_answer(api.HostedAnswer, {"images": [{"url": "", "file_data": "eA=="}]}).images
+    assert (image.url, image.file_data) == ("", "eA==")
+
+
+DEEP = json.loads("[" * 190 + "]" * 190)
+ODD = {
+    "url": "u", "content_type": DEEP, "file_name": 7, "file_size": float("nan"), "width": 10**4000, "height": -1e999,
+}  # fmt: skip
+
+
+def test_what_is_odd_beside_a_picture_is_passed_over():
+    answer = api.read_answer(api.HostedAnswer, {"images": [ODD], "seed": float("nan"), "x": DEEP})
+    assert (answer.images[0].url, answer.images[0].file_size, answer.seed) == ("u", None, "unknown")
+
+
+@pytest.mark.parametrize("text", [b"[" * 10**6, b"1" * 5000, b'{"a": "\\ud800"}', b"\xff", b"", b"{"])
+def test_json_that_cannot_be_read_is_none(text):
+    assert api.parse(text) is None
+
+
+def test_a_status_is_read_whatever_is_in_it():
+    lines = ["a\x1b[2Jb", {"message": 7}, {"message": "c"}, DEEP, None]
+    status = api.read_answer(
+        api.Status, {"status": "IN_PROGRESS\n", "logs": lines, "metrics": {"t": float("nan"), "n": 1}, "error": DEEP}
+    )
+    assert (status.state, status.logs, status.metrics) == ("IN_PROGRESS", ("a [2Jb", "c"), {"t": None, "n": 1})
+    for logs in (5, "text", {"a": 1}, True):
+        assert api.read_answer(api.Status, {"status": "COMPLETED", "logs": logs}).logs == ()
+
+
+@pytest.mark.parametrize(
+    "data", [None, [], "x", {}, {"images": None}, {"images": []}, {"images": "x"}, {"images": DEEP}]
+)
 def test_an_answer_without_pictures_is_an_error(data):
     with pytest.raises(BadAnswer, match="lacks what must be in it"):
         api.read_answer(api.HostedAnswer, data)
 
 
-@pytest.mark.parametrize("entry", [None, {}, {"url": None}, {"url": ""}])
+@pytest.mark.parametrize("entry", [None, {}, {"url": None}, {"url": ""}, {"url": 7}, {"file_data": 7}])
 def test_a_picture_without_an_address_is_an_error(entry):
     with pytest.raises(BadAnswer, match=r"lacks what must be in it: images\.1"):
         api.read_answer(api.HostedAnswer, {"images": [{"url": "u"}, entry], "seed": 1})

@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 from pulid_sdxl.hosted import endpoints, job, pictures
@@ -14,11 +15,14 @@ from pulid_sdxl.hosted.endpoints import (
     Key,
     QuietFilter,
     check_address,
+    check_webhook,
     find_key,
+    is_fals,
     is_public,
     quieten,
 )
 from pulid_sdxl.hosted.errors import MissingKey, UnsafeAddress
+from pulid_sdxl.pulid.errors import InputError
 from yarl import URL
 
 HERE = Endpoints(queue=URL("http://127.0.0.1:5000"), rest=URL("http://127.0.0.1:5001"))
@@ -26,14 +30,21 @@ VALUE = "0d6ef3f2-aaaa-4bbb:0123456789abcdef"
 
 
 def test_without_settings_requests_go_to_fal():
-    assert Endpoints.from_environment({}) == Endpoints(URL("https://queue.fal.run"), URL("https://rest.fal.ai"), None)
+    names = (URL("https://queue.fal.run"), URL("https://rest.fal.ai"), None, URL("https://api.fal.ai"))
+    assert Endpoints.from_environment({}) == Endpoints(*names)
+
+
+@pytest.mark.parametrize("name", ["QUEUE", "REST", "PROXY"])
+def test_the_price_list_of_fal_is_asked_for_fals_own_service_alone(name):
+    environ = {f"PULID_FAL_{name}_URL": "https://other.example"}
+    assert Endpoints.from_environment(environ).api is None
+    both = Endpoints.from_environment(environ | {"PULID_FAL_API_URL": "https://prices.example"})
+    assert both.api == URL("https://prices.example")
 
 
 def test_every_address_can_be_set():
-    names = ("queue", "rest", "proxy")
-
+    names = ("queue", "rest", "proxy", "api")
     found = Endpoints.from_environment({f"PULID_FAL_{name.upper()}_URL": f"https://{name}.example/" for name in names})
-
     assert {name: str(getattr(found, name)) for name in names} == {name: f"https://{name}.example" for name in names}
 
 
@@ -43,7 +54,6 @@ def test_fals_own_variables_are_honoured_below_ours():
     ours = Endpoints.from_environment(
         {"FAL_QUEUE_RUN_HOST": "q.example", "PULID_FAL_QUEUE_URL": "https://ours.example"}
     )
-
     assert host.queue == URL("https://queue.fal.example")
     assert both.queue == URL("https://q.example")
     assert ours.queue == URL("https://ours.example")
@@ -76,7 +86,6 @@ def test_an_address_that_is_not_safe_is_refused_and_not_repeated(url):
 
 def test_the_key_may_go_to_queue_and_rest_alone():
     found = Endpoints()
-
     for url in ("https://queue.fal.run/a", "https://rest.fal.ai/c", "https://queue.falrun.com/d"):
         assert found.may_see_key(URL(url))
     for url in (
@@ -91,7 +100,6 @@ def test_the_key_may_go_to_queue_and_rest_alone():
 
 def test_no_key_goes_anywhere_through_a_proxy():
     found = Endpoints(proxy=URL("https://proxy.example"))
-
     assert not found.may_see_key(URL("https://queue.fal.run"))
     assert not found.may_see_key(URL("https://proxy.example"))
 
@@ -130,6 +138,35 @@ def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
         "https://v3.fal.media:8443/a.png",
         "https://me@v3.fal.media/a.png",
         "https://10.0.0.1/a.png",
+        *(
+            f"https://{host}/a.png"
+            for host in (
+                "127.1",
+                "0",
+                "2130706433",
+                "0177.0.0.1",
+                "0x7f.0.0.1",
+                "0x7f000001",
+                "[::ffff:127.0.0.1]",
+                "[::]",
+                "1",
+                "10.0.0.1.",
+                "127.0.0.1..",
+                "localhost",
+                "localhost.",
+                "a.LOCALHOST",
+                "8.8.8.8.8",
+                "08.8.8.8",
+                "[fe80::1%25a]",
+                "%31%32%37.0.0.1",
+                "a b.example",
+                "\uff11\uff10.0.0.1",
+                "127\u30020\u30020\u30021",
+                "8.8.8.010",
+                "-",
+                "_._.0x",
+            )
+        ),
         "https://[::1]/a.png",
         "http://127.0.0.2:5001/a.png",
         "http://localhost:5000/a.png",
@@ -159,12 +196,50 @@ def test_nothing_on_this_machine_is_read_for_a_service_that_is_elsewhere(elsewhe
         check_address("http://127.0.0.1:9/a.png", elsewhere)
 
 
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        *((host, True) for host in ("fal.run", "queue.fal.run", "v3.fal.media.", "REST.fal.ai", "v3b.fal.media")),
+        *((host, False) for host in ("notfal.run", "fal.run.example.com", "fal.media.evil", "", "fal-run", "fal.com")),
+    ],
+)
+def test_fals_own_names_are_known(host, expected):
+    assert is_fals(host) is expected
+
+
+# ---- Webhooks ----
+
+HOOK = "https://hooks.example.com/done?token=1"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://hooks.example.com", "https://127.0.0.1/x", "https://127.1/x", "https://localhost/x", "https://nas/x",
+        "https://10.0.0.1/x", "https://me:pw@hooks.example.com/", "ftp://a.b", "https://", "hooks.example.com", "https://[",
+    ],
+)  # fmt: skip
+def test_a_webhook_is_a_public_https_address(tmp_path, address):
+    with pytest.raises(InputError, match=r"public https address.*Nothing was sent"):
+        check_webhook(address, tmp_path)
+
+
+def test_a_webhook_is_shown_until_this_machines_owner_has_allowed_its_host(tmp_path):
+    for _ in range(2):  # seeing it once allows nothing
+        with pytest.raises(InputError, match=r"pictures to https://hooks\.example\.com/done.*webhook_hosts\.txt"):
+            check_webhook(HOOK, tmp_path)
+    (tmp_path / "webhook_hosts.txt").write_text("other.example\n Hooks.Example.com. \n")
+    check_webhook(HOOK, tmp_path)
+    with pytest.raises(InputError, match=r"does not know evil\.example"):
+        check_webhook("https://evil.example/hooks.example.com", tmp_path)
+
+
 # ---- The key ----
 
 
 def key_file(folder, text, mode=0o600):
     path = folder / "fal.toml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(mode)
     return path
 
@@ -176,21 +251,55 @@ def found(environ, file):
 def test_fal_key_comes_first_then_the_pair_then_the_file(tmp_path):
     file = key_file(tmp_path, 'FAL_KEY = "from:file"')
     pair = {"FAL_KEY_ID": "from", "FAL_KEY_SECRET": "pair"}
-
     assert found({"FAL_KEY": "from:variable", **pair}, file) == "Key from:variable"
     assert found(pair, file) == "Key from:pair"
     assert found({}, file) == "Key from:file"
 
 
-@pytest.mark.parametrize("text", ["FAL_KEY=a:b", " FAL_KEY = 'a:b' \n", '# mine\nFAL_KEY = "a:b"  # really\n'])
-def test_the_file_has_a_line_as_in_toml(tmp_path, text):
-    assert found({}, key_file(tmp_path, text)) == "Key a:b"
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("FAL_KEY=a:b", "a:b"),
+        (" FAL_KEY = 'a:b' \n", "a:b"),
+        ('# mine\nFAL_KEY = "a:b"  # really\n', "a:b"),
+        ("\ufeffFAL_KEY=a:b", "a:b"),  # as Windows writes it
+        ('\n\n  \nFAL_KEY = "a:b#c"\n\n', "a:b#c"),
+        ("FAL_KEY='a:#'  # quoted", "a:#"),
+        ("FAL_KEY=a:b#c # bare", "a:b#c"),
+        ("export FAL_KEY=a:b\r\n", "a:b"),
+        ("FAL_KEY_ID=x\nFAL_KEY=a:b", "a:b"),
+    ],
+)
+def test_the_file_has_a_line_as_in_toml(tmp_path, text, key):
+    assert found({}, key_file(tmp_path, text)) == f"Key {key}"
+
+
+@pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c"])
+def test_a_file_without_such_a_line_is_named(tmp_path, text):
+    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+        found({}, key_file(tmp_path, text))
+
+
+def test_an_empty_line_does_not_take_the_next_ones_text(tmp_path):
+    with pytest.raises(MissingKey, match="none was found"):
+        found({}, key_file(tmp_path, "FAL_KEY =\nother:text\n"))
+
+
+def test_a_file_that_is_closed_to_us_is_told_as_that(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    file = key_file(tmp_path, "FAL_KEY=a:b")
+    for name in ("stat", "read_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, closed)
+            with pytest.raises(MissingKey, match=r"may not read .*fal\.toml.*chown, chmod 600"):
+                find_key({}, file)
 
 
 def test_another_file_can_be_named(tmp_path):
     (tmp_path / "own").mkdir()
     own = key_file(tmp_path / "own", "FAL_KEY=own:file")
-
     assert found({"PULID_FAL_KEY_FILE": str(own)}, key_file(tmp_path, "FAL_KEY=a:b")) == "Key own:file"
 
 
@@ -207,7 +316,6 @@ def test_white_space_around_a_key_is_no_part_of_it_and_a_colon_is_not_needed(tmp
 
 def test_no_key_is_said_with_the_variable_and_the_file_but_no_private_path(tmp_path):
     file = tmp_path / "someone" / "user" / "__pulid" / "fal.toml"
-
     with pytest.raises(MissingKey, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
         find_key({"FAL_KEY_ID": "half"}, file)
     assert str(tmp_path) not in str(caught.value)
@@ -230,14 +338,12 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
 def test_a_key_file_that_is_no_text_is_named(tmp_path):
     file = key_file(tmp_path, "")
     file.write_bytes(b"\xff\xfe")
-
     with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
         find_key({}, file)
 
 
 def test_a_key_shows_nowhere_but_in_its_header():
     key = Key(VALUE)
-
     shown = f"{key} {key!r} {[key]} {key.account} {vars(Key).keys()}"
     assert not any(part in shown for part in VALUE.split(":"))
     for write in (pickle.dumps, copy.copy, copy.deepcopy):
@@ -252,7 +358,6 @@ def test_accounts_differ_by_the_id_of_the_key():
 
 def test_text_loses_the_key_and_its_parts():
     key_id, secret = VALUE.split(":")
-
     assert Key(VALUE).hide(f"[{VALUE}] [{key_id}] [{secret}]") == f"[{HIDDEN}] [{HIDDEN}] [{HIDDEN}]"
     assert Key("a:b").hide("a bad word") == "a bad word"  # short parts are no secret, and hiding them hides words
 
@@ -270,7 +375,6 @@ def test_no_logger_writes_the_key(caplog, name):
                 logging.getLogger(name).exception("failed")
     finally:
         forget()
-
     assert "failed" in caplog.text and "ValueError" in caplog.text
     assert not any(part in caplog.text for part in (*VALUE.split(":"), "other-token"))
 
@@ -287,6 +391,4 @@ def test_a_logger_keeps_one_filter_however_many_runs_there_are():
 
 def forget():
     for name in endpoints.LOGGERS:
-        logger = logging.getLogger(name)
-        for known in [known for known in logger.filters if isinstance(known, QuietFilter)]:
-            logger.removeFilter(known)
+        logging.getLogger(name).removeFilter(endpoints.QUIET)

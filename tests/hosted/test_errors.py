@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
-from pulid_sdxl.hosted.errors import Problem, read_failure, reported_failure
+from pulid_sdxl.hosted.api import Status, read_failure
+from pulid_sdxl.hosted.errors import Problem
 
 
 def failure(status, body=b"", **headers):
@@ -18,7 +20,6 @@ def test_a_list_of_problems_names_the_nodes_inputs():
         {"loc": ["body", "image_size", "width"], "msg": "too large", "type": "less_than"},
         {"loc": ["body", "prompt"], "msg": "field required", "type": "value_error.missing"},
     ]})  # fmt: skip
-
     assert [problem.where for problem in found.problems] == ["reference 2", "image_size.width", "prompt"]
     assert found.kinds == {"face_detection_error", "less_than", "value_error.missing"}
     assert found.words("It failed", "abc-1") == (
@@ -34,8 +35,15 @@ def test_a_list_of_problems_names_the_nodes_inputs():
         ({"detail": "Prompt is bad"}, (Problem("", "Prompt is bad"),)),
         ({"detail": "away", "error_type": "runner_disconnected"}, (Problem("", "away", "runner_disconnected"),)),
         ({"error": "other style"}, (Problem("", "other style"),)),
-        ({"detail": [{"msg": "no place"}, "text"]}, (Problem("", "no place"), Problem("", "text"))),
+        ({"detail": [{"msg": "no place"}, "text"]}, (Problem("", "no place", "unnamed"), Problem("", "text"))),
         ({"detail": [{"loc": "odd", "msg": None}]}, (Problem("", ""),)),
+        (
+            {"detail": [{"loc": ["path", "request_id"], "msg": "no id", "type": "uuid"}]},
+            (Problem("path.request_id", "no id"),),
+        ),
+        ({"detail": {"deep": [[["x"]]]}}, (Problem("", ""),)),
+        (b"[" * 10**5, ()),
+        ({"detail": [7, None, []]}, ()),
         ({"detail": None}, ()),
         ([], ()),
         (b"<html>nginx</html>", ()),
@@ -68,11 +76,13 @@ def test_no_kind_is_none_at_all():
         (405, {}, {}, "proxy"),
         (413, {}, {}, "transport to upload"),
         (429, {}, {}, "busy"),
-        (500, {"detail": "Oops"}, {}, "Oops.*not billed"),
+        (500, {"detail": "Oops"}, {}, "Oops.*says nothing about a request"),
+        (500, {"detail": "Oops", "error_type": "runner_server_error"}, {}, "Oops.*not billed"),
+        (408, {}, {}, "says nothing about a request"),
         (504, {"detail": "x"}, {"x_fal_request_timeout_type": "user"}, "nothing ran"),
-        (422, {"detail": "x"}, {"x_fal_billable_units": "0"}, "Nothing was billed"),
+        (422, {"detail": [{"msg": "x"}]}, {"x_fal_billable_units": "0"}, "Nothing was billed"),
         (422, {"detail": "x"}, {}, "may still be charged"),
-        (500, {"detail": "x"}, {"x_fal_retryable": "true"}, "again may help"),
+        (500, {"detail": "x", "error_type": "y"}, {"x_fal_retryable": "true"}, "again may help"),
         (422, {"detail": [{"msg": "m", "type": "content_policy_violation"}]}, {}, "content check"),
         (422, {"detail": [{"msg": "m", "type": "file_download_error"}]}, {}, "some hosts block"),
         (418, {}, {}, "dashboard/requests"),
@@ -86,11 +96,30 @@ def test_the_services_own_words_are_cut_when_they_are_long():
     assert len(failure(500, {"detail": "x" * 10**5}).words("It failed")) < 1000
 
 
+@pytest.mark.parametrize("status", [404, 408, 422, 499, 500, 502, 503, 504])
+@pytest.mark.parametrize("units", ["0", "1"])
+def test_nothing_is_said_about_the_bill_without_evidence(status, units):
+    found = failure(status, {"detail": "x"}, x_fal_billable_units=units, x_fal_retryable="true")
+    assert not found.is_evidence
+    assert not re.search("not billed|[Nn]othing was billed|nothing ran|again may help", found.words("It failed"))
+
+
+def test_a_proxys_refusal_speaks_of_the_proxy():
+    assert "proxy" in replace(failure(401, {"detail": "no"}), proxied=True).words("It failed")
+
+
+def test_the_services_words_are_cleaned_of_control_characters():
+    shown = failure(422, {"detail": "a\x1b[31mb\r\nc\u202ed"}).words("It failed")
+    assert shown.isprintable() and "a [31mb  c d" in shown
+
+
 def test_a_reported_error_is_read_as_a_text_or_as_the_list_in_it():
     detail = [{"loc": ["body", "prompt"], "msg": "too long", "type": "sequence_too_long"}]
 
-    assert (
-        reported_failure("out of memory", "internal_error").words("It failed").startswith("It failed. out of memory. ")
-    )
-    assert reported_failure(json.dumps(detail), None).problems == (Problem("prompt", "too long", "sequence_too_long"),)
-    assert reported_failure(detail, None).kinds == {"sequence_too_long"}
+    def reported(error, kind=None):
+        return Status(status="COMPLETED", error=error, error_type=kind).failure
+
+    assert reported("out of memory", "internal_error").words("It failed").startswith("It failed. out of memory. ")
+    assert reported(json.dumps(detail)).problems == (Problem("prompt", "too long", "sequence_too_long"),)
+    assert reported(detail).kinds == {"sequence_too_long"}
+    assert "out of memory" in reported("out of memory").words("It failed")

@@ -4,32 +4,48 @@ One row, one fault. Each is met by a whole request on the real client against th
 is made again without the fault, as somebody does who queues the prompt once more.
 """
 
+import base64
+import io
+import json
+import re
 import socket
-from contextlib import contextmanager
+import sqlite3
+import threading
+import time
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
+from PIL import Image
 from pulid_sdxl.hosted import job as jobs
+from pulid_sdxl.hosted import service as services
 from pulid_sdxl.hosted.errors import (
     AmbiguousSubmit,
     BadAnswer,
+    Gone,
     HostedError,
     HostedLimit,
+    Interrupted,
     JobFailed,
     Refused,
+    Unreachable,
     UnsafeAddress,
 )
 from pulid_sdxl.hosted.job import Limits
+from pulid_sdxl.hosted.queue import SubmitOptions
+from pulid_sdxl.hosted.references import encode, read_lines
 from pulid_sdxl.hosted.service import Watch
 from pulid_sdxl.hosted.transport import Terms
+from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools.fakes import fake_faults as faults
 from pulid_sdxl.tools.fakes.fake_fal import EVERY, FakeFal
 
 from . import helpers
-from .helpers import a_job
+from .helpers import FACE, a_job, beside, wait_until
 
 ANSWER_SECONDS = 0.3
-DASHBOARD = r"may have been accepted and billed.*fal\.ai/dashboard/requests.*force_resubmit"
+DASHBOARD = r"may have been accepted and billed.*fal\.ai/dashboard/requests.*put local-\w+ into force_resubmit"
 
 
 class HastyWatch(Watch):
@@ -139,6 +155,8 @@ def problem(kind, *place, message="no"):
     return {"loc": ["body", *(place or ("reference_images", 0, "image_url"))], "msg": message, "type": kind}
 
 
+NOT_LOST = r"Request [0-9a-f-]{36} is not lost.*not sent a second time.*put [0-9a-f-]{36} into force_resubmit"
+FOREIGN = [{"loc": ["path", "request_id"], "msg": "not an id", "type": "uuid_parsing"}]
 FIELDS = [problem("less_than", "num_images", message="ensure this value is at most 8"), problem("face_detection_error")]
 OLD_STYLE = [problem("value_error.missing", "prompt", message="field required")]
 FAILED = faults.with_values(status="COMPLETED", error="CUDA out of memory", error_type="runner_server_error")
@@ -179,13 +197,20 @@ ROWS = (
     passing("status", "lost answer", faults.accept_then_drop),
     passing("status", "502 of a gateway", faults.gateway(502)),
     passing("status", "429", faults.busy("1")),
+    passing("status", "500", faults.answer(500, {"detail": "Internal"})),
+    passing("status", "408", faults.answer(408, b"")),
+    passing("status", "logs of every type", faults.with_values(logs=[7, {"message": {}}, "a\x1b[2J", None])),
+    passing("status", "logs of none", faults.with_values(logs=5, metrics=[1], queue_position="x")),
+    passing("status", "error of another type", faults.with_values(error=[], error_type=7)),
     passing("status", "no JSON", faults.served(b"<html>", "text/html")),
     passing("status", "unknown", faults.with_values(status="DREAMING")),
     passing("status", "logs null", faults.with_values(logs=None)),
     passing("status", "no logs", faults.without("logs")),
     polling("401", faults.answer(401, {"detail": "No user found"}), "HTTP 401.*key is wrong.*request [0-9a-f-]{36}"),
     polling("404", faults.answer(404, {"detail": "Request not found"}), "HTTP 404.*expired.*request [0-9a-f-]{36}"),
-    polling("500", faults.answer(500, {"detail": "Internal"}), "HTTP 500.*request [0-9a-f-]{36}"),
+    polling("500", faults.answer(500, {"detail": "Internal"}), f"HTTP 500.*{NOT_LOST}"),
+    polling("JSON without an end", faults.served(b'{"logs":' + b"[" * 10**5, "application/json"), NOT_LOST, BadAnswer),
+    polling("a status of another type", faults.with_values(status=7), NOT_LOST, error=BadAnswer),
     polling("no answer, ever", faults.stall, r"did not answer", error=HostedError),
     polling("redirect", faults.redirect("https://example.org/"), "HTTP 302", error=HostedError),
     polling("nothing in it", faults.answer(200, {}), "lacks what must be in it: status", error=BadAnswer),
@@ -195,23 +220,35 @@ ROWS = (
     # The result.
     passing("result", "still in progress", faults.answer(400, {"detail": "Request is still in progress"})),
     passing("result", "502 of a gateway", faults.gateway(502)),
+    passing("result", "bare 500", faults.answer(500, {"detail": "Internal"})),
+    passing("result", "bare 408", faults.answer(408, b"")),
+    passing("result", "seed NaN", faults.served_like(b"NaN")),
     passing("result", "cut off", faults.truncated),
     passing("result", "no seed", faults.without("seed")),
     passing("result", "seed beyond 64 bits", faults.with_values(seed=2**70)),
     result("422 with a list", faults.model_error(422, FIELDS, False), "num_images.*reference 1.*face"),
-    result("422 with a text", faults.model_error(422, "Bad prompt"), "HTTP 422.*Bad prompt.*still be charged"),
-    result("500, may be retried", faults.model_error(500, "Oops", True), "HTTP 500.*Oops.*not billed"),
+    result("500 of the runner", faults.model_error(500, "Oops", True, "runner_server_error"), "500.*Oops.*not billed"),
+    result("422 with a text", faults.model_error(422, "Bad prompt"), f"422.*Bad prompt.*{NOT_LOST}", Refused, PAID),
+    result("bare 500", faults.answer(500, {"detail": "Oops"}), f"HTTP 500.*Oops.*{NOT_LOST}", Refused, PAID),
+    result("500 that bills nothing", faults.answer(500, b"", {"x-fal-billable-units": "0"}), NOT_LOST, Refused, PAID),
+    result("499", faults.answer(499, b""), NOT_LOST, Refused, PAID),
+    result("error that is about our asking", faults.model_error(422, FOREIGN), NOT_LOST, Refused, PAID),
+    result("JSON without an end", faults.served(b"[" * 10**5, "application/json"), NOT_LOST, BadAnswer, PAID),
+    result("a list", faults.answer(200, []), NOT_LOST, BadAnswer, PAID),
+    result(
+        "NaN in the place of pictures", faults.served(b'{"images": NaN}', "application/json"), NOT_LOST, BadAnswer, PAID
+    ),
     result("503 of the runner", faults.model_error(503, "x", error_type="runner_connection_error"), "503.*not billed"),
     result("content check", faults.model_error(422, [problem("content_policy_violation")]), "content check refused"),
     result("unread reference", faults.model_error(422, [problem("file_download_error")]), "reference 1.*some hosts"),
     result("start limit", faults.answer(504, TIMEOUT, {"X-Fal-Request-Timeout-Type": "user"}), "nothing ran"),
-    result("408", faults.answer(408, {"detail": "x"}), "HTTP 408.*nothing ran"),
+    result("408", faults.answer(408, {"detail": "x"}), f"HTTP 408.*{NOT_LOST}", Refused, PAID),
     result("expired", faults.answer(404, {"detail": "Request not found"}), "expired", Refused, PAID),
     result("no pictures", faults.with_values(images=[]), "lacks what must be in it: images", BadAnswer, PAID),
     result(
         "a picture without url",
         faults.with_values(images=[{}]),
-        r"lacks what must be in it: images\.0\.url",
+        r"lacks what must be in it: images\.0",
         BadAnswer,
         PAID,
     ),
@@ -238,6 +275,14 @@ ROWS = (
     elsewhere("another port", "https://pictures.example:8443/a.png", "port 8443"),
     elsewhere("a name that leads to a private address", "https://inside.example/a.png", "private address"),
     elsewhere("a file", "file:///etc/passwd", "https"),
+    *(
+        elsewhere(f"a number in the form {host}", f"https://{host}/a.png", "private address")
+        for host in ("127.1", "0", "2130706433", "0177.0.0.1", "[::ffff:127.0.0.1]", "[::]", "10.0.0.1.", "localhost.")
+    ),
+    picture(
+        "redirect to a number in another form", faults.redirect("https://2130706433/a.png"), "private", UnsafeAddress
+    ),
+    picture("a warning", faults.served(faults.png_bomb(15_000)), "15000 x 15000"),
 )
 
 
@@ -270,7 +315,6 @@ def test_faults(fal, tmp_path, names, row):
             generate(fal, tmp_path, limits=limits)
         assert_fit_to_show(caught.value, fal, tmp_path)
     assert fal.bill == row.bill <= 1
-
     clear(fal)
     what, bill = row.again
     if what == REFUSED:
@@ -297,23 +341,6 @@ def assert_fit_to_show(error, fal, folder):
 # --- what the table does not say ---
 
 
-def test_what_was_paid_for_though_nobody_heard_can_be_fetched_by_its_id(fal, tmp_path):
-    fal.plan("submit", 1, faults.accept_then_drop)
-    with pytest.raises(AmbiguousSubmit):
-        perform(fal, tmp_path)
-    [request_id] = fal.jobs  # which the user reads on the dashboard
-    assert len(perform(fal, tmp_path, lambda service: jobs.fetch(request_id, Limits(), service)).images) == 1
-    assert fal.bill == 1
-
-
-def test_force_sends_again_when_the_user_says_so(fal, tmp_path):
-    fal.plan("submit", 1, faults.reset)
-    with pytest.raises(AmbiguousSubmit):
-        perform(fal, tmp_path)
-    generate(fal, tmp_path, force=True)
-    assert fal.bill == 1
-
-
 def test_a_service_that_is_not_there_costs_nothing(tmp_path):
     with FakeFal() as fal:
         environment = fal.environment
@@ -323,13 +350,6 @@ def test_a_service_that_is_not_there_costs_nothing(tmp_path):
     with FakeFal() as fal:
         perform(fal, tmp_path)  # queued again when the network is back
         assert fal.bill == 1
-
-
-def test_a_certificate_that_nobody_vouches_for_is_named(tmp_path):
-    with FakeFal(tls=tmp_path) as fal:
-        with pytest.raises(HostedError, match=r"certificate is not valid.*nothing was sent"):
-            perform(fal, tmp_path / "user")
-        assert fal.bill == 0
 
 
 def test_the_backup_address_is_tried_when_fals_own_cannot_be_reached(fal, tmp_path, outside):
@@ -492,3 +512,307 @@ def test_a_reference_that_cannot_be_uploaded_stops_before_anything_is_paid(fal, 
         generate(fal, tmp_path, transport="upload")
     assert fal.bill == 0
     assert fal.seen("submit") == []
+
+
+# --- money, by kind ---
+
+
+def unknown(fal, folder):
+    """The name of a request of which nobody knows whether it was accepted (it was)."""
+    fal.plan("submit", 1, faults.accept_then_drop)
+    with pytest.raises(AmbiguousSubmit, match=DASHBOARD) as caught:
+        generate(fal, folder)
+    return re.search(r"put (local-\w+) into", str(caught.value))[1]
+
+
+def test_giving_up_a_request_of_unknown_outcome_sends_again_once(fal, tmp_path):
+    name = unknown(fal, tmp_path)
+    first = generate(fal, tmp_path, give_up=name)
+    again = generate(fal, tmp_path, give_up=name)  # as a saved graph says it for ever
+    assert (fal.bill, again.request_id) == (2, first.request_id)
+    assert f"force_resubmit names {name}, but {first.request_id} answers" in again.info["notes"][-1]
+
+
+def test_giving_up_a_finished_request_pays_once_more_and_once_only(fal, tmp_path):
+    first = generate(fal, tmp_path)
+    second = generate(fal, tmp_path, give_up=first.request_id)
+    assert second.request_id != first.request_id
+    assert generate(fal, tmp_path, give_up=first.request_id).request_id == second.request_id
+    assert fal.bill == 2
+
+
+@pytest.mark.parametrize("number", [-50, 0, 9, 104, 1.5, True])
+def test_a_number_of_pictures_that_comes_through_a_link_is_checked_where_it_is_spent(fal, tmp_path, number):
+    with pytest.raises(InputError, match=r"num_images is a whole number from 1 to 8.*Nothing was sent"):
+        generate(fal, tmp_path, num_images=number)
+    assert fal.requests == []
+
+
+def test_no_switch_lifts_the_ceiling(fal, tmp_path):
+    guard = services.read_guard({}, lifted=True)
+    for seed in range(4):
+        generate(fal, tmp_path, seed=seed, num_images=8, guard=guard)
+    with pytest.raises(HostedLimit, match=r"32 pictures .* in this run.*No switch.*PULID_FAL_CEILING_PER_RUN"):
+        generate(fal, tmp_path, seed=4, guard=guard)
+    generate(fal, tmp_path, seed=4, guard=services.read_guard({"PULID_FAL_CEILING_PER_RUN": "33"}, lifted=True))
+    assert fal.bill == 5
+
+
+OTHER_KEY = {"PULID_FAL_PROXY_URL": "", "FAL_KEY": "other-key:of-the-same-account"}
+
+
+def test_another_key_does_not_pay_again_for_what_is_done(fal, tmp_path):
+    first = generate(fal, tmp_path)
+    requests = len(fal.requests)
+    again = perform(fal, tmp_path, **OTHER_KEY)
+    assert (again.request_id, again.info["notes"]) == (
+        first.request_id,
+        ["It was paid for with another key than today's."],
+    )
+    assert (fal.bill, len(fal.requests)) == (1, requests)
+
+
+def test_another_key_does_not_pay_again_for_what_nobody_knows(fal, tmp_path):
+    unknown(fal, tmp_path)
+    with pytest.raises(AmbiguousSubmit, match=DASHBOARD):
+        perform(fal, tmp_path, **OTHER_KEY)
+    assert fal.bill == 1
+
+
+def test_a_photograph_that_is_compressed_in_another_way_is_the_same(fal, tmp_path):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(encode(FACE).data)).save(file, "PNG", compress_level=0)
+    line = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    assert generate(fal, tmp_path).request_id == generate(fal, tmp_path, references=read_lines(line)).request_id
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize("harm", [b"", b"[]", b'{"images": "x"}', b"\xff" * 99, b"[" * 10**5])
+def test_a_kept_result_that_is_damaged_is_fetched_again_by_its_id(fal, tmp_path, harm):
+    first = generate(fal, tmp_path)
+    for file in (tmp_path / "results" / first.request_id).iterdir():
+        file.write_bytes(harm)
+    assert generate(fal, tmp_path).request_id == first.request_id
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize("route", ["status", "result", "download"])
+def test_a_kept_result_that_is_damaged_and_over_is_asked_for_in_words(fal, tmp_path, route):
+    first = generate(fal, tmp_path)
+    (tmp_path / "results" / first.request_id / "outcome.json").unlink()
+    fal.plan(route, EVERY, faults.answer(404, {"detail": "gone"}))
+    with pytest.raises(Gone, match=rf"expired.*paid for, anew, put {first.request_id} into force_resubmit"):
+        generate(fal, tmp_path)
+    assert fal.bill == 1
+    clear(fal)
+    assert generate(fal, tmp_path, give_up=first.request_id).request_id != first.request_id
+    assert fal.bill == 2
+
+
+def test_uploads_wait_for_a_place_and_live_long_enough_from_then_on(fal, tmp_path):
+    fal.plan("put", EVERY, faults.once(lambda: released))
+    released = []
+    limits = Limits(queue=7200, run=600, total=9000)
+    faces = [encode(FACE * part / 4) for part in range(1, 5)]
+    results = [beside(generate, fal, tmp_path, references=[face], transport="upload", limits=limits) for face in faces]
+    wait_until(lambda: len(fal.seen("put")) == 2)
+    time.sleep(0.5)
+    assert len(fal.seen("initiate")) == 2
+    released.append(True)
+    assert len({result().request_id for result in results}) == 4
+    lives = [
+        json.loads(seen.headers["x-fal-object-lifecycle"])["expiration_duration_seconds"]
+        for seen in fal.seen("initiate")
+    ]
+    assert min(lives) >= 7200 + 600 + 60
+    assert fal.bill == 4
+
+
+LARGE = encode(torch.rand(1600, 1600, 3, generator=torch.Generator().manual_seed(1)), as_is=True)  # 2 MB
+AT_LENGTH = {"references": [LARGE], "transport": "data URI"}
+
+
+@pytest.mark.parametrize("then", [faults.stall, faults.reset])
+def test_a_body_that_was_not_wholly_sent_was_not_accepted(fal, tmp_path, then):
+    fal.plan("submit", EVERY, faults.unread(then))
+    with pytest.raises(Unreachable, match=r"ended before all was sent.*nothing was accepted"):
+        generate(fal, tmp_path, **AT_LENGTH)
+    clear(fal)
+    generate(fal, tmp_path, **AT_LENGTH)
+    assert fal.bill == 1
+
+
+def test_a_slow_line_takes_as_long_as_it_needs(fal, tmp_path):
+    fal.plan("submit", 1, faults.read_slowly(0.05))
+    began = time.monotonic()
+    outcome = generate(fal, tmp_path, {"PULID_FAL_ANSWER_SECONDS": "1"}, **AT_LENGTH)
+    assert time.monotonic() - began > 1.2
+    assert (len(outcome.images), fal.bill) == (1, 1)
+
+
+@pytest.mark.parametrize("why", ["interrupt", "limit"])
+def test_what_is_not_wholly_sent_can_be_broken_off_and_costs_nothing(fal, tmp_path, why):
+    fal.plan("submit", EVERY, faults.read_slowly(0.1))
+    stop = threading.Event()
+    limits = Limits(total=0.5) if why == "limit" else Limits()
+    result = beside(helpers.generate, fal, tmp_path, a_job(limits=limits, **AT_LENGTH), watch=Watch(stop.is_set))
+    wait_until(lambda: fal.seen("submit"))
+    if why == "interrupt":
+        stop.set()
+    with pytest.raises(HostedLimit if why == "limit" else Interrupted):
+        result()
+    assert (fal.bill, fal.seen("cancel")) == (0, [])
+    clear(fal)
+    generate(fal, tmp_path, **AT_LENGTH)
+    assert fal.bill == 1
+
+
+def test_an_interrupt_during_a_submit_that_is_lost_is_told_as_what_it_is(fal, tmp_path, caplog):
+    stop = threading.Event()
+    fal.plan("submit", 1, faults.once_then(stop.is_set, faults.accept_then_drop))
+    result = beside(helpers.generate, fal, tmp_path, watch=Watch(stop.is_set))
+    wait_until(lambda: fal.seen("submit"))
+    stop.set()
+    with pytest.raises(AmbiguousSubmit, match=f"interrupted while it was being sent.*{DASHBOARD}"):
+        result()
+    assert "interrupted while it was being sent" in caplog.text
+    with pytest.raises(AmbiguousSubmit, match="interrupted while it was being sent"):
+        generate(fal, tmp_path)
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize("why", ["interrupt", "limit"])
+def test_who_joins_a_request_has_no_say_over_it(fal, tmp_path, why):
+    fal.script = ("IN_PROGRESS",)
+    owner = beside(generate, fal, tmp_path)
+    wait_until(lambda: fal.seen("status"))
+    joiner = Watch(lambda: why == "interrupt" and len(fal.seen("status")) > 2)
+    limits = Limits(run=0.2) if why == "limit" else Limits()
+    with pytest.raises(HostedLimit if why == "limit" else Interrupted):
+        helpers.generate(fal, tmp_path, a_job(limits=limits), watch=joiner)
+    assert fal.seen("cancel") == []
+    fal.script = ("COMPLETED",)
+    assert len(owner().images) == 1
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize("harm", ["gone", "emptied", "damaged", "a folder"])
+def test_the_cancel_goes_out_whatever_becomes_of_the_journal(fal, tmp_path, harm):
+    fal.script = ("IN_PROGRESS",)
+    stop = threading.Event()
+    result = beside(helpers.generate, fal, tmp_path, watch=Watch(stop.is_set))
+    wait_until(lambda: fal.seen("status"))
+    path = tmp_path / "hosted.sqlite"
+    if harm == "damaged":
+        path.write_bytes(b"damaged" * 999)
+    elif harm == "emptied":
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute("DELETE FROM requests")
+    else:
+        path.unlink()
+        if harm == "a folder":
+            path.mkdir()
+    stop.set()
+    with pytest.raises(Interrupted):
+        result()
+    assert (len(fal.seen("cancel")), fal.bill) == (1, 1)
+
+
+def hooked(url):
+    return replace(a_job(), options=SubmitOptions(webhook_url=url))
+
+
+def order(fal, folder, url):
+    return perform(fal, folder, lambda service: jobs.order(hooked(url), service))
+
+
+def test_a_webhook_is_shown_before_anything_is_sent_to_it_for_the_first_time(fal, tmp_path):
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"https://hooks\.example\.com/a.*Nothing was sent.*webhook_hosts\.txt"):
+            order(fal, tmp_path, "https://hooks.example.com/a")
+    assert fal.requests == []
+    (tmp_path / "webhook_hosts.txt").write_text("hooks.example.com\n")
+    order(fal, tmp_path, "https://hooks.example.com/a")
+    assert fal.seen("submit")[0].query == {"fal_webhook": "https://hooks.example.com/a"}
+    assert fal.bill == 1
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("before", ["", "https://hooks.example.com/a"])
+def test_an_equal_submit_with_another_webhook_says_so_and_stops(fal, tmp_path, before, finished):
+    (tmp_path / "webhook_hosts.txt").write_text("hooks.example.com")
+    ticket, _ = order(fal, tmp_path, before)
+    if finished:
+        generate(fal, tmp_path)
+    with pytest.raises(InputError, match=rf"{ticket.request_id}, was sent with another webhook.*Nothing was sent"):
+        order(fal, tmp_path, "https://hooks.example.com/b")
+    assert order(fal, tmp_path, before)[0] == ticket
+    assert fal.bill == 1
+
+
+# --- a way on ---
+
+
+@pytest.mark.parametrize("route", ["status", "result", "download", "put"])
+def test_the_total_limit_holds_while_a_call_stalls(fal, tmp_path, route):
+    fal.plan(route, EVERY, faults.stall)
+    job = a_job(limits=Limits(total=0.5), transport="upload")
+    began = time.monotonic()
+    with pytest.raises(HostedLimit, match="total_limit"):
+        helpers.generate(fal, tmp_path, job)
+    assert time.monotonic() - began < 2.5  # though a call may be silent for a minute
+    assert fal.bill == (route != "put")
+
+
+def test_a_journal_that_is_set_aside_stops_once_and_requests_can_be_fetched_by_id(fal, tmp_path):
+    name = unknown(fal, tmp_path)
+    [request_id] = fal.jobs
+    (tmp_path / "hosted.sqlite").write_bytes(b"damaged" * 999)
+    outcome = perform(fal, tmp_path, lambda service: jobs.fetch(request_id, Limits(), service))
+    assert (outcome.request_id, fal.bill) == (request_id, 1)
+    assert list(tmp_path.glob("hosted-set-aside-*.sqlite")) and name
+
+
+def test_a_damaged_journal_stops_a_new_request_in_words(fal, tmp_path):
+    (tmp_path / "hosted.sqlite").write_bytes(b"damaged" * 999)
+    with pytest.raises(HostedError, match=r"set aside as.*Nothing was sent now"):
+        perform(fal, tmp_path)
+    assert fal.bill == 0
+    perform(fal, tmp_path)
+    assert fal.bill == 1
+
+
+# --- what it costs ---
+
+PRICE = {"endpoint_id": "fal-ai/pulid", "unit_price": 0.0333, "unit": "images", "currency": "USD"}
+
+
+@pytest.mark.parametrize(
+    ("price", "words"),
+    [
+        (PRICE, "about $0.067"),
+        ({**PRICE, "unit": "megapixels", "currency": "EUR", "unit_price": 10}, "about 0.031 EUR"),
+        ({**PRICE, "unit": "compute seconds"}, None),
+        ({**PRICE, "unit_price": "much"}, None),
+        ({**PRICE, "endpoint_id": "fal-ai/other"}, None),
+    ],
+)
+def test_what_it_will_cost_is_shown_before_sending(fal, tmp_path, price, words):
+    fal.prices, told = [price], []
+    environ = {"PULID_FAL_API_URL": fal.rest_url}
+    outcome = helpers.generate(fal, tmp_path, a_job(num_images=2), told=told, **environ)
+    helpers.generate(fal, tmp_path, a_job(seed=8), **environ)
+    assert any(words and f"{words}; sending" in progress.words for progress in told) is bool(words)
+    assert [note for note in outcome.info["notes"] if "about" in note] == (
+        [f"By the service's price list it costs {words}."] if words else []
+    )
+    assert len(fal.seen("pricing")) == 1  # asked for once a day
+
+
+@pytest.mark.parametrize(
+    "fault", [faults.reset, faults.answer(500, b""), faults.answer(403, {}), faults.served(b"<html>")]
+)
+def test_without_a_price_list_there_is_no_estimate_and_nothing_else_is_missing(fal, tmp_path, fault):
+    fal.plan("pricing", EVERY, fault)
+    outcome = helpers.generate(fal, tmp_path, PULID_FAL_API_URL=fal.rest_url)
+    assert (len(outcome.images), outcome.info["notes"], fal.bill) == (1, [], 1)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,15 +14,14 @@ from pulid_sdxl.hosted import service as services
 from pulid_sdxl.hosted.errors import AmbiguousSubmit, HostedLimit, Interrupted, JobCancelled, JobFailed, MissingKey
 from pulid_sdxl.hosted.job import Limits
 from pulid_sdxl.hosted.journal import Guard
-from pulid_sdxl.hosted.queue import CancelOutcome
-from pulid_sdxl.hosted.references import encode, read_lines
+from pulid_sdxl.hosted.references import encode
 from pulid_sdxl.hosted.service import Watch
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes import fake_faults as faults
 from pulid_sdxl.tools.fakes.fake_fal import EVERY
 
-from .helpers import FACE, a_job, generate, perform, wait_until
+from .helpers import FACE, a_job, beside, generate, perform, wait_until
 
 # Another ComfyUI, as far as the journal can tell: a process that makes the same request.
 OTHER_PROCESS = """
@@ -35,95 +33,32 @@ print(generate(SimpleNamespace(environment=dict(os.environ)), Path(sys.argv[1]))
 """
 
 
-def beside(target, *arguments, **others):
-    """Run in a thread; returns a function that gives the result or raises the error."""
-    outcome = {}
-
-    def run():
-        try:
-            outcome["result"] = target(*arguments, **others)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(30)  # a silent call is given up after 60 s
-        assert not thread.is_alive()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["result"]
-
-    return result
-
-
 # ---- Finished ones ----
 
 
 def test_a_finished_request_comes_from_the_disk_without_the_network(fal, tmp_path):
     first = generate(fal, tmp_path)
     requests = len(fal.requests)
-
     again = generate(fal, tmp_path)
-
     assert [image.tobytes() for image in again.images] == [image.tobytes() for image in first.images]
     assert (again.seed, again.request_id, again.info) == (first.seed, first.request_id, first.info)
     assert (fal.bill, len(fal.requests)) == (1, requests)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 8}, {"references": [encode(1 - FACE)]}])
-def test_another_request_is_another_picture(fal, tmp_path, changed):
-    generate(fal, tmp_path)
-    generate(fal, tmp_path, a_job(**changed))
-
-    assert fal.bill == 2
-
-
 def test_a_request_without_a_seed_is_new_each_time_and_keeps_every_digit_of_its_seed(fal, tmp_path):
     first = generate(fal, tmp_path, a_job(seed=None))
     generate(fal, tmp_path, a_job(seed=None))
-
     assert fal.bill == 2
     assert first.seed == "17454220438242315174"
-
-
-def test_pictures_that_the_disk_has_lost_are_fetched_again_and_not_paid_again(fal, tmp_path):
-    first = generate(fal, tmp_path)
-    for file in (tmp_path / services.PICTURES_FOLDER).rglob("*.png"):
-        file.unlink()
-
-    assert generate(fal, tmp_path).request_id == first.request_id
-    assert fal.bill == 1
-
-
-def test_the_same_address_and_the_same_bytes_are_the_same_request(fal, tmp_path):
-    uri = encode(FACE).data_uri
-
-    generate(fal, tmp_path, a_job(references=[encode(FACE)]))
-    generate(fal, tmp_path, a_job(references=read_lines(uri)))
-
-    assert fal.bill == 1
 
 
 # ---- Joining ----
 
 
-def test_two_equal_requests_at_once_are_paid_once(fal, tmp_path):
-    told = []
-    fal.plan("submit", EVERY, faults.once(lambda: any("waiting for it" in progress.words for progress in told)))
-
-    first, second = (beside(generate, fal, tmp_path, told=told) for _ in range(2))
-
-    assert first().request_id == second().request_id
-    assert fal.bill == 1
-
-
 def test_a_request_under_way_is_joined_after_a_restart(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
-    ticket = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
     fal.script = ("COMPLETED",)
-
     assert generate(fal, tmp_path).request_id == ticket.request_id
     assert fal.bill == 1
 
@@ -139,12 +74,10 @@ def test_a_process_killed_between_submit_and_answer_leaves_words_and_no_second_b
     wait_until(lambda: fal.bill == 1)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-
-    def impatient(service):
-        return replace(service, journal=replace(service.journal, silence=0.5))
-
-    with pytest.raises(AmbiguousSubmit, match=r"may have been accepted and billed.*dashboard.*force_resubmit"):
-        generate(fal, tmp_path, change=impatient)
+    with pytest.raises(
+        AmbiguousSubmit, match=r"ended while.*may have been accepted and billed.*put local-\w+ into force"
+    ):
+        generate(fal, tmp_path)
     assert fal.bill == 1
 
 
@@ -155,7 +88,6 @@ def test_a_process_killed_while_waiting_loses_nothing(fal, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     fal.script = ("COMPLETED",)
-
     assert len(generate(fal, tmp_path).images) == 1
     assert fal.bill == 1
 
@@ -165,10 +97,8 @@ def test_two_processes_with_equal_requests_pay_once(fal, tmp_path):
     fal.plan("submit", EVERY, faults.once(lambda: any("waiting for it" in progress.words for progress in told)))
     process = other_process(fal, tmp_path)
     wait_until(lambda: fal.seen("submit"))
-
     mine = generate(fal, tmp_path, told=told)
     theirs, _ = process.communicate(timeout=30)
-
     assert theirs.strip() == mine.request_id
     assert fal.bill == 1
 
@@ -176,24 +106,11 @@ def test_two_processes_with_equal_requests_pay_once(fal, tmp_path):
 # ---- Many at once ----
 
 
-def test_so_many_requests_are_under_way_at_once_and_no_more(fal, tmp_path):
-    fal.script = (1, "IN_PROGRESS", "IN_PROGRESS", "COMPLETED")
-
-    results = [beside(generate, fal, tmp_path, a_job(seed=seed)) for seed in range(5)]
-
-    assert len({result().request_id for result in results}) == 5
-    assert fal.most_open == 2
-    assert fal.bill == 5
-
-
 def test_who_joins_a_request_takes_no_place_from_others(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
-    fal.plan("put", EVERY, faults.once(lambda: len(fal.seen("put")) > 1))  # so that both look before either sends
     stop = threading.Event()
-    equal = a_job(transport="upload")
-    results = [beside(generate, fal, tmp_path, equal, watch=Watch(stop.is_set)) for _ in range(2)]
+    results = [beside(generate, fal, tmp_path, watch=Watch(stop.is_set)) for _ in range(2)]
     wait_until(lambda: fal.bill == 1)
-
     results.append(beside(generate, fal, tmp_path, a_job(seed=8), watch=Watch(stop.is_set)))
     try:
         wait_until(lambda: fal.bill == 2)
@@ -205,7 +122,7 @@ def test_who_joins_a_request_takes_no_place_from_others(fal, tmp_path):
 
 
 def test_when_one_of_many_fails_the_others_are_kept(fal, tmp_path):
-    fal.plan("result", 2, faults.model_error(500, "Oops"))
+    fal.plan("result", 2, faults.model_error(500, "Oops", error_type="runner_server_error"))
     results = []
     for result in [beside(generate, fal, tmp_path, a_job(seed=seed)) for seed in range(3)]:
         try:
@@ -213,7 +130,6 @@ def test_when_one_of_many_fails_the_others_are_kept(fal, tmp_path):
         except JobFailed as error:
             assert "request " in str(error)  # says which
     assert (len(results), fal.bill) == (2, 3)
-
     for seed in range(3):
         generate(fal, tmp_path, a_job(seed=seed))
     assert fal.bill == 4  # the failed one alone is sent anew
@@ -223,7 +139,6 @@ def test_the_guard_stops_before_a_face_leaves_this_machine(fal, tmp_path):
     with pytest.raises(HostedLimit, match="confirm_paid"):
         generate(fal, tmp_path, a_job(guard=Guard(per_run=1), num_images=2, transport="upload"))
     assert fal.requests == []
-
     assert len(generate(fal, tmp_path, a_job(guard=Guard(per_run=1, lifted=True), num_images=2)).images) == 2
 
 
@@ -240,14 +155,6 @@ def interrupted(fal, folder, when, job=None):
         result()
 
 
-def test_an_interrupt_while_uploading_sends_nothing(fal, tmp_path):
-    fal.plan("put", EVERY, faults.stall)
-
-    interrupted(fal, tmp_path, lambda: fal.seen("put"), a_job(transport="upload"))
-
-    assert (fal.bill, fal.seen("submit"), fal.seen("cancel")) == (0, [], [])
-
-
 def test_an_interrupt_while_sending_waits_for_the_id_and_cancels(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
     stop = threading.Event()
@@ -255,45 +162,15 @@ def test_an_interrupt_while_sending_waits_for_the_id_and_cancels(fal, tmp_path):
     result = beside(generate, fal, tmp_path, watch=Watch(stop.is_set))
     wait_until(lambda: fal.seen("submit"))
     stop.set()
-
     with pytest.raises(Interrupted):
         result()
-
     assert (fal.bill, len(fal.seen("cancel"))) == (1, 1)
 
 
 def test_an_interrupt_while_a_busy_service_is_waited_for_sends_nothing(fal, tmp_path):
     fal.plan("submit", EVERY, faults.busy("60"))
-
     interrupted(fal, tmp_path, lambda: fal.seen("submit"))
-
     assert (fal.bill, len(fal.seen("submit"))) == (0, 1)
-
-
-@pytest.mark.parametrize("script", [(3,), ("IN_PROGRESS",)])
-def test_an_interrupt_while_waiting_cancels(fal, tmp_path, script):
-    fal.script = script
-
-    interrupted(fal, tmp_path, lambda: fal.seen("status"))
-
-    assert (fal.bill, len(fal.seen("cancel"))) == (1, 1)
-
-
-def test_an_interrupt_during_a_silent_status_call_does_not_wait_for_it(fal, tmp_path):
-    fal.plan("status", EVERY, faults.stall)
-
-    interrupted(fal, tmp_path, lambda: fal.seen("status"))
-    assert len(fal.seen("cancel")) == 1
-
-
-def test_an_interrupt_while_fetching_keeps_what_was_paid_for(fal, tmp_path):
-    fal.plan("download", 1, faults.stall)
-
-    interrupted(fal, tmp_path, lambda: fal.seen("download"))
-
-    assert fal.seen("cancel") == []
-    assert len(generate(fal, tmp_path).images) == 1
-    assert fal.bill == 1
 
 
 def test_an_interrupt_while_waiting_for_a_free_place_sends_nothing(fal, tmp_path):
@@ -301,9 +178,7 @@ def test_an_interrupt_while_waiting_for_a_free_place_sends_nothing(fal, tmp_path
     stop = threading.Event()
     others = [beside(generate, fal, tmp_path, a_job(seed=seed), watch=Watch(stop.is_set)) for seed in (1, 2)]
     wait_until(lambda: fal.bill == 2)
-
     interrupted(fal, tmp_path, lambda: True)
-
     stop.set()
     for other in others:
         with pytest.raises(Interrupted):
@@ -316,12 +191,10 @@ def test_one_interrupt_cancels_all_and_each_once(fal, tmp_path):
     stop = threading.Event()
     results = [beside(generate, fal, tmp_path, a_job(seed=seed), watch=Watch(stop.is_set)) for seed in (1, 2, 1)]
     wait_until(lambda: len({seen.path for seen in fal.seen("status")}) == 2)
-
     stop.set()
     for result in results:
         with pytest.raises(Interrupted):
             result()
-
     cancelled = [seen.path for seen in fal.seen("cancel")]
     assert len(cancelled) == len(set(cancelled)) == 2
 
@@ -338,9 +211,7 @@ def test_what_is_fetched_after_all_keeps_no_place_from_others(fal, tmp_path):
     wait_until(lambda: fal.seen("cancel"))
     fal.script = ("COMPLETED",)
     wait_until(lambda: fal.seen("download"))
-
     beside(generate, fal, tmp_path, a_job(seed=8), PULID_FAL_AT_ONCE="1")()
-
     other_is_done.set()
     with pytest.raises(Interrupted):
         result()
@@ -365,7 +236,6 @@ def test_a_request_that_was_called_off_in_the_queue_is_sent_anew(fal, tmp_path):
     fal.script = (3,)
     interrupted(fal, tmp_path, lambda: fal.seen("status"))
     fal.script = ("COMPLETED",)
-
     assert len(generate(fal, tmp_path).images) == 1
     assert fal.bill == 2
 
@@ -374,7 +244,6 @@ def test_a_request_that_went_on_although_it_was_called_off_is_joined(fal, tmp_pa
     fal.script, fal.obeys = ("IN_PROGRESS",), False
     interrupted(fal, tmp_path, lambda: fal.seen("status"))
     fal.script = ("COMPLETED",)
-
     assert len(generate(fal, tmp_path).images) == 1
     assert fal.bill == 1
 
@@ -383,8 +252,7 @@ def test_a_request_that_failed_by_itself_after_it_was_called_off_is_not_sent_ane
     fal.script, fal.obeys = ("IN_PROGRESS",), False
     interrupted(fal, tmp_path, lambda: fal.seen("status"))
     fal.script = ("COMPLETED",)
-    fal.plan("result", EVERY, faults.model_error(422, "Bad prompt"))
-
+    fal.plan("result", EVERY, faults.model_error(422, [{"msg": "Bad prompt"}]))
     with pytest.raises(JobFailed, match="Bad prompt"):
         generate(fal, tmp_path)
     assert fal.bill == 1
@@ -392,7 +260,6 @@ def test_a_request_that_failed_by_itself_after_it_was_called_off_is_not_sent_ane
 
 def test_a_request_that_somebody_else_cancelled_is_not_sent_anew(fal, tmp_path):
     fal.plan("result", EVERY, faults.model_error(499, "Request was cancelled", error_type="client_cancelled"))
-
     with pytest.raises(JobCancelled, match="It was cancelled"):
         generate(fal, tmp_path)
     assert fal.bill == 1
@@ -404,27 +271,24 @@ def test_a_request_that_somebody_else_cancelled_is_not_sent_anew(fal, tmp_path):
 def test_a_request_is_ordered_looked_at_and_fetched_by_its_id(fal, tmp_path):
     fal.script = (2, "IN_PROGRESS", "COMPLETED")
     other = tmp_path / "another machine"
-
-    ticket = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
     status = perform(fal, other, lambda service: jobs.status(ticket.request_id, True, service))
     outcome = perform(fal, other, lambda service: jobs.fetch(ticket.request_id, Limits(), service))
-
     assert (status.state, status.position) == ("IN_QUEUE", 2)
     assert (outcome.request_id, len(outcome.images), fal.bill) == (ticket.request_id, 1, 1)
 
 
 def test_what_was_fetched_by_id_answers_the_request_itself(fal, tmp_path):
-    ticket = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
     perform(fal, tmp_path, lambda service: jobs.fetch(ticket.request_id, Limits(), service))
     requests = len(fal.requests)
-
     assert generate(fal, tmp_path).request_id == ticket.request_id
     assert len(fal.requests) == requests
 
 
 def test_who_stops_waiting_for_an_id_does_not_cancel_it(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
-    ticket = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
 
     def fetch(service):
         return jobs.fetch(ticket.request_id, Limits(run=0.1), service)
@@ -435,21 +299,10 @@ def test_who_stops_waiting_for_an_id_does_not_cancel_it(fal, tmp_path):
     assert fal.seen("cancel") == []
 
 
-def test_a_request_is_cancelled_by_its_id(fal, tmp_path):
-    fal.script = (2,)
-    ticket = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
-
-    assert perform(fal, tmp_path, lambda service: jobs.cancel(ticket.request_id, service)) is CancelOutcome.REMOVED
-    unknown = "764cabcf-b745-4b3e-ae38-1200304cf45b"
-    assert perform(fal, tmp_path, lambda service: jobs.cancel(unknown, service)) is CancelOutcome.UNKNOWN
-
-
 def test_a_cancel_that_comes_too_late_leaves_a_finished_request_as_it_is(fal, tmp_path):
     outcome = generate(fal, tmp_path)
     fal.plan("cancel", EVERY, faults.gateway(502))
-
     perform(fal, tmp_path, lambda service: jobs.cancel(outcome.request_id, service))
-
     requests = len(fal.requests)
     assert generate(fal, tmp_path).request_id == outcome.request_id
     assert len(fal.requests) == requests
@@ -462,51 +315,24 @@ def test_an_uploaded_photograph_is_used_again_until_it_expires(fal, tmp_path):
     for seed in (1, 2):
         generate(fal, tmp_path, a_job(seed=seed, transport="upload"))
     assert len(fal.seen("put")) == 1
-
     [initiate] = fal.seen("initiate")
     assert '"expiration_duration_seconds": 3600' in initiate.headers["x-fal-object-lifecycle"]
     assert fal.seen("put")[0].authorization is None
 
 
-def test_photographs_can_be_uploaded_by_themselves(fal, tmp_path):
-    references = [encode(FACE), encode(1 - FACE)]
-
-    urls = perform(fal, tmp_path, lambda service: jobs.upload(references, 86400, service))
-
-    assert len(set(urls)) == 2 and all(url.startswith("http") for url in urls)
-    assert fal.bill == 0
-
-
 # ---- What is told ----
-
-
-def test_progress_names_the_place_in_the_queue_the_last_line_and_the_id(fal, tmp_path):
-    fal.script = (2, 0, "IN_PROGRESS", "COMPLETED")
-    told = []
-
-    outcome = generate(fal, tmp_path, told=told)
-
-    words = [progress.words for progress in told]
-    assert any("queued 0 s, 2 before it" in line for line in words)
-    assert any("running 0 s: Denoising" in line for line in words)
-    assert all(outcome.request_id in line for line in words[1:])
-    assert [progress.step for progress in told] == sorted(progress.step for progress in told)
-    assert told[-1].step == services.STEPS
 
 
 def test_lines_of_the_log_are_written_once_each_also_where_two_are_alike(fal, tmp_path, caplog):
     caplog.set_level("INFO")
     fal.script = ("IN_PROGRESS",) * 4 + ("COMPLETED",)
-
     outcome = generate(fal, tmp_path)
-
     written = [record.getMessage().partition(": ")[2] for record in caplog.records if "request" in record.getMessage()]
     assert written == outcome.info["logs"] and len(written) > 2
 
 
 def test_info_says_what_was_asked_without_the_photograph(fal, tmp_path):
     info = generate(fal, tmp_path, a_job(references=[encode(FACE)] * 5)).info
-
     assert info["request"]["prompt"] == "portrait"
     assert "base64" not in str(info)
     assert info["notes"] == ["5 references were sent; 4 are ideal."]
@@ -514,9 +340,7 @@ def test_info_says_what_was_asked_without_the_photograph(fal, tmp_path):
 
 def test_info_says_what_the_user_should_know_about_the_references(fal, tmp_path):
     clear = torch.zeros(8, 8, 4)
-
     info = generate(fal, tmp_path, a_job(references=[encode(FACE), encode(clear)])).info
-
     assert info["notes"] == ["Reference 2 has transparent parts, which were sent as white."]
 
 
@@ -525,7 +349,6 @@ def test_info_says_what_the_user_should_know_about_the_references(fal, tmp_path)
 
 def test_without_a_key_nothing_leaves(fal, tmp_path):
     environment = {name: "" for name in ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET")}
-
     with pytest.raises(MissingKey, match="FAL_KEY"):
         generate(fal, tmp_path, **environment)
     assert fal.requests == []
@@ -539,6 +362,5 @@ def test_a_number_that_is_none_is_named(text):
 
 def test_numbers_come_from_the_environment():
     environ = {"PULID_FAL_PICTURES_PER_RUN": "3", "PULID_FAL_PICTURES_PER_DAY": "5"}
-
     assert services.read_guard(environ, lifted=True) == Guard(3, 5, True)
     assert services.read_guard({}, lifted=False) == Guard()

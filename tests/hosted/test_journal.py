@@ -2,13 +2,19 @@
 
 import sqlite3
 import stat
+import subprocess
+import sys
 import threading
+import time
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import pytest
+from pulid_sdxl import run
+from pulid_sdxl.hosted import records
 from pulid_sdxl.hosted.errors import AmbiguousSubmit, HostedError, HostedLimit
-from pulid_sdxl.hosted.journal import DAY, Guard, Journal
-from pulid_sdxl.hosted.queue import Ticket
+from pulid_sdxl.hosted.journal import DAY, Guard, Journal, Row, Ticket, refuse_ambiguous
+from pulid_sdxl.tools import TOOLS
 
 TICKET = Ticket("request-1", "https://q/r")
 
@@ -31,154 +37,154 @@ def journal(tmp_path, clock):
     return Journal(tmp_path / "private" / "hosted.sqlite", clock)
 
 
-def claim(journal, digest="a", run="run", pictures=1, fixed=True, guard=None, force=False):
-    return journal.claim(digest, run, pictures, fixed, guard or Guard(), force)
+def claim(journal, digest="a", run="run", pictures=1, kept=True, guard=None, give_up=""):
+    return journal.claim(Row(digest, run, pictures, kept), guard or Guard(), give_up)
 
 
-def submitted(journal, **values):
-    row = replace(claim(journal, **values), ticket=TICKET)
-    journal.move(row, "SUBMITTED")
+def moved(journal, row, state, **values):
+    row = replace(row, state=state, **values)
+    journal.move(row)
     return row
+
+
+def submitted(journal, request_id="request-1", **values):
+    return moved(journal, claim(journal, **values), "SUBMITTED", request_id=request_id, url="https://q/r")
 
 
 def test_the_first_to_claim_sends_and_everybody_else_finds_their_row(journal):
     first, second = claim(journal), claim(journal)
-
-    assert (first.fresh, first.state, second.fresh, second.id) == (True, "PREPARED", False, first.id)
-    assert claim(journal, "b").fresh
+    assert (first.is_owner, first.state) == (True, "PREPARED")
+    assert (second.is_owner, second.name) == (False, first.name)
+    assert claim(journal, "b").is_owner
 
 
 def test_a_row_outlives_the_program_that_wrote_it(journal):
     submitted(journal)
-
     row = Journal(journal.path).find("a")
-
-    assert (row.state, row.ticket, row.fresh) == ("SUBMITTED", TICKET, False)
+    assert (row.state, row.ticket, row.is_owner) == ("SUBMITTED", TICKET, False)
 
 
 @pytest.mark.parametrize("state", ["SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "DOWNLOADED"])
 def test_a_request_with_a_ticket_is_joined(journal, state):
-    row = submitted(journal)
-    journal.move(row, state)
-
+    row = moved(journal, submitted(journal), state)
     again = claim(journal)
-
-    assert (again.fresh, again.id, again.state, again.ticket) == (False, row.id, state, TICKET)
+    assert (again.is_owner, again.name, again.state, again.ticket) == (False, row.name, state, TICKET)
 
 
 def test_a_failed_request_makes_room_for_a_new_one(journal):
-    journal.move(claim(journal), "FAILED", "refused")
-
+    moved(journal, claim(journal), "FAILED", note="refused")
     assert journal.find("a") is None
-    assert claim(journal).fresh
+    assert claim(journal).is_owner
 
 
 def test_pictures_of_a_random_seed_answer_no_other_request(journal):
-    journal.move(submitted(journal, fixed=False), "DOWNLOADED")
+    moved(journal, submitted(journal, kept=False), "DOWNLOADED")
+    assert claim(journal, kept=False).is_owner
 
-    assert claim(journal, fixed=False).fresh
 
-
-def test_who_falls_silent_while_sending_leaves_a_request_that_nobody_knows(journal, clock):
+def test_who_died_while_sending_leaves_a_request_that_nobody_knows(journal):
     claim(journal)
-    clock.now += journal.silence - 1
-    assert journal.find("a").state == "PREPARED"
-    clock.now += 2
+    found = journal.find("a")  # whoever asks holds the lock that the sender had
+    assert found.state == "AMBIGUOUS"
+    with pytest.raises(
+        AmbiguousSubmit, match=rf"{found.name}.*dashboard/requests.*put {found.name} into force_resubmit"
+    ):
+        refuse_ambiguous(found)
 
-    assert journal.find("a").state == "AMBIGUOUS"
-    with pytest.raises(AmbiguousSubmit, match=r"dashboard/requests.*force_resubmit"):
-        claim(journal)
 
-
-def test_who_gives_signs_of_life_is_waited_for(journal, clock):
+def test_an_answer_that_comes_after_all_is_noted(journal):
     row = claim(journal)
-    for _ in range(5):
-        clock.now += journal.silence - 1
-        journal.alive(row)
-
-    assert journal.find("a").state == "PREPARED"
-
-
-def test_an_answer_that_comes_after_all_is_noted(journal, clock):
-    row = claim(journal)
-    clock.now += 2 * journal.silence
     assert journal.find("a").state == "AMBIGUOUS"
-
-    journal.move(replace(row, ticket=TICKET), "SUBMITTED")
-
+    moved(journal, row, "SUBMITTED", request_id="request-1", url="https://q/r")
     assert (journal.find("a").state, journal.find("a").ticket) == ("SUBMITTED", TICKET)
 
 
-def test_force_sends_anew_but_never_beside_one_that_is_just_being_sent(journal):
-    being_sent = claim(journal)
-    assert claim(journal, force=True).id == being_sent.id
+@pytest.mark.parametrize("state", ["AMBIGUOUS", "SUBMITTED", "DOWNLOADED"])
+def test_a_request_is_given_up_by_its_id_and_once(journal, state):
+    old = submitted(journal) if state != "AMBIGUOUS" else claim(journal)
+    old = moved(journal, old, state)
+    assert claim(journal, give_up="another").name == old.name
+    anew = claim(journal, give_up=old.id)
+    assert anew.is_owner
+    assert claim(journal, give_up=old.id).name == anew.name  # the saved word does nothing twice
+    with suppress(HostedError):
+        moved(journal, old, "SUBMITTED")  # what was given up does not come back
+    assert journal.find("a").name == anew.name
 
-    for state in ("AMBIGUOUS", "SUBMITTED", "DOWNLOADED"):
-        journal.move(journal.find("a"), state)
-        anew = claim(journal, force=True)
-        assert anew.fresh
-    journal.move(being_sent, "SUBMITTED")  # what was given up does not come back
-    assert journal.find("a").id == anew.id
+
+def test_nothing_is_given_up_where_the_guard_stops_the_new_one(journal):
+    old = submitted(journal, pictures=8)
+    with pytest.raises(HostedLimit):
+        claim(journal, pictures=8, give_up=old.id)
+    assert journal.find("a").name == old.name
 
 
-def test_a_row_is_found_by_its_request_id(journal):
+def test_a_row_is_found_by_either_name(journal):
     row = submitted(journal)
-
-    assert journal.by_request("request-1").id == row.id
-    assert journal.by_request("request-2") is None
-
-
-def test_a_ticket_that_could_not_be_written_is_written_with_the_next_step(journal):
-    row = replace(claim(journal), ticket=TICKET)
-
-    assert journal.claim_cancel(row)
-
-    assert journal.find("a").ticket == TICKET
+    assert journal.by_id("request-1").name == journal.by_id(row.name).name == row.name
+    assert journal.by_id("request-2") is None
 
 
-def test_one_caller_is_to_cancel(journal):
+@pytest.mark.parametrize("gone", ["row", "file"])
+def test_what_vanishes_from_the_journal_is_written_again_with_the_next_step(journal, gone):
     row = submitted(journal)
-
-    assert [journal.claim_cancel(row) for _ in range(3)] == [True, False, False]
-    assert journal.find("a").state == "CANCEL_REQUESTED"
-
-
-@pytest.mark.parametrize("state", ["COMPLETED", "DOWNLOADED", "FAILED"])
-def test_what_is_over_is_not_cancelled(journal, state):
-    row = submitted(journal)
-    journal.move(row, state)
-
-    assert not journal.claim_cancel(row)
+    if gone == "file":
+        journal.path.unlink()
+    else:
+        with closing(sqlite3.connect(journal.path)) as database, database:
+            database.execute("DELETE FROM requests")
+    moved(journal, row, "COMPLETED")
+    assert (journal.find("a").state, journal.find("a").ticket) == ("COMPLETED", TICKET)
 
 
 def test_a_seed_of_any_size_is_kept_as_text(journal):
-    journal.move(submitted(journal), "DOWNLOADED", seed="17454220438242315174")
-
-    with sqlite3.connect(journal.path) as database:
-        assert database.execute("SELECT seed, typeof(seed) FROM jobs").fetchall() == [("17454220438242315174", "text")]
-    database.close()
+    moved(journal, submitted(journal), "DOWNLOADED", seed="17454220438242315174")
+    with closing(sqlite3.connect(journal.path)) as database:
+        found = database.execute("SELECT seed, typeof(seed) FROM requests").fetchall()
+    assert found == [("17454220438242315174", "text")]
 
 
 def test_nobody_else_can_read_the_journal(journal):
     claim(journal)
-
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
     assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
 
 
 def test_a_journal_that_cannot_be_written_stops_in_words(tmp_path):
     (tmp_path / "file").write_text("in the way")
-
     with pytest.raises(HostedError, match=r"journal of hosted requests .* could not be written"):
         claim(Journal(tmp_path / "file" / "hosted.sqlite"))
 
 
-def test_a_damaged_journal_stops_in_words(journal):
-    journal.path.parent.mkdir()
-    journal.path.write_bytes(b"no database at all" * 99)
+def damage(path, how):
+    path.parent.mkdir(exist_ok=True)
+    if how == "no database":
+        path.write_bytes(b"no database at all" * 99)
+    elif how == "damaged":
+        content = bytearray(path.read_bytes())
+        content[100:] = b"\xa5" * (len(content) - 100)
+        path.write_bytes(content)
+    else:
+        statement = {
+            "foreign": "CREATE TABLE x (y)",
+            "earlier": "CREATE TABLE jobs (id)",
+            "later": "PRAGMA user_version = 99",
+        }
+        path.unlink(missing_ok=True)
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute(statement[how])
 
-    with pytest.raises(HostedError, match="could not be written"):
-        claim(journal)
+
+@pytest.mark.parametrize("how", ["no database", "damaged", "foreign", "earlier", "later"])
+def test_a_journal_that_cannot_be_read_is_set_aside_in_words_and_once(journal, how):
+    submitted(journal)
+    damage(journal.path, how)
+    with pytest.raises(
+        HostedError, match=r"set aside as hosted-set-aside-\w+\.sqlite.*Nothing was sent.*fetch.*by its id"
+    ):
+        journal.find("a")
+    assert len(list(journal.path.parent.glob("hosted-set-aside-*"))) == 1
+    assert claim(journal).is_owner  # a new one has begun
 
 
 # ---- The guard ----
@@ -187,35 +193,68 @@ def test_a_damaged_journal_stops_in_words(journal):
 def test_pictures_are_counted_by_run(journal):
     for number in range(4):
         submitted(journal, digest=str(number), pictures=2)
-
     with pytest.raises(HostedLimit, match=r"8 pictures .* in this run, 1 more would exceed 8.*confirm_paid"):
         claim(journal, "x")
-    assert claim(journal, "x", run="another").fresh
+    assert claim(journal, "x", run="another").is_owner
 
 
 def test_pictures_are_counted_by_day(journal, clock):
     guard = Guard(per_run=8, per_day=4)
     submitted(journal, digest="1", run="1", pictures=4)
-
     with pytest.raises(HostedLimit, match=r"4 pictures .* in the last 24 hours, 1 more would exceed 4"):
         claim(journal, "2", run="2", guard=guard)
     clock.now += DAY + 1
-    assert claim(journal, "2", run="2", guard=guard).fresh
+    assert claim(journal, "2", run="2", guard=guard).is_owner
 
 
 def test_what_may_have_been_sent_counts_and_what_was_refused_does_not(journal):
-    journal.move(claim(journal, "1", pictures=8), "FAILED")
+    moved(journal, claim(journal, "1", pictures=8), "FAILED")
     claim(journal, "2", pictures=8)
-
     with pytest.raises(HostedLimit):
         claim(journal, "3")
 
 
 def test_the_users_word_lifts_the_guard_and_joining_needs_none(journal):
     submitted(journal, digest="1", pictures=8)
+    assert claim(journal, "2", pictures=8, guard=Guard(lifted=True)).is_owner
+    assert not claim(journal, "1", pictures=8).is_owner
 
-    assert claim(journal, "2", pictures=8, guard=Guard(lifted=True)).fresh
-    assert not claim(journal, "1", pictures=8).fresh
+
+@pytest.mark.parametrize(("run", "span"), [("run", "RUN"), ("other", "DAY")])
+def test_nothing_but_the_environment_lifts_the_ceiling(journal, run, span):
+    guard = Guard(lifted=True, ceiling_per_run=8, ceiling_per_day=16)
+    for number in range(8 if span == "RUN" else 16):
+        submitted(journal, digest=str(number), run=run if span == "RUN" else str(number), request_id=str(number))
+    with pytest.raises(HostedLimit, match=rf"No switch.*PULID_FAL_CEILING_PER_{span}") as caught:
+        claim(journal, "x", run=run, guard=guard)
+    assert "confirm_paid" not in str(caught.value)
+
+
+def test_forgetting_lifts_nothing(journal):
+    row = submitted(journal, pictures=8)
+    journal.forget(row.name)
+    assert journal.find("a") is None and journal.rows() == [] and journal.by_id("request-1") is None
+    with pytest.raises(HostedLimit):
+        claim(journal)
+
+
+def test_no_row_makes_the_sum_smaller(journal):
+    submitted(journal, digest="1", pictures=7)
+    submitted(journal, digest="2")
+    with closing(sqlite3.connect(journal.path)) as database, database:
+        database.execute("UPDATE requests SET pictures = -50")
+        database.execute("UPDATE requests SET pictures = 7 WHERE digest = '1'")
+    with pytest.raises(HostedLimit, match="8 pictures"):
+        claim(journal, "3")
+
+
+def test_a_clock_that_went_backwards_counts_no_rows_of_the_future(journal, clock):
+    guard = Guard(per_run=99, per_day=4)
+    submitted(journal, digest="1", pictures=4)
+    clock.now -= 10 * DAY
+    assert claim(journal, "2", pictures=4, guard=guard).is_owner
+    with pytest.raises(HostedLimit):
+        claim(journal, "3", guard=guard)
 
 
 def test_the_guard_can_be_asked_before_anything_is_prepared(journal):
@@ -240,9 +279,8 @@ def test_of_many_threads_one_sends(journal):
         thread.start()
     for thread in threads:
         thread.join()
-
-    assert sorted(row.fresh for row in claims) == [False] * 7 + [True]
-    assert len({row.id for row in claims}) == 1
+    assert sorted(row.is_owner for row in claims) == [False] * 7 + [True]
+    assert len({row.name for row in claims}) == 1
 
 
 # ---- Uploads ----
@@ -250,18 +288,79 @@ def test_of_many_threads_one_sends(journal):
 
 def test_an_upload_is_used_again_until_shortly_before_its_end(journal, clock):
     journal.remember_upload("a", "https://v3.fal.media/a", 3600)
-
     assert journal.uploaded("a", at_least=600) == "https://v3.fal.media/a"
     clock.now += 3100
     assert journal.uploaded("a", at_least=600) is None
     assert journal.uploaded("b", at_least=0) is None
+    clock.now -= 10 * DAY  # how long it still lives is not known to a clock that went backwards
+    assert journal.uploaded("a", at_least=0) is None
 
 
 def test_uploads_that_have_expired_are_forgotten(journal, clock):
     journal.remember_upload("a", "https://v3.fal.media/a", 60)
     clock.now += 61
     journal.remember_upload("b", "https://v3.fal.media/b", 60)
-
-    with sqlite3.connect(journal.path) as database:
+    with closing(sqlite3.connect(journal.path)) as database:
         assert database.execute("SELECT digest FROM uploads").fetchall() == [("b",)]
-    database.close()
+
+
+# ---- What is kept on this machine ----
+
+
+def test_requests_are_listed_with_age_pictures_and_what_to_do(journal, clock):
+    clock.now = time.time() - 2 * 3600
+    submitted(journal, digest="1", request_id="under-way", pictures=2)
+    unknown = claim(journal, "2")
+    journal.find("2")
+    moved(journal, submitted(journal, digest="3", request_id="done"), "DOWNLOADED")
+    assert "under-way  2 h ago  2 pictures  under way: fetch it, or cancel it" in records.listing(
+        journal.rows(), "open"
+    )
+    assert records.listing(journal.rows(), "unknown").startswith(f"{unknown.name}  2 h ago  1 picture  may have been")
+    assert len(records.listing(journal.rows()).splitlines()) == 3
+    assert "No such request" in records.listing([], "open")
+
+
+def test_requests_are_forgotten_with_their_pictures(journal, clock):
+    folder = journal.path.parent
+    clock.now = time.time() - 3 * DAY
+    submitted(journal, digest="1", request_id="old-1")
+    clock.now = time.time()
+    unknown = claim(journal, "2")
+    submitted(journal, digest="3", request_id="new-1")
+    for name in ("old-1", "new-1"):
+        (folder / "results" / name).mkdir(parents=True)
+    assert records.forget(folder, ["nobody"]) == 0
+    assert records.forget(folder, older_than=DAY) == 1
+    assert [place.name for place in (folder / "results").iterdir()] == ["new-1"]
+    assert records.forget(folder, [unknown.name]) == 1
+    assert [row.id for row in journal.rows()] == ["new-1"]
+    assert records.forget(folder, older_than=0) == 1
+    assert list((folder / "results").iterdir()) == []
+
+
+def test_run_py_lists_and_forgets_for_every_user(tmp_path, capsys):
+    for user in ("", "users/ann_1"):
+        journal = Journal(tmp_path / "__pulid" / user / "hosted.sqlite")
+        for name in ("one", "two"):
+            submitted(journal, digest=name, request_id=f"{user[-1:]}-{name}")
+    where = ["--user-directory", str(tmp_path)]
+    assert run.hosted([], ["list", *where]) == 0
+    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()) == [
+        "-one",
+        "-two",
+        "1-one",
+        "1-two",
+    ]
+    run.hosted([], ["forget", "1-one", *where])
+    run.hosted([], ["forget", "--older-than", "1h", *where])
+    run.hosted([], ["forget", "--all", *where])
+    assert capsys.readouterr().out == "1 forgotten.\n0 forgotten.\n3 forgotten.\n"
+    for wrong in (["forget"], ["forget", "--older-than", "soon"]):
+        with pytest.raises(run.Failure):
+            run.hosted([], [*wrong, *where])
+
+
+def test_the_command_needs_the_standard_library_only():
+    code = "import pulid_sdxl.hosted.records; print('fine')"
+    assert subprocess.run([sys.executable, "-I", "-S", TOOLS, "-c", code], capture_output=True).stdout == b"fine\n"

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from pulid_sdxl.hosted.errors import AnswerLost, BadAnswer, Unreachable, UnsafeAddress
-from pulid_sdxl.hosted.transport import AiohttpTransport, Terms
+from pulid_sdxl.hosted.transport import AiohttpTransport, PublicResolver, Terms
 from yarl import URL
 
 FIVE_SECONDS = Terms(seconds=5)
@@ -60,7 +60,6 @@ def exchange(answer, method="GET", terms=FIVE_SECONDS, times=1):
 
 def test_an_answer_comes_with_names_in_lower_case():
     reply, [request] = exchange(says("HTTP/1.1 202 Accepted\nX-Fal-Request-Id: a\nContent-Length: 2\n\n{}"))
-
     assert (reply.status, reply.body, reply.headers["x-fal-request-id"]) == (202, b"{}", "a")
     assert b"Authorization: Key secret:value" in request and b"Accept-Encoding: identity" in request
 
@@ -130,9 +129,7 @@ def test_an_answer_that_was_compressed_unasked_is_not_read():
 
 def test_a_redirect_is_an_answer_and_a_cookie_is_forgotten():
     answer = says("HTTP/1.1 302 Found\nLocation: https://evil.example/\nSet-Cookie: a=b\nContent-Length: 0\n\n")
-
     reply, requests = exchange(answer, times=2)
-
     assert reply.status == 302
     assert len(requests) == 2 and not any(b"Cookie" in request for request in requests)
 
@@ -140,10 +137,87 @@ def test_a_redirect_is_an_answer_and_a_cookie_is_forgotten():
 def test_no_error_carries_the_headers_that_were_sent():
     with pytest.raises(AnswerLost) as caught:
         exchange(hang_up, "POST")
-
     error = caught.value
     assert (error.__cause__, error.__context__) == (None, None)
     assert "secret" not in f"{error!r} {vars(error)}"
+
+
+# ---- Proxies ----
+
+
+def through(monkeypatch, answer, url, **environ):
+    """What a proxy got that was asked to lead to `url`, and what came of it."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    heard = []
+
+    async def run():
+        async with server(answer) as (proxy, seen), AiohttpTransport(public=True) as transport:
+            for name, value in environ.items():
+                monkeypatch.setenv(name, value.format(proxy=f"{proxy.host}:{proxy.port}"))
+            try:
+                await transport.send("POST", URL(url), SECRET, b"body", FIVE_SECONDS)
+            finally:
+                heard.extend(seen)
+
+    with pytest.raises(Unreachable) as caught:
+        asyncio.run(run())
+    return heard, str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_the_environments_proxy_is_asked_and_sees_no_key(monkeypatch, scheme):
+    refuse = says("HTTP/1.1 407 Proxy Authentication Required\nContent-Length: 0\n\n")
+    [heard], words = through(monkeypatch, refuse, "https://v3.fal.media/a", HTTPS_PROXY=scheme + "me:pw@{proxy}")
+    assert heard.startswith(b"CONNECT v3.fal.media:443 HTTP/1.1")
+    assert b"Proxy-Authorization: Basic bWU6cHc=" in heard and b"secret" not in heard
+    assert "the proxy refused it, HTTP 407" in words and "nothing was sent" in words
+
+
+def test_no_proxy_is_honoured_and_a_netrc_is_not_read(monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("default login me password pw")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: (_ for _ in ()).throw(socket.gaierror(-2, "no")))
+    heard, words = through(monkeypatch, hang_up, "https://v3.fal.media/a", HTTPS_PROXY="{proxy}", NO_PROXY="fal.media")
+    assert heard == [] and "its name was not found" in words
+    _, [request] = exchange(says("HTTP/1.1 200 OK\nContent-Length: 0\n\n"))  # on this machine, so without a proxy
+    assert b"Authorization: Key secret:value" in request and b"Basic" not in request
+
+
+@pytest.mark.parametrize("proxy", ["socks5://{proxy}", "http://[", "ftp://x"])
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, proxy):
+    heard, words = through(monkeypatch, hang_up, "https://v3.fal.media/a", HTTPS_PROXY=proxy)
+    assert heard == [] and "HTTPS_PROXY names no proxy" in words
+
+
+def test_a_private_name_is_refused_behind_a_proxy_too(monkeypatch):
+    def look_up(host, port, *_, **__):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1" if host == "inside.example" else host, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    with pytest.raises(UnsafeAddress):
+        through(monkeypatch, hang_up, "https://inside.example/a", HTTPS_PROXY="http://{proxy}")
+
+
+# ---- Public addresses ----
+
+
+@pytest.mark.parametrize("address", ["198.18.0.7", "100.64.0.9", "64:ff9b::808:808"])
+@pytest.mark.parametrize(("host", "trusted"), [("v3.fal.media", True), ("fal.media.example", False)])
+def test_fals_own_names_are_trusted_by_tls_whatever_their_addresses_look_like(monkeypatch, address, host, trusted):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    found = [(family, socket.SOCK_STREAM, 6, "", (address, 443, *((0, 0) if ":" in address else ())))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    async def run():
+        return await PublicResolver().resolve(host, 443)
+
+    if trusted:
+        assert asyncio.run(run())[0]["host"] == address
+    else:
+        with pytest.raises(UnsafeAddress):
+            asyncio.run(run())
 
 
 @pytest.mark.parametrize(

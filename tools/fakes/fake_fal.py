@@ -12,32 +12,23 @@ Wire format: <https://fal.ai/docs/api-reference/inference-api/openapi/queue.json
 
 import asyncio
 import base64
-import contextlib
-import datetime
 import hashlib
-import ipaddress
 import json
 import secrets
-import ssl
+import socket
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import aiohttp
 import numpy as np
 from aiohttp import web
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
-from yarl import URL
 
-from .fake_faults import Call, Fault, reset
+from .fake_faults import BeforeBody, Call, Fault, reset
 from .fake_model import RANDOM_SEED, BadReference, pictures, png, problems, read_references
 
 ADDRESS = "127.0.0.1"
@@ -46,6 +37,7 @@ EVERY = 0  # as `nth` of a plan
 FILE_DAYS = 7  # that files are kept unless a lifecycle says otherwise
 WEBHOOK_PAUSE = 0.05  # seconds
 MOST_BODY = 256 << 20  # bytes
+RECEIVED = 64 << 10  # bytes that lie ready at most before they are read: what is not read has not left its sender
 
 # Which origins are there, and which of them may see the key, in the Authorization header only.
 ORIGINS = ("queue", "rest", "cdn", "foreign", "proxy")
@@ -62,13 +54,13 @@ ROUTES = (
     ("queue", "GET", REQUEST, "result"),
     ("queue", "PUT", REQUEST + "/cancel", "cancel"),
     ("rest", "POST", "/storage/upload/initiate", "initiate"),
+    ("rest", "GET", "/v1/models/pricing", "pricing"),
     ("cdn", "PUT", "/files/{name:.+}", "put"),
     ("cdn", "GET", "/files/{name:.+}", "download"),
     ("foreign", "GET", "/{path:.*}", "foreign"),
     ("proxy", "*", "/formula", "formula"),
     ("proxy", "*", "/server-proxy", "server_proxy"),
 )
-BEFORE_BODY = {reset}  # faults that act while the body is still on its way
 LOGS = ("Warming up", "Denoising", "Denoising", "Encoding")  # two lines are alike on purpose
 
 
@@ -139,17 +131,16 @@ class FakeFal:
                Read at each request, so changing it moves the jobs that are there.
     obeys      whether a running job ends when it is cancelled
     internet   URL -> content: what is public on the web, for references
-    webhooks   (address, status) of each that went out, status None where nobody answered
+    webhooks   (address, JSON) of each that would have gone out
+    prices     the price list, as the platform API gives it
     """
 
-    def __init__(self, tls: Path | None = None):
-        """tls: a folder for a self-signed certificate (`certificate`); the addresses are then https."""
+    def __init__(self) -> None:
         self.key = f"{uuid.uuid4()}:{secrets.token_hex(16)}"
         self.clock = Clock()
         self.leaks: list[str] = []
         self.internet: dict[str, bytes] = {}
         self.files: dict[str, File] = {}
-        self.certificate = tls and tls / "fake_fal.pem"
         self._loop = asyncio.new_event_loop()
         self._held = asyncio.Event()
         self.reset()
@@ -160,7 +151,8 @@ class FakeFal:
         self._held = asyncio.Event()
         self.script: tuple[int | str, ...] = ("IN_PROGRESS", "COMPLETED")
         self.obeys = True
-        self.webhooks: list[tuple[str, int | None]] = []
+        self.webhooks: list[tuple[str, dict[str, Any]]] = []
+        self.prices: list[dict[str, Any]] = []
         self.requests: list[Seen] = []
         self.jobs: dict[str, Job] = {}
         self.most_open = 0  # the most jobs that were accepted and not yet done at one time
@@ -248,7 +240,6 @@ class FakeFal:
         self._session = aiohttp.ClientSession(auto_decompress=False)
         self._urls: dict[str, str] = {}
         self._runners: list[web.AppRunner] = []
-        context = certify(self.certificate) if self.certificate else None
         for origin in ORIGINS:
             app = web.Application(client_max_size=MOST_BODY)
             for _, method, path, route in (entry for entry in ROUTES if entry[0] == origin):
@@ -256,8 +247,10 @@ class FakeFal:
             app.router.add_route("*", "/{rest:.*}", self._door(origin, "unknown"))
             runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
             await runner.setup()
-            await web.TCPSite(runner, ADDRESS, 0, ssl_context=context).start()
-            self._urls[origin] = f"http{'s' if context else ''}://{ADDRESS}:{runner.addresses[0][1]}"
+            listening = socket.create_server((ADDRESS, 0))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED)  # for each connection
+            await web.SockSite(runner, listening).start()
+            self._urls[origin] = f"http://{ADDRESS}:{runner.addresses[0][1]}"
             self._runners.append(runner)
 
     async def _stop(self) -> None:
@@ -276,7 +269,8 @@ class FakeFal:
         async def enter(request: web.Request) -> web.StreamResponse:
             self._calls[route] += 1
             fault = self._plans.pop((route, self._calls[route]), None) or self._plans.get((route, EVERY))
-            body = b"" if fault in BEFORE_BODY else await request.read()
+            before_body = fault is reset or isinstance(fault, BeforeBody)
+            body = b"" if before_body else await request.read()
             headers = {name.lower(): value for name, value in request.headers.items()}
             path, query = request.path_qs, dict(request.query)
             seen = Seen(origin, route, request.method, path, query, headers, body, time.monotonic())
@@ -284,9 +278,10 @@ class FakeFal:
             self._watch(seen)
 
             async def handle() -> web.Response:
-                if origin in TRUSTED and (refusal := self._refusal(seen)):
+                if origin in TRUSTED and (refusal := self._refusal(seen)) is not None:  # an empty answer is false
                     return refusal
-                return await getattr(self, f"_{route}")(request, seen)
+                known = replace(seen, body=await request.read()) if before_body else seen
+                return await getattr(self, f"_{route}")(request, known)
 
             return await (fault(Call(request, handle, self._held)) if fault else handle())
 
@@ -440,6 +435,9 @@ class FakeFal:
             return self.internet[url]
         raise BadReference("file_download_error")
 
+    async def _pricing(self, request: web.Request, seen: Seen) -> web.Response:
+        return web.json_response({"prices": self.prices, "next_cursor": None, "has_more": False})
+
     # --- storage ---
 
     def _store(self, content: bytes, content_type: str, name: str, lifetime: float) -> str:
@@ -473,19 +471,13 @@ class FakeFal:
     # --- webhooks ---
 
     async def _finish_and_call(self, job: Job, webhook: str) -> None:
-        """Run the job without anybody asking, and tell the webhook, unless it is somebody's own."""
+        """Run the job without anybody asking, and note what its webhook would be told."""
         while not job.done and self.script[-1] != "COMPLETED" and not self._closing.is_set():
             await asyncio.sleep(WEBHOOK_PAUSE)
         self._settle(job)
-        answered = None
-        if URL(webhook).host == ADDRESS:
-            status, body, _ = job.outcome
-            result = {"status": "OK"} if status == 200 else {"status": "ERROR", "error": f"Status code: {status}"}
-            data = {"request_id": job.id, "gateway_request_id": job.id, **result, "payload": body}
-            with contextlib.suppress(aiohttp.ClientError):
-                async with self._session.post(webhook, json=data) as response:
-                    answered = response.status
-        self.webhooks.append((webhook, answered))
+        status, body, _ = job.outcome
+        result = {"status": "OK"} if status == 200 else {"status": "ERROR", "error": f"Status code: {status}"}
+        self.webhooks.append((webhook, {"request_id": job.id, "gateway_request_id": job.id, **result, "payload": body}))
 
     # --- proxies ---
 
@@ -522,31 +514,11 @@ class FakeFal:
         headers = {name: value for name, value in forwarded.items() if name not in dropped}
         headers |= {"content-type": "application/json", "x-fal-client-proxy": "fake", "authorization": authorization}
         async with self._session.request(
-            seen.method, url, headers=headers, data=seen.body or None, allow_redirects=False, ssl=False
+            seen.method, url, headers=headers, data=seen.body or None, allow_redirects=False
         ) as response:
             content = await response.read()
             kept = {name: value for name, value in response.headers.items() if name.lower().startswith("x-fal-")}
             return web.Response(status=response.status, body=content, headers=kept, content_type=response.content_type)
-
-
-def certify(file: Path) -> ssl.SSLContext:
-    """A certificate that nobody vouches for, written to this file and its key beside it."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake")])
-    now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(ADDRESS))]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    plain = serialization.NoEncryption()
-    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    file.with_suffix(".key").write_bytes(private)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file, file.with_suffix(".key"))
-    return context
 
 
 def failure(status: int, detail: Any, headers: dict[str, str] | None = None) -> web.Response:

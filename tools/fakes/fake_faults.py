@@ -89,7 +89,7 @@ async def accept_then_stall(call: Call) -> web.StreamResponse:
 
 
 async def reset(call: Call) -> web.StreamResponse:
-    """Cut before the body was read: nothing was accepted."""
+    """Cut: nothing was accepted."""
     return call.drop()
 
 
@@ -97,6 +97,11 @@ async def stall(call: Call) -> web.StreamResponse:
     """Nothing is accepted and nothing comes."""
     await call.wait()
     return call.drop()
+
+
+async def right(call: Call) -> web.StreamResponse:
+    """What the server would have answered."""
+    return await call.handle()
 
 
 def once(holds: Callable[[], object]) -> Fault:
@@ -109,6 +114,52 @@ def once(holds: Callable[[], object]) -> Fault:
         return response
 
     return fault
+
+
+def once_then(holds: Callable[[], object], then: Fault) -> Fault:
+    """Another fault, as soon as this holds."""
+
+    async def fault(call: Call) -> web.StreamResponse:
+        while not holds() and not call.closing.is_set():
+            await call.wait(0.01)
+        return await then(call)
+
+    return fault
+
+
+class BeforeBody:
+    """A fault that acts while the body is still on its way."""
+
+    def __init__(self, act: Fault):
+        self.act = act
+
+    async def __call__(self, call: Call) -> web.StreamResponse:
+        return await self.act(call)
+
+
+def unread(then: Fault) -> Fault:
+    """The start of the body is read, and then this happens."""
+
+    async def fault(call: Call) -> web.StreamResponse:
+        await call.request.content.readany()
+        await call.wait(0.1)
+        return await then(call)
+
+    return BeforeBody(fault)
+
+
+def read_slowly(pause: float) -> Fault:
+    """The right answer to a body that is read in pieces, so long after each other."""
+
+    async def fault(call: Call) -> web.StreamResponse:
+        body = bytearray()
+        while chunk := await call.request.content.read(PIECE):
+            body += chunk
+            await call.wait(pause)
+        call.request._read_bytes = bytes(body)
+        return await call.handle()
+
+    return BeforeBody(fault)
 
 
 def drip(seconds: float, size: int = 1) -> Fault:
@@ -218,6 +269,17 @@ def without(*names: str) -> Fault:
 def with_values(**values: Any) -> Fault:
     """The right answer with these keys set: an unknown status, logs null, a seed beyond 64 bits, an error."""
     return altered(lambda data: {**data, **values})
+
+
+def served_like(seed: bytes) -> Fault:
+    """The right answer with these bytes in the place of its seed, whether they are JSON or not."""
+
+    async def fault(call: Call) -> web.StreamResponse:
+        response = await call.handle()
+        body = body_of(response)
+        return web.Response(body=body.replace(b'"seed": 7', b'"seed": ' + seed), content_type="application/json")
+
+    return fault
 
 
 # --- pictures ---
