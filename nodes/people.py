@@ -17,7 +17,19 @@ from ..pulid.errors import InputError
 from ..pulid.faces import ORDERS, find_faces
 from ..pulid.identity import IdEmbedding
 from ..pulid.layouts import REACHES, masks_of, people_of, read_boxes, write_boxes
-from ..pulid.people import KEEPS, Keep, Likeness, Rule, floor_of, match, mean_direction, passing, recognise_all, report
+from ..pulid.people import (
+    KEEPS,
+    Keep,
+    Likeness,
+    Recognised,
+    Rule,
+    floor_of,
+    match,
+    mean_direction,
+    passing,
+    recognise_all,
+    report,
+)
 from ..pulid.photo import read_photo
 from ..pulid.portraits import Choice, Portrait, choose, look_at_all
 from ..pulid.preview import Card, Column, contact_sheet, draw_people, score_chart
@@ -78,14 +90,17 @@ class PulidBestPhotos(io.ComfyNode):
         photos = [taken[number].pixels[None] for number in choice.best]
         notes = [f"{len(photos)} of {len(taken)} photographs taken, {best} asked for."]
         notes += [f"Photo {number + 1}: {why}." for number, why in sorted(choice.left_out.items())]
+        if choice.further:
+            notes.append(f"Not needed: {', '.join(str(number + 1) for number in choice.further)}.")
         shown = {**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": notes}
         return io.NodeOutput(photos, [choice.scores[number] for number in choice.best], sheet, ui=shown)
 
 
 def _cards(taken: Sequence[Photograph], looks: Sequence[Portrait | str], choice: Choice) -> list[Card]:
-    """The photographs that are taken, in order, then the others."""
+    """The photographs that are taken, in order, those that come after them, and those that are left out."""
     cards = []
-    for number in (*choice.best, *sorted(choice.left_out)):
+    ranked = [*choice.best, *choice.further]
+    for number in (*ranked, *sorted(choice.left_out)):
         look, bars, box = looks[number], {}, None
         if isinstance(look, Portrait):
             marks, box = look.marks, look.face.box
@@ -98,9 +113,10 @@ def _cards(taken: Sequence[Photograph], looks: Sequence[Portrait | str], choice:
             }
             bars = {name: (value, beside[name]) for name, value in marks.bars.items()}
             bars["alike"] = (max(choice.likeness[number], 0.0), f"{choice.likeness[number]:.2f}")
-        place = choice.best.index(number) + 1 if number in choice.best else None
+        place = ranked.index(number) + 1 if number in ranked else None
         photo, why = read_photo(taken[number].pixels), choice.left_out.get(number, "")
-        cards.append(Card(photo, number + 1, box, place, why, choice.scores.get(number), bars))
+        score, is_taken = choice.scores.get(number), number in choice.best
+        cards.append(Card(photo, number + 1, box, place, is_taken, why, score, bars))
     return cards
 
 
@@ -146,8 +162,9 @@ class PulidLikenessGate(io.ComfyNode):
         pictures = rows(images)
         looked_at = _Looking(loaded, pictures, rows(reference), rows(strangers))
         people = looked_at.people(person)
-        likenesses = [match(embeddings, people) for embeddings in looked_at.pictures("Picture", pictures)]
-        floor = floor_of(looked_at.pictures("Stranger", looked_at.strangers), people) if looked_at.strangers else None
+        seen = looked_at.pictures("Picture", pictures)
+        likenesses = [match(one.embeddings, people) for one in seen]
+        floor = looked_at.floor(people)
         scores = [likeness.score for likeness in likenesses]
         rule = Rule(keep_, least, most, best_if_none=none == "best one")
         passed = passing(scores, rule)
@@ -155,7 +172,10 @@ class PulidLikenessGate(io.ComfyNode):
         ranked = sorted(range(len(pictures)), key=lambda index: -numbers[index])
         rejected = [index for index in ranked if index not in passed]
         title = f"{len(passed)} of {len(pictures)} pass"
-        columns = [Column(read_photo(pictures[i]), i + 1, scores[i], i in passed) for i in (*passed, *rejected)]
+        columns = [
+            Column(read_photo(pictures[i]), i + 1, scores[i], i in passed, _shown_face(seen[i], likenesses[i]))
+            for i in (*passed, *rejected)
+        ]
         line = None if keep_ == "best" else least
         chart = score_chart(columns, line, floor, title).float().div_(255)[None]
         text = [*_said(title, likenesses, rule, floor), FLATTERED]
@@ -175,28 +195,32 @@ class _Looking:
         self.analyzer, self.reference, self.strangers = loaded.networks.analyzer, reference, strangers
         self._step, self._done = step_of(len(pictures) + len(reference) + len(strangers)), 0
 
-    def pictures(self, kind: str, pictures: Sequence[Tensor], largest: bool = False) -> list[Tensor]:
-        """The embeddings (F, 512) of each picture's faces, or of the largest alone (at most 1, 512)."""
+    def pictures(self, kind: str, pictures: Sequence[Tensor]) -> list[Recognised]:
+        """The faces of each picture. Raises InputError with the kind and number of one that cannot be used."""
         seen = []
         for number, picture in enumerate(pictures, start=1):
             try:
                 found = recognise_all(picture, self.analyzer, CACHE, throw_exception_if_processing_interrupted)
             except InputError as error:
                 raise InputError(f"{kind} {number} of {len(pictures)}: {error}") from error
-            order = sorted(range(len(found.faces)), key=lambda index: -found.faces[index].area)
-            seen.append(found.embeddings[order[:1]] if largest else found.embeddings)
+            seen.append(found)
             self._done += 1
             self._step(self._done)
         return seen
 
+    def floor(self, people: Tensor) -> float | None:
+        """The highest cosine that strangers reach, where there are any."""
+        seen = self.pictures("Stranger", self.strangers)
+        return floor_of([found.embeddings for found in seen], people) if seen else None
+
     def people(self, identity: IdEmbedding | None) -> Tensor:
         """The directions (R, 512) of the people to look for: of the reference photographs, else of the identity."""
         if self.reference:
-            largest = self.pictures("Reference", self.reference, largest=True)
-            faceless = [str(number) for number, faces in enumerate(largest, start=1) if not len(faces)]
+            seen = self.pictures("Reference", self.reference)
+            faceless = [str(number) for number, found in enumerate(seen, start=1) if not found.faces]
             if faceless:
                 raise InputError(f"Reference {', '.join(faceless)} shows no face. Use photographs where it is in view.")
-            return mean_direction(torch.cat(largest))[None]
+            return mean_direction(torch.stack([found.largest for found in seen]))[None]
         if identity is None:
             raise InputError("Connect an identity, or reference photographs of the person, to compare with.")
         if identity.arcface is None:
@@ -205,6 +229,14 @@ class _Looking:
                 "or difference of others. Connect photographs of the person to reference instead."
             )
         return identity.arcface
+
+
+def _shown_face(seen: Recognised, likeness: Likeness) -> tuple[float, ...] | None:
+    """The box of the face that a picture's score is about; None where there is none."""
+    if likeness.score is None:
+        return None
+    worst = likeness.faces[likeness.cosines.index(likeness.score)]
+    return None if worst is None else seen.faces[worst].box
 
 
 def _said(title: str, likenesses: Sequence[Likeness], rule: Rule, floor: float | None) -> list[str]:

@@ -56,6 +56,11 @@ class Recognised:
     faces: tuple[Face, ...]
     embeddings: Tensor
 
+    @property
+    def largest(self) -> Tensor:
+        """The embedding (512,) of the largest face."""
+        return self.embeddings[max(range(len(self.faces)), key=lambda index: self.faces[index].area)]
+
 
 def recognise_all(
     picture: Tensor, analyzer: FaceAnalyzer, cache: ResultCache, step: Callable[[], None] = lambda: None

@@ -170,13 +170,14 @@ def others(embeddings: Tensor, drop: bool) -> tuple[list[float], list[int]]:
 class Choice:
     """Which photographs are taken, by their number from 0.
 
-    best      in order
+    best      in order; further are those that come after them
     scores    0..1 of each photograph with a face: the geometric mean of its marks and its likeness to the others
     likeness  of each photograph with a face, see `others`
     left_out  why, for each of the rest
     """
 
     best: list[int]
+    further: list[int]
     scores: dict[int, float]
     likeness: dict[int, float]
     left_out: dict[int, str]
@@ -197,8 +198,7 @@ def choose(looks: Sequence[Portrait | str], count: int, drop_strangers: bool) ->
         scores[number] = float(np.prod(bars) ** (1 / len(bars)))
     left_out |= {numbers[index]: f"someone else? likeness {cosines[index]:.2f}" for index in strangers}
     ranked = sorted((number for number in numbers if number not in left_out), key=lambda number: -scores[number])
-    left_out |= {number: f"place {place}" for place, number in enumerate(ranked[count:], start=count + 1)}
-    return Choice(ranked[:count], scores, likeness, left_out)
+    return Choice(ranked[:count], ranked[count:], scores, likeness, left_out)
 
 
 Step = Callable[[int], None]

@@ -6,7 +6,7 @@ from itertools import cycle, islice
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn import functional
 
@@ -76,6 +76,7 @@ class Card:
 
     box    of the face, in pixels of the photo, or None
     place  from 1; None where it is left out, and then why
+    taken  whether its place is among those that are asked for
     bars   marks 0..1 by name, each with what is written beside it
     """
 
@@ -83,6 +84,7 @@ class Card:
     number: int
     box: Sequence[float] | None
     place: int | None
+    taken: bool
     why: str
     score: float | None
     bars: dict[str, tuple[float, str]]
@@ -105,18 +107,18 @@ def contact_sheet(cards: Sequence[Card], columns: int = 5) -> Tensor:
 def _card(card: Card, size: tuple[int, int]) -> Image.Image:
     picture = Image.new("RGB", size, CARD)
     pen = ImageDraw.Draw(picture)
-    taken = card.place is not None
-    thumb = _thumbnail(card.photo, card.box, KEPT if taken else LEFT_OUT)
-    if not taken:  # so that the eye goes to the others
+    color = KEPT if card.taken else FAINT if card.place else LEFT_OUT
+    thumb = _thumbnail(card.photo, card.box, color)
+    if not card.taken:  # so that the eye goes to the others
         thumb = Image.blend(thumb, Image.new("RGB", thumb.size, CARD), 0.55)
     picture.paste(thumb, (MARGIN + (THUMB - thumb.width) // 2, MARGIN + (THUMB - thumb.height) // 2))
     top = THUMB + 2 * MARGIN - 4
-    badge = f"{card.place}" if taken else "left out"
+    badge = f"{card.place}" if card.place else "left out"
     box = pen.textbbox((MARGIN + 7, top + 11), badge, font=_font(13), anchor="lm")
-    pen.rounded_rectangle((MARGIN, top, box[2] + 7, top + 22), 11, fill=KEPT if taken else LEFT_OUT)
+    pen.rounded_rectangle((MARGIN, top, box[2] + 7, top + 22), 11, fill=color)
     pen.text((MARGIN + 7, top + 11), badge, fill=GROUND, font=_font(13), anchor="lm")
-    words = f"photo {card.number}" + (f"   {card.score:.2f}" if taken and card.score is not None else "")
-    words = words if taken else f"photo {card.number}: {card.why}"
+    said = card.why or ("" if card.score is None else f"{card.score:.2f}")
+    words = f"photo {card.number}   {said}"
     pen.text((box[2] + 15, top + 11), words, fill=WORDS, font=_font(12), anchor="lm")
     for row, (name, (value, beside)) in enumerate(card.bars.items()):
         y = top + 24 + MARGIN // 2 + row * LINE
@@ -124,7 +126,7 @@ def _card(card: Card, size: tuple[int, int]) -> Image.Image:
         pen.text((MARGIN, y + 5), name, fill=FAINT, font=_font(12), anchor="lm")
         pen.rounded_rectangle((left, y, left + BAR, y + 9), 4, fill=EMPTY)
         if value > 0.05:
-            pen.rounded_rectangle((left, y, left + value * BAR, y + 9), 4, fill=KEPT if taken else FAINT)
+            pen.rounded_rectangle((left, y, left + value * BAR, y + 9), 4, fill=color)
         pen.text((left + BAR + 8, y + 5), beside, fill=FAINT, font=_font(12), anchor="lm")
     return picture
 
@@ -141,6 +143,17 @@ def _thumbnail(
     return picture
 
 
+def _close_up(photo: Photo, box: Sequence[float] | None, side: int) -> Image.Image:
+    """A square of the photo, (side, side): around the face where there is one."""
+    picture = Image.fromarray(photo)
+    if box is None:
+        return ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS)
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    half = min(0.8 * max(box[2] - box[0], box[3] - box[1]), picture.width / 2, picture.height / 2)
+    x, y = min(max(x, half), picture.width - half), min(max(y, half), picture.height - half)
+    return picture.resize((side, side), Image.Resampling.LANCZOS, (x - half, y - half, x + half, y + half))
+
+
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
@@ -153,12 +166,13 @@ WIDEST, NARROWEST = 96, 26  # px of a column
 
 @dataclass(frozen=True)
 class Column:
-    """One picture of a chart; score None where a face is missing."""
+    """One picture of a chart; score None where a face is missing, box of the face that the score is about."""
 
     photo: Photo
     number: int
     score: float | None
     passed: bool
+    box: Sequence[float] | None = None
 
 
 def score_chart(columns: Sequence[Column], threshold: float | None, floor: float | None, title: str) -> Tensor:
@@ -180,32 +194,42 @@ def score_chart(columns: Sequence[Column], threshold: float | None, floor: float
         pen.text((AXIS - 8, y(step / 4)), f"{step / 4:.2f}", fill=FAINT, font=_font(12), anchor="rm")
     for index, column in enumerate(columns):
         _draw_column(chart, column, AXIS + index * width, width, y)
-    marks = [(threshold, "threshold", WORDS, 0), (floor, "strangers", OTHER, 8)]
+    _draw_lines(pen, [(threshold, "threshold", WORDS, 0), (floor, "strangers", OTHER, 8)], AXIS + across, y)
+    for index, column in enumerate(columns):
+        _label(pen, column, AXIS + (index + 0.5) * width, width, y)
+    return _tensor(chart)
+
+
+def _draw_lines(pen: ImageDraw.ImageDraw, marks: Sequence[tuple], end: int, y: Callable[[float], float]) -> None:
+    """A line for each (value, name, colour, gap) with a value, and beside it what it is."""
     placed: list[float] = []
     for value, name, color, gap in marks:
         if value is None:
             continue
-        _line(pen, AXIS, AXIS + across, y(value), color, gap)
+        _line(pen, AXIS, end, y(value), color, gap)
         beside = y(value) + (16 if any(abs(y(value) - other) < 16 for other in placed) else 0)
         placed.append(beside)
-        pen.text((AXIS + across + 8, beside), f"{name} {value:.2f}", fill=color, font=_font(12), anchor="lm")
-    return _tensor(chart)
+        pen.text((end + 8, beside), f"{name} {value:.2f}", fill=color, font=_font(12), anchor="lm")
+
+
+def _label(pen: ImageDraw.ImageDraw, column: Column, middle: float, width: int, y: Callable[[float], float]) -> None:
+    words, color, top, size = "no face", LEFT_OUT, y(0.0), min(12, width // 4)
+    if column.score is not None:
+        words, color, top = f"{column.score:.2f}", WORDS, min(y(column.score), y(0.0))
+        size = min(13, width // 3 + 2)
+    pen.text((middle, top - 9), words, color, _font(size), "mm", stroke_width=2, stroke_fill=GROUND)
 
 
 def _draw_column(chart: Image.Image, column: Column, left: int, width: int, y: Callable[[float], float]) -> None:
     pen = ImageDraw.Draw(chart)
     color = KEPT if column.passed else EMPTY
     middle, inset = left + width / 2, max(2, width // 10)
-    if column.score is None:
-        pen.text((middle, y(0) - 10), "no face", fill=LEFT_OUT, font=_font(min(12, width // 4)), anchor="mm")
-    else:
+    if column.score is not None:
         top, bottom = sorted((y(column.score), y(0.0)))
         pen.rectangle((left + inset, top, left + width - inset, bottom), fill=color)
-        pen.text((middle, top - 8), f"{column.score:.2f}", fill=WORDS, font=_font(min(13, width // 3 + 2)), anchor="mm")
     side = width - 2 * inset
-    thumb = _thumbnail(column.photo, None, color, side)
     top = 52 + PLOT + MARGIN
-    chart.paste(thumb, (left + inset + (side - thumb.width) // 2, top + (side - thumb.height) // 2))
+    chart.paste(_close_up(column.photo, column.box, side), (left + inset, top))
     if column.passed:
         pen.rectangle((left + inset - 1, top - 1, left + width - inset, top + side), outline=KEPT, width=2)
     ink = WORDS if column.passed else FAINT
