@@ -28,21 +28,22 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from ..pulid.encoders import TOKEN_WIDTH
+from ..pulid.encoders import ARCFACE_WIDTH, TOKEN_WIDTH
 from ..pulid.errors import IdentityFileError, InputError
 from ..pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, Version
 from .checkpoints import recognise
 from .locate import not_weights
 from .tensors import SAFETENSORS, label, system_trouble, unread
 
-FORMAT, FORMAT_VERSION = "PuLID-SDXL identity", "1"
+FORMAT = "PuLID-SDXL identity"
+PLAIN_VERSION, FORMAT_VERSION = "1", "2"  # without and with the recogniser's view of the people beside their tokens
 SUFFIX = ".safetensors"
 LARGEST = 256 << 20  # bytes; about a thousand identities of 32 tokens
 LARGEST_HEADER = 2 << 20  # bytes; ours has 0.6 MB with eight pictures. Parsed, it takes up to 30 times as much
 DIGEST, COVERS = "sha256", "ssmd_cover_images"
 # What the metadata must say, as regular expressions, and what to know if it does not.
 FIELDS = {
-    "format_version": (FORMAT_VERSION, f"this pack reads {FORMAT_VERSION!r}, a newer pack may read it"),
+    "format_version": (f"{PLAIN_VERSION}|{FORMAT_VERSION}", "this pack reads '1' and '2', a newer pack may read it"),
     "pulid_version": (r"v1|v1\.1", f"this pack knows {' and '.join(get_args(Version))}"),
     "encoder": (r"[\w.-]{1,64}", "expected the fingerprint of an encoder"),
     "pack_version": (r"[\w.+-]{1,64}", "expected the version of a pack"),
@@ -195,9 +196,11 @@ def pack_version() -> str:
 def pack_identity(identity: IdEmbedding, created: datetime, pack: str, largest: int = LARGEST) -> bytes:
     """The content of an identity file. Raises InputError for an identity that `load` would refuse."""
     tensors = {"cond": identity.cond.contiguous(), "uncond": identity.uncond.contiguous()}
+    if identity.arcface is not None:
+        tensors["arcface"] = identity.arcface.contiguous()
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": PLAIN_VERSION if identity.arcface is None else FORMAT_VERSION,
         "pulid_version": identity.version,
         "encoder": identity.encoder,
         "pack_version": pack,
@@ -271,7 +274,9 @@ def _unpack(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tenso
     if COVERS in metadata:
         preview = torch.stack([_from_png(picture) for picture in json.loads(metadata[COVERS])[:PREVIEWS]])
     version = next(known for known in get_args(Version) if known == metadata["pulid_version"])
-    identity = IdEmbedding(tensors["cond"], tensors["uncond"], version, metadata["encoder"], preview)
+    identity = IdEmbedding(
+        tensors["cond"], tensors["uncond"], version, metadata["encoder"], preview, tensors.get("arcface")
+    )
     return StoredIdentity(identity, metadata["pack_version"], datetime.fromisoformat(metadata["created"]))
 
 
@@ -283,12 +288,16 @@ def _refusal(path: Path, verdict: str) -> IdentityFileError:
 
 
 def _fault(tensors: Mapping[str, Tensor]) -> str | None:
-    """Why these are not `cond` (R, T, D) and `uncond` (1, T, D) of an identity, or None."""
+    """Why these are not `cond` (R, T, D), `uncond` (1, T, D) and perhaps `arcface` (R, 512) of an identity, or None."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     cond = shapes.get("cond", ())
-    if shapes != {"cond": cond, "uncond": (1, *cond[1:])} or len(cond) != 3 or 0 in cond or cond[2] != TOKEN_WIDTH:
+    expected = {"cond": cond, "uncond": (1, *cond[1:])}
+    if "arcface" in tensors:
+        expected["arcface"] = (*cond[:1], ARCFACE_WIDTH)
+    if shapes != expected or len(cond) != 3 or 0 in cond or cond[2] != TOKEN_WIDTH:
         return (
-            f"expected cond (identities, tokens, {TOKEN_WIDTH}) and uncond (1, tokens, {TOKEN_WIDTH}), "
+            f"expected cond (identities, tokens, {TOKEN_WIDTH}) and uncond (1, tokens, {TOKEN_WIDTH}), perhaps "
+            f"with arcface (identities, {ARCFACE_WIDTH}), "
             f"found {reprlib.repr(shapes)}"
         )
     for name, tensor in tensors.items():

@@ -14,8 +14,9 @@ from ..pulid.encode import Encoded, EncodeSettings, FaceChoice, NoFace, Photogra
 from ..pulid.faces import ORDERS
 from ..pulid.identity import IdEmbedding
 from ..pulid.photo import read_photo
-from ..pulid.preview import draw_selection
-from ..pulid.tokens import Photos
+from ..pulid.preview import draw_selection, on_one_size
+from ..pulid.tokens import Photos, read_numbers
+from .lists import only, rows
 from .texts import described
 from .types import IdentitySocket, LoadedPulid, PulidSocket
 
@@ -41,6 +42,7 @@ class PulidEncode(io.ComfyNode):
                 io.Boolean.Input("id_mix", default=False),
                 io.Combo.Input("no_face", options=["stop", "skip photo"], default="stop"),
                 io.Mask.Input("mask", optional=True),
+                io.String.Input("weights", default="", optional=True),
             ],
             outputs=[
                 IdentitySocket.Output("encoded", display_name="identity"),
@@ -48,19 +50,28 @@ class PulidEncode(io.ComfyNode):
                 io.Image.Output("found", display_name="detections"),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_input_list=True,
         )
 
     @classmethod
     def execute(
-        cls, pulid: LoadedPulid, image: Tensor, face: str, face_index: int, photos: Photos, id_mix: bool, no_face: str,
-        mask: Tensor | None = None,
+        cls, pulid: list[LoadedPulid], image: list[Tensor], face: list[str], face_index: list[int],
+        photos: list[Photos], id_mix: list[bool], no_face: list[str], mask: list[Tensor] | None = None,
+        weights: list[str] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        taken = photographs(image, mask)
-        settings = EncodeSettings(FaceChoice(face, face_index), photos, id_mix, skip=no_face == "skip photo")
-        sources = pulid.weights.encoder.source, pulid.networks.source
+        taken = photographs(rows(image), rows(mask) or None)
+        loaded, text = only(pulid, "pulid"), only(weights or [""], "weights")
+        settings = EncodeSettings(
+            FaceChoice(only(face, "face"), only(face_index, "face_index")),
+            only(photos, "photos"),
+            only(id_mix, "id_mix"),
+            skip=only(no_face, "no_face") == "skip photo",
+            weights=read_numbers(text, len(taken), "photographs") if text.strip() else (),
+        )
+        sources = loaded.weights.encoder.source, loaded.networks.source
         key = (*sources, settings, *(photograph.key for photograph in taken))
         if (shown := CACHE.get(key)) is None:
-            encoded = encode(taken, pulid.weights, pulid.networks, settings, CACHE, step_of(len(taken)))
+            encoded = encode(taken, loaded.weights, loaded.networks, settings, CACHE, step_of(len(taken)))
             shown = Shown.of(encoded, taken, settings)
             CACHE.put(key, shown, shown.tensors)
         return io.NodeOutput(shown.identity, shown.faces, shown.detections, ui=shown.ui)
@@ -102,10 +113,12 @@ class Shown:
             f"{identity.tokens} ID tokens."
         )
         faces = torch.stack([seen.grey for seen in encoded.faces])
-        detections = torch.stack(drawn).float().div_(255)
+        detections = on_one_size(drawn).float().div_(255)
         pictures = [picture for batch in (faces, detections) for picture in ui.PreviewImage(batch).as_dict()["images"]]
         return cls(identity, faces, detections, {"images": pictures, "text": notes})
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.identity.cond, self.identity.uncond, self.faces, self.detections
+        identity = self.identity
+        kept = () if identity.arcface is None else (identity.arcface,)
+        return identity.cond, identity.uncond, *kept, self.faces, self.detections

@@ -4,10 +4,12 @@ from comfy_api.latest import ComfyExtension, io
 
 from . import host, legacy
 from .apply import PulidApply, PulidApplyAdvanced
+from .closeup import PulidFaceCrop, PulidFacePaste
 from .combine import PulidCombineIdentities
 from .encode import PulidEncode
 from .hosted import NODES as HOSTED
 from .load import PulidLoader
+from .people import PulidApplyPeople, PulidBestPhotos, PulidLikenessGate, PulidPlacePeople
 from .save_load import PulidLoadIdentity, PulidSaveIdentity
 from .similarity import PulidFaceSimilarity
 
@@ -25,6 +27,12 @@ class PulidExtension(ComfyExtension):
             PulidApply,
             PulidApplyAdvanced,
             PulidFaceSimilarity,
+            PulidBestPhotos,
+            PulidLikenessGate,
+            PulidPlacePeople,
+            PulidApplyPeople,
+            PulidFaceCrop,
+            PulidFacePaste,
             *HOSTED,
             *legacy.not_taken(),
         ]

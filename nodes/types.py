@@ -1,4 +1,4 @@
-"""The two socket types of this pack, and what travels through the first."""
+"""The socket types of this pack, and what travels through the first."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from ..pulid.networks import PhotoNetworks, PulidWeights
 
 PulidSocket = io.Custom("PULID_SDXL")  # a LoadedPulid
 IdentitySocket = io.Custom("PULID_IDENTITY")  # an IdEmbedding
+PlaceSocket = io.Custom("PULID_PLACE")  # a list of closeup.Place, one for each picture
 
 
 @dataclass(frozen=True, eq=False)

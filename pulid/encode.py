@@ -21,6 +21,7 @@ from .faces import FaceAnalyzer, Selection, find_face, find_largest_and_central
 from .identity import PREVIEWS, FaceCrop, IdEmbedding
 from .networks import PhotoNetworks, PulidWeights
 from .onednn import quick_linear
+from .people import mean_direction
 from .photo import digest, read_photo
 from .preview import thumbnails
 from .tokens import Photos, face_vectors, identity_of, reads_together
@@ -87,12 +88,14 @@ class EncodeSettings:
 
     photos  how several photographs combine, see tokens.identity_of; with id_mix
     skip    leave out photographs without a face, instead of raising NoFaceError
+    weights of the photographs in an average, one each, 0 and up; empty where all count the same
     """
 
     choice: FaceChoice = FaceChoice()
     photos: Photos = "one person"
     id_mix: bool = False
     skip: bool = False
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,19 +112,21 @@ class SeenFace:
 
     grey       (336, 336, 3) 0..1, the face as the vision tower sees it
     thumbnail  (128, 128, 3) uint8, the face for people to look at
+    arcface    (512,) the recogniser's embedding, as it comes
     encoded    the face's own tokens (T, D), or what the encoder needs to read it together with others
     """
 
     selection: Selection
     grey: Tensor
     thumbnail: Tensor
+    arcface: Tensor
     encoded: Tensor | EncoderInput
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         encoded = self.encoded
         own = (encoded,) if isinstance(encoded, Tensor) else (encoded.x, *encoded.hidden)
-        return self.grey, self.thumbnail, *own
+        return self.grey, self.thumbnail, self.arcface, *own
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,22 @@ def encode(
     if faceless and not (settings.skip and encoded):
         left = ["No photograph was left."] if settings.skip else []
         raise NoFaceError("\n".join(left + faceless))
-    return Encoded(identify(encoded, weights, settings.photos, settings.id_mix), tuple(seen))
+    counts = _counts(settings, seen)
+    return Encoded(identify(encoded, weights, settings.photos, settings.id_mix, counts), tuple(seen))
+
+
+def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tensor | None:
+    """How much each photograph that shows a face counts, (P,). Raises InputError where weights make no sense."""
+    if not settings.weights:
+        return None
+    if settings.photos != "average":
+        raise InputError(
+            f"Weights count in an 'average' only, and photos is {settings.photos!r}. Change it, or empty weights."
+        )
+    taken = [weight for weight, one in zip(settings.weights, seen, strict=True) if isinstance(one, SeenFace)]
+    if min(taken) < 0 or sum(taken) == 0:
+        raise InputError(f"Weights of photographs must be 0 or more, and not all 0; found {taken}.")
+    return torch.tensor(taken)
 
 
 def see(
@@ -233,13 +253,15 @@ def _through_networks(
             encoded = [own.clone() for own in tokens.cpu()]
     pictures = grey.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
     return [
-        SeenFace(selection, picture.clone(), thumbnail.clone(), own)
-        for (selection, _), picture, thumbnail, own in zip(found, pictures, thumbnails(crops), encoded, strict=True)
+        SeenFace(selection, picture.clone(), thumbnail.clone(), crop.arcface, own)
+        for (selection, crop), picture, thumbnail, own in zip(found, pictures, thumbnails(crops), encoded, strict=True)
     ]
 
 
-def identify(faces: Sequence[SeenFace], weights: PulidWeights, photos: Photos, id_mix: bool) -> IdEmbedding:
-    """One IdEmbedding, on the CPU, of what was seen in each photograph."""
+def identify(
+    faces: Sequence[SeenFace], weights: PulidWeights, photos: Photos, id_mix: bool, counts: Tensor | None = None
+) -> IdEmbedding:
+    """One IdEmbedding, on the CPU, of what was seen in each photograph; counts (P,) are weights of an average."""
     inputs = [face.encoded for face in faces if isinstance(face.encoded, EncoderInput)]
     if inputs:
         device = weights.encoder.load()
@@ -249,8 +271,14 @@ def identify(faces: Sequence[SeenFace], weights: PulidWeights, photos: Photos, i
             tokens = weights.encoder.module(x.to(device), stages).cpu()
     else:
         tokens = torch.stack([face.encoded for face in faces if isinstance(face.encoded, Tensor)])
-    identity = identity_of(tokens, weights.zeros, weights.version, weights.fingerprint, photos, id_mix)
-    return replace(identity, preview=torch.stack([face.thumbnail for face in faces[:PREVIEWS]]))
+    identity = identity_of(tokens, weights.zeros, weights.version, weights.fingerprint, photos, id_mix, counts)
+    arcface = torch.stack([face.arcface for face in faces])
+    people = arcface.split(1) if photos == "one identity per photo" else [arcface]
+    return replace(
+        identity,
+        preview=torch.stack([face.thumbnail for face in faces[:PREVIEWS]]),
+        arcface=torch.stack([mean_direction(own, counts) for own in people]),
+    )
 
 
 def grey_on_white(crops: Tensor, labels: Tensor) -> Tensor:

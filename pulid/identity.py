@@ -5,7 +5,8 @@ Letters used for sizes everywhere in this pack:
     T ID tokens               R identities                  D width of an ID token (2048)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,8 @@ class IdEmbedding:
     encoder  fingerprint of that encoder's weights
     preview  (1 .. PREVIEWS, PREVIEW_SIZE, PREVIEW_SIZE, 3) uint8 RGB on the CPU, from preview.thumbnails: the
              faces it was made of, for people to look at; None where nobody kept them
+    arcface  (R, 512) float32 of unit length on the CPU: each person as the recogniser sees them, from
+             people.mean_direction; None for an identity that was calculated, or kept before there was this
     """
 
     cond: Tensor
@@ -66,7 +69,15 @@ class IdEmbedding:
     version: Version
     encoder: str
     preview: Tensor | None = None
+    arcface: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return self.cond.shape[1]
+
+    @cached_property
+    def people(self) -> tuple["IdEmbedding", ...]:
+        """An identity of one row for each of the R, always the same ones, so that what is made of them is kept."""
+        directions = [None] * len(self.cond) if self.arcface is None else self.arcface.split(1)
+        rows = zip(self.cond.split(1), directions, strict=True)
+        return tuple(replace(self, cond=cond, preview=None, arcface=arcface) for cond, arcface in rows)

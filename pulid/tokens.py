@@ -4,6 +4,7 @@ Sources: the authors' `get_id_embedding`, and the demos that call it for further
 (github.com/ToTheBeginning/PuLID). Calculating with tokens, token by token, is this pack's own.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .encoders import FACE_TOKENS, FACE_WIDTH, HIDDEN_WIDTH, POSITIONS, STAGES
 from .errors import InputError, MismatchError
 from .identity import PREVIEWS, IdEmbedding, Version, VisionFeatures
+from .people import mean_direction
 
 Photos = Literal["one person", "average", "one identity per photo"]
 
@@ -62,22 +64,45 @@ def identity_of(
     fingerprint: str,
     photos: Photos = "one person",
     id_mix: bool = False,
+    weights: Tensor | None = None,
 ) -> IdEmbedding:
     """One IdEmbedding of several photographs' tokens.
 
     tokens    (P, T, D), P >= 1, each photograph's own; (1, T, D) where the encoder read them together
     uncond    (1, T, D), from `uncond_tokens` of the same encoder
     photos    "one person": the authors' rule. v1 joins tokens, v1.1 reads all photographs at once (always 32 tokens).
-              "average": the mean of each photograph's own tokens.
+              "average": the mean of each photograph's own tokens, or as `weights` (P,) say.
               "one identity per photo": R = P rows.
     id_mix    v1 only: every photograph gives all its tokens, to mix people. v1.1 always reads all of each.
     """
     if photos == "average":
-        tokens = tokens.mean(dim=0, keepdim=True)
+        tokens = tokens.mean(dim=0, keepdim=True) if weights is None else _weighted(tokens, weights)
     elif photos == "one person":
         uncond = join_tokens([uncond] * len(tokens), id_mix)
         tokens = join_tokens(tokens.split(1), id_mix)
     return IdEmbedding(tokens, uncond, version, fingerprint)
+
+
+def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
+    """(P, T, D) and (P,) -> (1, T, D)"""
+    return torch.tensordot((weights / weights.sum()).to(tokens), tokens, dims=1).unsqueeze(0)
+
+
+def read_numbers(text: str, count: int, what: str) -> tuple[float, ...]:
+    """`count` numbers in a text, separated by commas, spaces or line ends; one serves for all of them.
+
+    Raises InputError, with `what` was counted, for anything else.
+    """
+    words = text.replace(",", " ").split()
+    try:
+        numbers = tuple(float(word) for word in words)
+    except ValueError:
+        numbers = ()
+    if len(numbers) not in (1, count) or not all(map(math.isfinite, numbers)):
+        raise InputError(
+            f"Expected one weight, or one for each of {count} {what}, separated by commas; found {text!r}."
+        )
+    return numbers * count if len(numbers) == 1 else numbers
 
 
 def with_noise(identity: IdEmbedding, zeros: Tensor, noise: Tensor) -> IdEmbedding:
@@ -106,7 +131,9 @@ CALCULATED: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 # mode -> whether the second gives all its tokens, or the first five.
 JOINED = {"mix": True, "auxiliary": False}
 
-MODES = (*JOINED, *CALCULATED)
+PEOPLE = "people"  # the mode in which each stays a person of their own, for a mask each
+
+MODES = (*JOINED, *CALCULATED, PEOPLE)
 
 
 def combine(first: IdEmbedding, second: IdEmbedding, mode: str, weight: float = 0.5) -> IdEmbedding:
@@ -117,9 +144,11 @@ def combine(first: IdEmbedding, second: IdEmbedding, mode: str, weight: float = 
             photograph of the same person. v1.1 has no such rule: its first five are five of 32 equals.
             "average": (1 - weight) first + weight second.
             "add": first + weight (second - u). "subtract": first - weight (second - u).
-    weight  0..1; nothing to "mix" and "auxiliary", which take tokens as they are
+            "people": R1 rows of the first, then R2 of the second; each stays a person of their own.
+    weight  0..1; nothing to "mix", "auxiliary" and "people", which take tokens as they are
 
-    R identities combine with R, or with one, row by row. The negative branch always has as many tokens as the result.
+    But for "people", R identities combine with R, or with one, row by row. The negative branch always has as many
+    tokens as the result.
     Raises MismatchError for different encoders, numbers of identities, or layouts of tokens where these are calculated
     with (v1 joins the tokens of several photographs); InputError for another mode or weight.
     """
@@ -128,6 +157,11 @@ def combine(first: IdEmbedding, second: IdEmbedding, mode: str, weight: float = 
     if not 0 <= weight <= 1:
         raise InputError(f"The weight must lie between 0 and 1, found {weight}.")
     _check_encoders(first, second)
+    preview = _previews(first, second)
+    if mode == PEOPLE:
+        _check_layouts(first, second, mode)
+        arcface = _arcface(first, second, lambda one, other: torch.cat((one, other)))
+        return replace(first, cond=torch.cat((first.cond, second.cond)), preview=preview, arcface=arcface)
     conds = _rows(first.cond, second.cond)
     if mode in JOINED:
         cond = join_tokens(conds, JOINED[mode])
@@ -136,7 +170,26 @@ def combine(first: IdEmbedding, second: IdEmbedding, mode: str, weight: float = 
         _check_layouts(first, second, mode)
         uncond = first.uncond
         cond = CALCULATED[mode](*conds, uncond, weight)
-    return replace(first, cond=cond, uncond=uncond, preview=_previews(first, second))
+    share = weight if mode == "average" else 0.5
+    arcface = _arcface(first, second, lambda *both: _between(*_rows(*both), share)) if mode in PHOTOGRAPHED else None
+    return replace(first, cond=cond, uncond=uncond, preview=preview, arcface=arcface)
+
+
+# Modes whose result looks like somebody between the two. What is added or taken away leaves nobody whose face the
+# recogniser has seen.
+PHOTOGRAPHED = ("mix", "auxiliary", "average")
+
+
+def _arcface(first: IdEmbedding, second: IdEmbedding, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    if first.arcface is None or second.arcface is None:
+        return None
+    return join(first.arcface, second.arcface)
+
+
+def _between(first: Tensor, second: Tensor, share: float) -> Tensor:
+    """Directions (R, 512) of both -> (R, 512), the second counting `share`."""
+    weights = torch.tensor((1 - share, share))
+    return torch.stack([mean_direction(torch.stack(pair), weights) for pair in zip(first, second, strict=True)])
 
 
 def _check_encoders(first: IdEmbedding, second: IdEmbedding) -> None:
@@ -149,23 +202,24 @@ def _check_encoders(first: IdEmbedding, second: IdEmbedding) -> None:
 
 
 def _rows(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Both (R, T, D) with the same R; one row serves all of the other."""
+    """Both (R, ...) with the same R; one row serves all of the other."""
     if len(first) != len(second) and 1 not in (len(first), len(second)):
         raise MismatchError(
             f"identity_1 holds {len(first)} identities, identity_2 holds {len(second)}. "
             "They combine row by row, so both need the same number, or one of them a single identity."
         )
     rows = max(len(first), len(second))
-    return first.expand(rows, -1, -1), second.expand(rows, -1, -1)
+    return first.expand(rows, *first.shape[1:]), second.expand(rows, *second.shape[1:])
 
 
 def _check_layouts(first: IdEmbedding, second: IdEmbedding, mode: str) -> None:
     limit = SAME_PART * first.uncond.abs().max()
     if first.tokens != second.tokens or (first.uncond - second.uncond).abs().max() > limit:
         raise MismatchError(
-            f"{mode!r} goes token by token, but identity_1 has {first.tokens} tokens and identity_2 {second.tokens}"
-            f"{', which play other parts' if first.tokens == second.tokens else ''}: PuLID v1 joins those of several "
-            "photographs. Encode both from the same number of photographs, or with photos 'average', or use 'mix'."
+            f"{mode!r} needs the same tokens in both, but identity_1 has {first.tokens} tokens and identity_2 "
+            f"{second.tokens}{', which play other parts' if first.tokens == second.tokens else ''}: PuLID v1 joins "
+            "those of several photographs. Encode both from the same number of photographs, or with photos 'average', "
+            "or use 'mix'."
         )
 
 

@@ -55,5 +55,5 @@ def test_the_registry_is_sent_what_runs_and_nothing_else():
     sent = {path.split("/")[0] for path in listed.splitlines()} - named
     assert sent == {
         "CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "hosted", "locales", "models", "nodes", "pulid",
-        "pyproject.toml", "requirements.txt", "run.py", "web", "workflows",
+        "pyproject.toml", "requirements.txt", "run.py", "subgraphs", "web", "workflows",
     }  # fmt: skip

@@ -52,10 +52,14 @@ def photograph(*spots, height=200, width=300, channels=3):
 
 
 def encode(
-    image, pulid=None, face="largest", face_index=0, photos="one person", id_mix=False, no_face="stop", mask=None
-):
-    pulid = pulid or Noting()
-    return pulid, PulidEncode.execute(pulid.loaded, image, face, face_index, photos, id_mix, no_face, mask)
+    image, pulid=None, face="largest", face_index=0, photos="one person", id_mix=False, no_face="stop", mask=None,
+    weights="",
+):  # fmt: skip
+    """As ComfyUI calls a node that takes lists: a batch, or several, and lists of one of everything else."""
+    pulid, images = pulid or Noting(), image if isinstance(image, list) else [image]
+    choices = ([one] for one in (face, face_index, photos, id_mix, no_face))
+    masks = mask if mask is None or isinstance(mask, list) else [mask]
+    return pulid, PulidEncode.execute([pulid.loaded], images, *choices, masks, [weights])
 
 
 def test_one_photograph_gives_an_identity_and_both_previews():
@@ -121,6 +125,49 @@ def test_faces_cut_by_the_frame_are_taken_and_drawn(spot):
     pulid, out = encode(photograph(spot))
     assert len(pulid.lefts) == 1
     assert out.args[0].preview.shape == (1, 128, 128, 3)
+
+
+# ---- Photographs of any size ----
+
+
+def test_photographs_of_any_size_are_one_person():
+    different = [photograph((100, 100)), photograph((60, 50), height=120, width=90)]
+    pulid, out = encode(different)
+    identity, seen, detections = out.args
+    assert pulid.lefts == [80, 40]
+    assert (identity.tokens, len(seen), detections.shape) == (15, 2, (2, 200, 300, 3))
+    assert torch.equal(detections[1, 120:], torch.zeros(80, 300, 3))
+    assert len(out.ui["images"]) == 4
+
+
+def test_a_list_of_photographs_is_the_batch_of_them():
+    one, other = photograph((100, 100)), photograph((60, 50))
+    batch, listed = encode(torch.cat((one, other)))[1].args, encode([one, other])[1].args
+    assert torch.equal(batch[0].cond, listed[0].cond)
+    assert all(torch.equal(*pair) for pair in zip(batch[1:], listed[1:], strict=True))
+
+
+def test_masks_in_a_list_go_to_their_photographs():
+    mask = torch.zeros(2, 1, 200, 300)
+    mask[0, 0, 40:80, 20:60], mask[1, 0, 120:160, 180:220] = 1, 1
+    two_faces = photograph((40, 60), (200, 140))
+    assert encode([two_faces, two_faces], mask=list(mask))[0].lefts == [20, 180]
+
+
+def test_photographs_count_as_their_weights_say():
+    two = torch.cat((photograph((100, 100)), photograph((50, 100))))
+    assert encode(two, photos="average", weights="3, 1")[1].args[0].cond[0, 0, 0] == (3 * 80 + 30) / 4
+    with pytest.raises(InputError, match="one for each of 2 photographs"):
+        encode(two, photos="average", weights="1, 2, 3")
+    with pytest.raises(InputError, match="'average' only"):
+        encode(two, weights="1, 2")
+
+
+def test_a_list_where_one_value_is_needed_is_refused_in_words():
+    with pytest.raises(InputError, match="face_index takes one value, found a list of 2"):
+        PulidEncode.execute(
+            [Noting().loaded], [photograph((9, 9))], ["largest"], [0, 1], ["average"], [False], ["stop"]
+        )
 
 
 # ---- The face networks under the host's memory management ----

@@ -113,6 +113,20 @@ def test_a_file_of_format_1_loads_whatever_wrote_it(tmp_path):
     safetensors.torch.save_file({"cond": cond, "uncond": -cond}, path, said)
 
     assert torch.equal(load(path).identity.cond, cond)
+    assert load(path).identity.arcface is None
+
+
+def test_what_the_recogniser_saw_comes_back_to_the_bit(tmp_path):
+    made = replace(identity(), arcface=torch.nn.functional.normalize(torch.randn(len(identity().cond), 512), dim=1))
+    path = save(made, tmp_path, "anna", NOON, "1.2.3")
+    assert content_of(path)[0]["format_version"] == "2"
+    assert torch.equal(load(path).identity.arcface, made.arcface)
+
+
+@pytest.mark.parametrize("arcface", [torch.zeros(3, 512), torch.zeros(1, 511), torch.zeros(1, 512).half()])
+def test_a_view_of_the_recogniser_that_is_none_is_refused(tmp_path, arcface):
+    with pytest.raises(InputError, match="arcface"):
+        save(replace(identity(), arcface=arcface), tmp_path, "anna", NOON, "1.2.3")
 
 
 def test_the_version_of_the_pack_is_that_of_its_pyproject():
@@ -435,7 +449,7 @@ def test_wrong_tensors_are_refused_even_with_the_right_checksum(tmp_path, fault)
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("format_version", "2", "has '2' for format_version; this pack reads '1', a newer pack may read it"),
+        ("format_version", "3", "has '3' for format_version; this pack reads '1' and '2', a newer pack may read it"),
         ("pulid_version", "v2", "has 'v2' for pulid_version; this pack knows v1 and v1.1"),
         ("encoder", "e" * 10000, "for encoder; expected the fingerprint"),
         ("created", "yesterday", "has 'yesterday' for created; expected a time"),

@@ -9,10 +9,11 @@ from pulid_sdxl.pulid.encoders import FACE_WIDTH, HIDDEN_WIDTH, IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError
 from pulid_sdxl.pulid.identity import PREVIEW_SIZE, IdEmbedding
 from pulid_sdxl.pulid.preview import thumbnails
-from pulid_sdxl.pulid.tokens import MODES, combine, identity_of, uncond_tokens
+from pulid_sdxl.pulid.tokens import MODES, PEOPLE, combine, identity_of, uncond_tokens
 
 TOKENS = {"v1": 10, "v1.1": 32}
 CALCULATED = ("average", "add", "subtract")
+ONE_FACE = [mode for mode in MODES if mode != PEOPLE]  # the modes that make one face of two
 
 
 def tokens(rows, count, seed):
@@ -89,7 +90,7 @@ def test_a_whole_weight_is_the_second_and_a_person_less_themselves_is_nobody(pai
     assert torch.allclose(combine(first, first, "subtract", 1.0).cond, first.uncond, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ONE_FACE)
 @pytest.mark.parametrize(("rows", "found"), [((1, 3), 3), ((3, 1), 3), ((3, 3), 3), ((1, 1), 1)])
 def test_one_identity_serves_every_row_of_the_other(mode, rows, found):
     first, second = identity(1, rows=rows[0]), identity(2, rows=rows[1])
@@ -106,7 +107,7 @@ def test_one_identity_serves_every_row_of_the_other(mode, rows, found):
         assert torch.equal(combined.cond[row], alone.cond[0])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ONE_FACE)
 def test_other_numbers_of_identities_are_refused_with_both(mode):
     with pytest.raises(MismatchError, match=r"identity_1 holds 2 identities, identity_2 holds 3\."):
         combine(identity(1, rows=2), identity(2, rows=3), mode)
@@ -188,3 +189,59 @@ def test_thumbnails_are_small():
 
     assert (small.shape, small.dtype) == ((20, PREVIEW_SIZE, PREVIEW_SIZE, 3), torch.uint8)
     assert small[:, 5, 5, 1].tolist() == [round(255 * index / 19) for index in range(20)]
+
+
+# ---- People who stay people ----
+
+
+def test_people_become_rows_in_order_whatever_their_numbers_and_the_weight():
+    first, second = identity(1, rows=1), identity(2, rows=2)
+    joined = combine(combine(first, second, PEOPLE, 0.0), first, PEOPLE, 1.0)
+    assert torch.equal(joined.cond, torch.cat((first.cond, second.cond, first.cond)))
+    assert torch.equal(joined.uncond, first.uncond)
+
+
+def test_each_row_is_a_person_of_their_own_and_always_the_same_one():
+    joined = replace(combine(identity(1), identity(2), PEOPLE), arcface=torch.eye(2, 512))
+    people = joined.people
+    assert people is joined.people
+    assert [len(person.cond) for person in people] == [1, 1]
+    assert torch.equal(torch.cat([person.cond for person in people]), joined.cond)
+    assert torch.equal(torch.cat([person.arcface for person in people]), joined.arcface)
+    assert all(torch.equal(person.uncond, joined.uncond) for person in people)
+
+
+def test_people_of_different_layouts_are_refused():
+    with pytest.raises(MismatchError, match="10 tokens and identity_2 15"):
+        combine(identity(1), identity(2, photographs=2), PEOPLE)
+
+
+def facing(*degrees):
+    angles = torch.deg2rad(torch.tensor(degrees, dtype=torch.float32))
+    return torch.stack([angles.cos(), angles.sin(), *[torch.zeros(len(degrees))] * 510], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "weight", "expected"),
+    [
+        ("mix", 0.9, facing(45)),
+        ("auxiliary", 0.9, facing(45)),
+        ("average", 0.5, facing(45)),
+        ("average", 0.0, facing(0)),
+        ("average", 1.0, facing(90)),
+        ("people", 0.5, facing(0, 90)),
+        ("add", 0.5, None),
+        ("subtract", 0.5, None),
+    ],
+)
+def test_what_the_recogniser_would_see(mode, weight, expected):
+    pair = replace(identity(1), arcface=facing(0)), replace(identity(2), arcface=facing(90))
+    found = combine(*pair, mode, weight).arcface
+    assert found is None if expected is None else torch.allclose(found, expected, atol=1e-6)
+    assert combine(pair[0], identity(2), mode, weight).arcface is None
+
+
+def test_one_face_serves_every_row_of_the_others():
+    first = replace(identity(1, rows=2), arcface=facing(0, 90))
+    second = replace(identity(2), arcface=facing(45))
+    assert torch.allclose(combine(first, second, "mix").arcface, facing(22.5, 67.5), atol=1e-6)

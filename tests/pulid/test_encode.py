@@ -214,3 +214,56 @@ def test_each_mask_serves_its_photograph_and_the_last_one_all_that_follow():
         taken = photographs([two, two, two], masks)
         encode(taken, fakes.weights(), fakes.photo_networks(analyzer), EncodeSettings(), ResultCache(0))
         assert analyzer.lefts == lefts
+
+
+# ---- Weights of photographs, and what the recogniser saw ----
+
+
+@torch.inference_mode()
+def test_an_average_counts_each_photograph_as_its_weight_says(weights, tower, version):
+    networks, cache = fakes.photo_networks(tower=tower), ResultCache(2**30)
+    alone = [run([image], weights, networks, cache, photos="average").identity for image in images(3)]
+    made = run(images(3), weights, networks, cache, photos="average", weights=(1.0, 0.5, 0.5)).identity
+    expected = 0.5 * alone[0].cond + 0.25 * alone[1].cond + 0.25 * alone[2].cond
+    assert torch.allclose(made.cond, expected, atol=1e-5)
+    equal = run(images(3), weights, networks, cache, photos="average").identity
+    same = run(images(3), weights, networks, cache, photos="average", weights=(2.0, 2.0, 2.0)).identity
+    assert torch.allclose(same.cond, equal.cond, atol=1e-5)
+    directions = torch.cat([one.arcface for one in alone])
+    middle = torch.nn.functional.normalize((directions * torch.tensor([[1.0], [0.5], [0.5]])).mean(0), dim=0)
+    assert torch.allclose(made.arcface[0], middle, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
+    taken = [images(1)[0], torch.zeros(64, 64, 3), images(2)[1]]
+    alone = [run([taken[row]], fakes.weights(), fakes.photo_networks()).identity.cond for row in (0, 2)]
+    made = run(
+        taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, weights=(3.0, 9.0, 1.0)
+    ).identity
+    assert torch.allclose(made.cond, 0.75 * alone[0] + 0.25 * alone[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"photos": "one person", "weights": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
+        ({"photos": "average", "weights": (1.0, -1.0)}, "0 or more"),
+        ({"photos": "average", "weights": (0.0, 0.0)}, "not all 0"),
+    ],
+)
+@torch.inference_mode()
+def test_weights_that_make_no_sense_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        run(images(2), fakes.weights(), fakes.photo_networks(), **settings)
+
+
+@torch.inference_mode()
+def test_an_identity_keeps_how_the_recogniser_sees_each_of_its_people():
+    crops = [find_face(read_photo(image), fakes.SpotAnalyzer())[1] for image in images(3)]
+    directions = torch.nn.functional.normalize(torch.stack([crop.arcface for crop in crops]), dim=1)
+    each = run(images(3), fakes.weights(), fakes.photo_networks(), photos="one identity per photo").identity
+    together = run(images(3), fakes.weights(), fakes.photo_networks()).identity
+    assert torch.allclose(each.arcface, directions, atol=1e-6)
+    middle = torch.nn.functional.normalize(directions.mean(0), dim=0)
+    assert torch.allclose(together.arcface, middle[None], atol=1e-6)

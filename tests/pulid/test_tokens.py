@@ -3,8 +3,9 @@
 import pytest
 import torch
 from pulid_sdxl.pulid.encoders import ENCODERS, FACE_WIDTH, HIDDEN_WIDTH, IdEncoder, IdFormer
+from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.pulid.identity import VisionFeatures
-from pulid_sdxl.pulid.tokens import face_vectors, identity_of, reads_together, uncond_tokens
+from pulid_sdxl.pulid.tokens import face_vectors, identity_of, read_numbers, reads_together, uncond_tokens
 
 PATCHES = 4
 
@@ -100,3 +101,17 @@ def test_face_vectors_put_arcface_first():
 def test_encoders_have_the_published_parameter_counts():
     assert len(IdEncoder(device="meta").state_dict()) == 110
     assert len(IdFormer(device="meta").state_dict()) == 312 - 140
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "numbers"),
+    [("1, 0.5, 0.5", 3, (1, 0.5, 0.5)), ("1 2\n3", 3, (1, 2, 3)), ("0.8", 3, (0.8,) * 3), ("-1", 1, (-1,))],
+)
+def test_numbers_are_one_for_all_or_one_each(text, count, numbers):
+    assert read_numbers(text, count, "people") == numbers
+
+
+@pytest.mark.parametrize("text", ["", "1, 2", "1, x, 3", "1, nan, 2", "1, inf, 2"])
+def test_other_texts_are_no_numbers(text):
+    with pytest.raises(InputError, match=r"one for each of 3 people, .*found "):
+        read_numbers(text, 3, "people")
