@@ -18,6 +18,8 @@ from pathlib import Path
 
 import aiohttp
 
+from .develop import frontend_root, pinned_frontend
+
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300
 STOP_SECONDS = 20
@@ -40,6 +42,14 @@ def link(source: Path, target: Path) -> None:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*", "output"))
         else:
             shutil.copyfile(source, target)
+
+
+def front_end(comfyui: Path) -> Path | None:
+    """The front end to serve: of the version in COMFYUI_FRONTEND, else of the one that this ComfyUI pins; None where
+    `run.py test` has not fetched it."""
+    version = os.environ.get("COMFYUI_FRONTEND") or pinned_frontend(comfyui)
+    root = version and frontend_root(version)
+    return root if root and root.is_dir() else None
 
 
 def hear_interrupts() -> None:
@@ -74,9 +84,10 @@ class ComfyServer:
         with socket.socket() as probe:
             probe.bind((ADDRESS, 0))
             self.port = probe.getsockname()[1]
+        root = front_end(self.comfyui) or self.base / "temp"  # ComfyUI only wants a folder
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen", ADDRESS, "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
+        command += ["--front-end-root", str(root), "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command,

@@ -1,7 +1,7 @@
 """The pack in ComfyUI's editor, in a real browser: the shipped workflows, the help pages, another language.
 
-Needs a Chromium (CHROMIUM names one that is not on the path) and ComfyUI's front end; skips, and says so, without.
-COMFYUI_ARGUMENTS are further ones for ComfyUI, such as --front-end-root for another front end.
+Needs a Chromium (CHROMIUM names one that is not on the path) and the front end that `run.py test` fetches: the one that
+the ComfyUI pins, or that of the version in COMFYUI_FRONTEND. Skips, and says so, without.
 """
 
 import importlib.util
@@ -11,20 +11,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, front_end, link
 
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
 CHROMIUM = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "google-chrome"))), None)
-LACKING = [name for name in ("playwright", "comfyui_frontend_package") if importlib.util.find_spec(name) is None]
-if CHROMIUM is None or LACKING:
-    why = f"the Python package {LACKING[0]} is missing" if LACKING else "no Chromium found"
+LACKING = {
+    "no Chromium found": CHROMIUM is None,
+    "the Python package playwright is missing": importlib.util.find_spec("playwright") is None,
+    "its front end has not been fetched": front_end(Path(os.environ["COMFYUI"])) is None,
+}
+for why in (why for why, lacking in LACKING.items() if lacking):
     pytest.skip(f"THE EDITOR IS NOT TESTED: {why}", allow_module_level=True)
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from pulid_sdxl.tools import ROOT
-from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, link
 from pulid_sdxl.tools.translations import read
 from pulid_sdxl.tools.workflow import FRONTEND_ONLY, declared_inputs, to_prompt, widget_values
 
@@ -128,7 +131,7 @@ def server(comfyui, tmp_path_factory):
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS))
     link(ROOT, base / "custom_nodes" / PACK)
-    with ComfyServer(comfyui, base, ("--cpu", *os.environ.get("COMFYUI_ARGUMENTS", "").split())) as server:
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
         yield server
 
 

@@ -308,12 +308,19 @@ def test_asking_whether_to_load_again_writes_nothing(models):
 
 # ---- Packages that are missing or broken ----
 
-BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"  # more ways are in tests/test_doctor.py
+# Broken for this pack only, as newer ComfyUIs import cv2 themselves; more ways are in tests/models/test_doctor.py.
+BROKEN = """
+import sys
+
+if "pulid_sdxl.nodes" in sys.modules:
+    raise OSError("libcudart.so.12: cannot open shared object file")
+"""
 
 LIST_AND_LOAD = """
 import asyncio, sys
 from pulid_sdxl.tools import comfy_host
 comfy_host.enter(sys.argv[1])
+import comfy.sd
 import pulid_sdxl
 extension = asyncio.run(pulid_sdxl.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
