@@ -70,10 +70,10 @@ def report(
     return text_of(findings)
 
 
-def advice(folders: ModelFolders) -> str:
+def advice(folders: ModelFolders, of_files: bool = True) -> str:
     """The part of the report that matters when loading fails, and how to get the rest."""
     try:
-        findings = [finding for finding in (*builds(), *files(folders)) if finding.remedy]
+        findings = [finding for finding in (*builds(), *(files(folders) if of_files else ())) if finding.remedy]
     except (OSError, PulidError) as error:  # it is added to a message that must arrive
         findings = [Finding("files", describe(error))]
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := version_of(name)))

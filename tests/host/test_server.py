@@ -43,7 +43,7 @@ class Imported:
 NODE_CLASS_MAPPINGS = {"Imported": Imported}
 """
 
-PUBLISHED = "ip-adapter_pulid_sdxl_fp16.safetensors"  # offered, since it is published, but not here
+PUBLISHED = "ip-adapter_pulid_sdxl_fp16.safetensors"  # known, but not here
 
 HOSTED_REQUEST = ["prompt", "negative_prompt", "num_images", "guidance_scale", "num_inference_steps", "seed"]
 HOSTED_REQUEST += ["image_size", "width", "height", "id_scale", "mode", "id_mix"]
@@ -254,8 +254,8 @@ def test_a_slider_runs_apply_again_and_nothing_before_it(server, prompt):
     ("node", "inputs", "words"),
     [
         ("LoadImage", {"image": "grey.png"}, r"Photograph 1 of 1: .*face"),
-        ("PuLID_Loader", {"pulid_file": PUBLISHED}, rf"{PUBLISHED}.* was not found.*https://"),
-        ("PuLID_Loader", {"pulid_file": "someone\\else.safetensors"}, r"else\.safetensors was not found\. Looked in"),
+        ("PuLID_Loader", {"pulid_file": PUBLISHED}, rf"(?s)Missing: {PUBLISHED}\..*Set missing_files.*https://"),
+        ("PuLID_Loader", {"pulid_file": "someone\\else.safetensors"}, r"Missing: someone.else\.safetensors\."),
         ("PuLID_Apply", {"weight": 99.0}, "weight"),
     ],
     ids=["no face", "a file that is missing", "a file that only another machine has", "a value out of range"],
