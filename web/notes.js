@@ -68,7 +68,7 @@ class Panel {
     this.open = open;
     this.height = Math.min(lines, open ? OPEN_LINES : FOLDED_LINES) * LINE + BAR;
     this.element.classList.toggle("open", open);
-    this.element.style.minHeight = `${this.height}px`;
+    this.element.style.minHeight = this.element.style.maxHeight = `${this.height}px`; // Nodes 2.0 asks the element
     this.fold.textContent = open ? "Less" : "More";
     this.fold.style.display = lines > FOLDED_LINES ? "" : "none";
     fit(this.node);
