@@ -152,7 +152,7 @@ def fetch_missing(
     A workflow chooses among the files of the catalogue, by name; no address comes from it.
     """
     files = [file for file in lacking(pulid_file, eva_clip, folders, needs) if isinstance(file, catalogue.WeightFile)]
-    notes = []
+    notes: list[str] = []
     for file in files:
         host.say(f"Downloading {file.name} ({file.licence})")
         try:

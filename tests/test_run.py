@@ -25,6 +25,9 @@ class Recorder(develop.Environment):
     def install(self, requirements):
         self.installs.append(requirements)
 
+    def has_pip(self):
+        return True
+
     def add_frontends(self, versions):
         self.frontends += versions
 
@@ -176,6 +179,15 @@ class TestEnvironment:
         environment.prepare([])
         assert json.loads(environment.stamp.read_text()) and len(environment.installs) == 2
 
+    def test_what_a_killed_set_up_left_is_made_anew(self, environment, monkeypatch):
+        environment.create()
+        monkeypatch.setattr(environment, "has_pip", lambda: False)
+        made = []
+        monkeypatch.setattr(environment, "create", lambda: made.append("anew"))
+        environment.prepare([])
+        environment.prepare([])
+        assert made == ["anew"] and len(environment.installs) == 1
+
     def test_a_failed_install_is_said_in_pips_words_and_tried_again(self, tmp_path):
         class Fails(Recorder):
             python = Path(sys.executable)
@@ -270,17 +282,44 @@ class TestCommandLine:
         monkeypatch.setattr(develop, "run", lambda *arguments: arguments)
         assert run.main(["demo", "--seed", "4", "--comfyui", str(host)]) == ("demo", [host], ["--seed", "4"])
 
-    @pytest.mark.parametrize(("name", "named"), [("demo", ["--comfyui", "{}"]), ("conformance", ["--comfyui={}"])])
-    def test_a_tool_is_told_the_host(self, tmp_path, name, named):
+    @pytest.mark.parametrize(("name", "named", "argument"), [
+        ("demo", ["--comfyui", "{}"], "--seed=4"), ("conformance", ["--comfyui={}"], ".")
+    ])  # fmt: skip
+    def test_a_tool_is_told_the_host(self, tmp_path, name, named, argument):
         environment, host = Recorder(tmp_path / "venv", [3, 3]), make_comfyui(tmp_path / "host")
-        assert develop.run(name, [host], ["a"], environment) == 3
-        assert environment.calls == [([str(TOOLS), name, *(each.format(host) for each in named), "a"], {})]
+        assert develop.run(name, [host], [argument], environment) == 3
+        assert environment.calls == [([str(TOOLS), name, *(each.format(host) for each in named), argument], {})]
+
+    @pytest.mark.parametrize(("name", "argument", "words"), [
+        ("demo", "--help", "--photo"), ("demo", "--sed=4", "--sed"), ("demo", f"--photo={__file__}", "is no picture"),
+        ("demo", "--size=large", "896x1152"), ("conformance", "nowhere", "is not a folder"), ("lint", "-x", "-x"),
+    ])  # fmt: skip
+    def test_arguments_are_checked_before_anything_is_set_up(self, tmp_path, capsys, name, argument, words):
+        environment = Recorder(tmp_path / "venv")
+        with pytest.raises(SystemExit):
+            develop.run(name, [], [argument], environment)
+        assert words in "".join(capsys.readouterr()) and environment.installs == []
+
+    def test_a_folder_that_cannot_be_written_to_is_named_with_what_to_do(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(run.Failure, match=r"cannot be written to.*Copy the folder"):
+            develop.run("demo", [], [], Recorder(tmp_path / "venv"))
+
+    def test_an_older_python_is_told_so_in_one_sentence(self):
+        code = (ROOT / "run.py").read_text(encoding="utf-8")
+        old = "import sys; sys.version_info = (3, 8, 0); exec(compile(sys.stdin.read(), 'run.py', 'exec'))"
+        done = subprocess.run([sys.executable, "-c", old], input=code, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert (
+            done.stderr == "PuLID for SDXL needs Python 3.10 or newer, this is 3.8. Start run.py with a newer one.\n"
+        )
 
     @pytest.mark.parametrize(("name", "clones"), [("conformance", 0), ("lint", 0), ("demo", 1), ("test", 1)])
     def test_a_host_is_cloned_only_where_it_is_needed(self, tmp_path, monkeypatch, name, clones):
         cloned = []
         monkeypatch.setattr(develop, "clone_host", lambda: cloned.append("a clone") or [])
-        develop.run(name, [], [], Recorder(tmp_path, [] if name == "test" else [0, 0, 0]))
+        rest = [str(tmp_path)] if name == "conformance" else []
+        develop.run(name, [], rest, Recorder(tmp_path, [] if name == "test" else [0, 0, 0]))
         assert len(cloned) == clones
 
     def test_what_goes_wrong_is_said_in_words(self, capsys):

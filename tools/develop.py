@@ -3,7 +3,6 @@
 Standard library only, since it runs before there is an environment.
 """
 
-import argparse
 import ast
 import hashlib
 import json
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..run import CACHE, ROOT, Failure
-from . import TOOLS
+from . import TOOLS, arguments
 
 HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
 HOST_TAG = "v0.3.64"
@@ -123,7 +122,7 @@ class Environment:
         layers = [own, *(own + host_requirements(host) for host in by_age(hosts))]
 
         installed = self.installed()
-        if not self.python.exists():
+        if not self.python.exists() or not (installed or self.has_pip()):  # an earlier set-up may have been cut off
             print("Setting up .venv (once; torch alone is some gigabytes)", flush=True)
             self.create()
             installed = []
@@ -159,6 +158,9 @@ class Environment:
                 f"Could not make {self.folder}.\n{made.stdout}{made.stderr}On Debian: apt install python3-venv"
             )
 
+    def has_pip(self) -> bool:
+        return subprocess.run([str(self.python), "-m", "pip", "--version"], capture_output=True).returncode == 0
+
     def install(self, requirements: list[str]) -> None:
         pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
         lines = []
@@ -169,7 +171,10 @@ class Environment:
                 if line.startswith(("Collecting", "Downloading", "  Downloading", "Installing collected")):
                     print(" ", line.strip()[:110], flush=True)
         if process.returncode:
-            raise Failure(f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}")
+            raise Failure(
+                f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}"
+                "Check the network and the proxy, and run the same command again: it goes on from here."
+            )
 
     def call(self, *arguments: str, **variables: str) -> int:
         """Run its Python in this folder; returns the exit code."""
@@ -258,7 +263,6 @@ def pytest(environment: Environment, title: str, arguments: list[str], **variabl
 
 def lint(environment: Environment, _: list[Path], rest: list[str]) -> int:
     """ruff and mypy with the settings of pyproject.toml. All of them run; 1 if any finds something."""
-    argparse.ArgumentParser(prog="run.py lint", description="Runs ruff and mypy.").parse_args(rest)
     link_for_mypy(CACHE)
     checks = (
         ["ruff", "check", str(ROOT)],
@@ -292,6 +296,12 @@ COMMANDS: dict[str, Command] = {
 
 def run(name: str, hosts: list[Path], rest: list[str], environment: Environment = Environment(ROOT / ".venv")) -> int:
     """A command for developers, in an environment that is made if need be; without a host, one is cloned."""
+    arguments.check(name, rest)
+    if not os.access(ROOT, os.W_OK):
+        raise Failure(
+            f"{ROOT} cannot be written to, and run.py keeps there what it sets up (.venv, .cache). "
+            "Copy the folder to a place of yours, and run it there."
+        )
     if not hosts and name not in ("conformance", "lint"):
         hosts = clone_host()
     environment.prepare(hosts, ("demo",) if name == "demo" and hosts else EVERYTHING)

@@ -47,15 +47,17 @@ LOOK = """() => ({
     })),
 })"""
 RECTANGLES = """() => {
-    // Of each node with its title, in units of the graph; Nodes 2.0 draws nodes as elements, the canvas draws them itself.
+    // Of each node with its title, in units of the graph. Nodes 2.0 makes elements of nodes.
     const { scale, offset } = app.canvas.ds, { left, top } = app.canvas.canvas.getBoundingClientRect();
     const onGraph = box => [(box.left - left) / scale - offset[0], (box.top - top) / scale - offset[1],
                             box.width / scale, box.height / scale];
     const nodes = app.graph.nodes.map(node => {
         const element = document.querySelector(`[data-node-id="${node.id}"]`);
-        return [`${node.type} ${node.id}`, element ? onGraph(element.getBoundingClientRect()) : [...node.getBounding()]];
+        const box = element ? onGraph(element.getBoundingClientRect()) : [...node.getBounding()];
+        return [`${node.type} ${node.id}`, box];
     });
-    const view = [-offset[0], -offset[1], app.canvas.canvas.clientWidth / scale, app.canvas.canvas.clientHeight / scale];
+    const { clientWidth, clientHeight } = app.canvas.canvas;
+    const view = [-offset[0], -offset[1], clientWidth / scale, clientHeight / scale];
     return { nodes, groups: app.graph.groups.map(group => [group.title, [...group.pos, ...group.size]]), view };
 }"""
 # What a run sends for each node, longer than most: the editor cannot tell it from one.
@@ -237,14 +239,14 @@ def test_the_editor_makes_the_prompt_that_the_tests_run(editor, workflow, opened
 
 
 RENDERERS = ["canvas", "Nodes 2.0"]
-NODES_2 = [1, 35]  # the front end's version
+VERSION = [int(number) for number in re.findall(r"\d+", front_end(Path(os.environ["COMFYUI"])).parents[1].name)]
+NODES_2, LISTS_MISSING = [1, 42], [1, 49]  # versions of the front end: from here on as it is today
 
 
 @pytest.fixture(params=RENDERERS)
 def renderer(editor, request):
-    version = re.findall(r"\d+", front_end(Path(os.environ["COMFYUI"])).parents[1].name)
-    if request.param == "Nodes 2.0" and [int(number) for number in version] < NODES_2:
-        pytest.skip("this editor has no Nodes 2.0 yet")
+    if request.param == "Nodes 2.0" and VERSION < NODES_2:
+        pytest.skip("this editor's Nodes 2.0 is a first try")
     editor.draw_by(request.param)
     yield request.param
     editor.draw_by("canvas")
@@ -310,7 +312,8 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
             opener.click()
         editor.page.wait_for_timeout(1000)
         listed = editor.page.locator("body").inner_text()
-        assert all(name in listed.replace("\u200b", "") for name in names) and listed.count("Download") >= 2
+        if VERSION >= LISTS_MISSING:
+            assert all(name in listed for name in names) and listed.count("Download") >= 2
         editor.page.keyboard.press("Escape")
         editor.page.evaluate("() => app.queuePrompt(0)")
         panel(editor).wait_for()

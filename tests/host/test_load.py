@@ -251,7 +251,8 @@ def test_a_file_of_ones_own_that_is_missing_is_not_offered_for_download(models, 
     with pytest.raises(MissingWeights) as caught:
         run("stop", "mine.safetensors")
     assert str(caught.value) == (
-        "Missing: mine.safetensors.\nChoose another file instead of mine.safetensors: it is in none of the model folders."
+        "Missing: mine.safetensors.\n"
+        "Choose another file instead of mine.safetensors: it is in none of the model folders."
     )
 
 
