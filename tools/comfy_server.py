@@ -1,6 +1,7 @@
 """Runs ComfyUI's own server as a process of its own, on 127.0.0.1 only, and one prompt at a time through it."""
 
 import asyncio
+import ctypes
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from .develop import frontend_root, pinned_frontend
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300
 STOP_SECONDS = 20
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
 Report = Callable[[str], None]
@@ -52,9 +54,12 @@ def front_end(comfyui: Path) -> Path | None:
     return root if root and root.is_dir() else None
 
 
-def hear_interrupts() -> None:
-    """In a new process: Ctrl-C counts, even where a shell started all of this in the background and ignores it."""
+def as_child() -> None:
+    """In a new process: it ends when its parent does, however that ends; and Ctrl-C counts, even where a shell started
+    all of this in the background and ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ComfyServer:
@@ -95,7 +100,7 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 cwd=self.base,
                 env=self.environment,
-                preexec_fn=None if os.name == "nt" else hear_interrupts,
+                preexec_fn=None if os.name == "nt" else as_child,
             )
         try:
             self._wait()
