@@ -310,9 +310,7 @@ class TestCommandLine:
         old = "import sys; sys.version_info = (3, 8, 0); exec(compile(sys.stdin.read(), 'run.py', 'exec'))"
         done = subprocess.run([sys.executable, "-c", old], input=code, capture_output=True, text=True)
         assert done.returncode == 1
-        assert (
-            done.stderr == "PuLID for SDXL needs Python 3.10 or newer, this is 3.8. Start run.py with a newer one.\n"
-        )
+        assert done.stderr == "PuLID for SDXL needs Python 3.10 or newer, this is 3.8. Start run.py with a newer one.\n"
 
     @pytest.mark.parametrize(("name", "clones"), [("conformance", 0), ("lint", 0), ("demo", 1), ("test", 1)])
     def test_a_host_is_cloned_only_where_it_is_needed(self, tmp_path, monkeypatch, name, clones):

@@ -178,6 +178,13 @@ def test_every_node_and_input_explains_itself_in_a_page_too(ours):
         assert named <= set(inputs) and bool(named) == bool(inputs), name
 
 
+def test_nodes_are_found_by_what_people_look_for(info):
+    if "search_aliases" not in info["KSampler"]:
+        pytest.skip("this ComfyUI knows no aliases")
+    for word in ("face", "portrait", "likeness", "faceid", "ipadapter", "instantid", "consistent character"):
+        assert word in info["PuLID_Apply"]["search_aliases"]
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_shipped_workflows_fit_the_nodes(info, path):
     assert misfits(json.loads(path.read_text(encoding="utf-8")), info) == []
