@@ -16,6 +16,7 @@ const OPEN_LINES = 14;
 const LINE = 16; // pixels
 const BAR = 26; // the row of buttons
 const LETTER = 6.1; // mean width of one in pixels
+const DOM_MARGIN = 20; // that the canvas keeps above and below such a widget, together
 const MARGIN = 30; // of the node and the panel, both sides
 
 const PACK = decodeURIComponent(new URL(import.meta.url).pathname.split("/").at(-2));
@@ -51,8 +52,8 @@ class Panel {
     this.widget = node.addDOMWidget(WIDGET, "pulid_notes", this.element, {
       serialize: false,
       hideOnZoom: false,
-      getMinHeight: () => this.height,
-      getMaxHeight: () => this.height,
+      getMinHeight: () => this.height + DOM_MARGIN,
+      getMaxHeight: () => this.height + DOM_MARGIN,
     });
     this.widget.serialize = false;
   }

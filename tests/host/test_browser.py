@@ -287,6 +287,14 @@ def test_what_a_node_says_stays_on_it_and_in_no_workflow(editor, renderer):
     shown.wait_for()
     assert shown.locator(".pulid-notes-text").inner_text() == "\n".join(LINES)
     folded = shown.bounding_box()["height"]
+    if renderer == "canvas":  # which gives a widget its place, whatever the element takes
+        taken, given = editor.page.evaluate(
+            """() => {
+                const notes = app.graph.getNodeById(3).widgets.find(widget => widget.name == "pulid_notes");
+                return [notes.element.offsetHeight, notes.computedHeight];
+            }"""
+        )
+        assert taken <= given
     shown.get_by_role("button", name="More").click()
     editor.settled(RECTANGLES)
     assert shown.bounding_box()["height"] > folded
@@ -325,6 +333,17 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
         for place in places:
             (server.base / place.name).rename(place)
         editor.restart()
+
+
+@pytest.mark.skipif(VERSION < LISTS_MISSING, reason="this editor has no apps yet")
+def test_the_simple_workflow_is_an_app_too(editor):
+    editor.open(json.loads((ROOT / "workflows" / "pulid_simple.json").read_text(encoding="utf-8")))
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    for label in ("image", "text", "method", "weight", "seed"):
+        editor.page.get_by_text(label, exact=True).first.wait_for()
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    editor.restart()
+    editor.draw_by("canvas")  # apps switch Nodes 2.0 on
 
 
 def test_no_run_changes_the_noise_of_a_patched_model_by_itself(editor):

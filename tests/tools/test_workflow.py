@@ -190,6 +190,12 @@ class TestShipped:
         for a, b in itertools.combinations(boxes, 2):
             assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (a, b)
 
+    def test_what_it_shows_as_an_app_is_on_its_nodes(self, flow):
+        app, nodes = flow["extra"].get("linearData", {"inputs": [], "outputs": []}), {n["id"]: n for n in flow["nodes"]}
+        for node, widget in app["inputs"]:
+            assert widget in [slot["name"] for slot in nodes[node]["inputs"] if "widget" in slot]
+        assert {nodes[node]["type"] for node in app["outputs"]} <= {"SaveImage"}
+
     def test_explains_itself(self, flow):
         assert [node for node in flow["nodes"] if node["type"] in ("Note", "MarkdownNote")]
 
