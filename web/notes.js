@@ -64,6 +64,12 @@ class Panel {
     this.setOpen(failed);
   }
 
+  remove() {
+    this.node.removeWidget(this.widget);
+    panels.delete(this.node);
+    failures.delete(this.node);
+  }
+
   setOpen(open) {
     const lines = this.lines();
     this.open = open;
@@ -107,9 +113,11 @@ function fit(node) {
 }
 
 const panels = new WeakMap();
+const failures = new Set(); // nodes whose panel says why they failed
 
 function show(node, text, failed = false) {
   if (!text?.length) return;
+  failures[failed ? "add" : "delete"](node);
   if (!panels.has(node)) panels.set(node, new Panel(node));
   panels.get(node).show([].concat(text).join("\n"), failed);
 }
@@ -137,6 +145,7 @@ app.registerExtension({
 
   setup() {
     document.head.appendChild(document.createElement("style")).textContent = STYLE;
+    api.addEventListener("execution_start", () => failures.forEach((node) => panels.get(node)?.remove()));
     api.addEventListener("execution_error", ({ detail }) => {
       const node = executed(detail.node_id);
       if (isOurs(node)) show(node, detail.exception_message.trim(), true);

@@ -329,6 +329,8 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
         assert text.startswith(f"Missing: {names[0]}, {names[1]}, ")
         assert text.splitlines()[1].startswith("Set missing_files to download and run again")
         assert str(Path.home()) not in text
+        editor.page.evaluate("""() => app.api.dispatchEvent(new CustomEvent("execution_start", { detail: {} }))""")
+        panel(editor).wait_for(state="detached")  # until this run says otherwise
     finally:
         for place in places:
             (server.base / place.name).rename(place)
