@@ -20,12 +20,20 @@ Standard library only, and for the last three parts of the pack that need no mor
 tools/develop.py. A new command is a function that takes (hosts, rest) and a line in COMMANDS.
 """
 
+from __future__ import annotations  # so that an older Python gets to its message
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036
+    found = ".".join(map(str, sys.version_info[:2]))
+    sys.exit("PuLID for SDXL needs Python 3.10 or newer, this is " + found + ". Start run.py with a newer one.")
+
 import argparse
 import importlib.util
+import io
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,7 +89,7 @@ def mount_pack() -> None:
 
 def places(
     parser: argparse.ArgumentParser, hosts: list[Path], rest: list[str]
-) -> "tuple[argparse.Namespace, ModelFolders | None]":
+) -> tuple[argparse.Namespace, ModelFolders | None]:
     """The further arguments, and the folders to look into: None where no models folder is known."""
     from pulid_sdxl.models.extra_model_paths import model_paths
     from pulid_sdxl.models.locate import ModelFolders, other_programs
@@ -99,7 +107,7 @@ def places(
     return known, ModelFolders(model_paths(models.absolute(), yamls), other_programs(os.environ, Path.home()))
 
 
-def models(hosts: list[Path], rest: list[str], needs: "tuple[Need, ...] | None" = None) -> int:
+def models(hosts: list[Path], rest: list[str], needs: tuple[Need, ...] | None = None) -> int:
     """The table of files; 1 if the loader lacks any. `needs` stands in for those of the catalogue."""
     mount_pack()
     from pulid_sdxl.models import catalogue, inventory
@@ -112,8 +120,8 @@ def models(hosts: list[Path], rest: list[str], needs: "tuple[Need, ...] | None" 
     known, folders = places(parser, hosts, rest)
     if folders is None:
         raise Failure("No ComfyUI found. Name its folder with --comfyui, or its models with --models.")
-    checking = partial(inventory.inventory, folders, files=files)
-    entries = checking(lambda file, done: show_progress(f"checking {file.name}", done, file.size))
+    checked = partial(inventory.inventory, folders, files=files)
+    entries = checked(checking)
     show_progress("", 0, None)
     if known.download is not None:
         wanted = [file_named(name, files) for name in known.download] or inventory.lacking(entries, needs)
@@ -121,7 +129,7 @@ def models(hosts: list[Path], rest: list[str], needs: "tuple[Need, ...] | None" 
         failed = [file for file in wanted if file not in whole and not download(file, folders, known.accept_licence)]
         if failed:
             return 1
-        entries = checking()
+        entries = checked()
     print(inventory.table(entries))
     lacking = inventory.lacking(entries, needs)
     if lacking:
@@ -129,14 +137,14 @@ def models(hosts: list[Path], rest: list[str], needs: "tuple[Need, ...] | None" 
     return 1 if lacking or any(entry.fault for entry in entries) else 0
 
 
-def file_named(name: str, files: "tuple[WeightFile, ...]") -> "WeightFile":
+def file_named(name: str, files: tuple[WeightFile, ...]) -> WeightFile:
     for file in files:
         if file.name == name:
             return file
     raise Failure(f"No file {name!r} is known. Known are: {', '.join(file.name for file in files)}.")
 
 
-def download(file: "WeightFile", folders: "ModelFolders", accepted: bool) -> bool:
+def download(file: WeightFile, folders: ModelFolders, accepted: bool) -> bool:
     """Fetch one file into its folder, after its licence was shown; False, with the reason printed, if that failed."""
     from pulid_sdxl.models.catalogue import RESEARCH_ONLY
     from pulid_sdxl.models.download import fetch
@@ -164,7 +172,11 @@ def download(file: "WeightFile", folders: "ModelFolders", accepted: bool) -> boo
     return True
 
 
-def agrees(file: "WeightFile") -> bool:
+def checking(file: WeightFile, done: int) -> None:
+    show_progress(f"checking {file.name}", done, file.size)
+
+
+def agrees(file: WeightFile) -> bool:
     if not sys.stdin.isatty():
         return False
     typed = input(f"  {file.name} is for {file.licence}. Is that what you do with it? [y/N] ")
@@ -194,7 +206,8 @@ def doctor(hosts: list[Path], rest: list[str]) -> int:
         return 0
     around = HERE.parent if HERE.parent.name == "custom_nodes" else hosts[0] / "custom_nodes" if hosts else None
     host = hosts[0] if hosts else None
-    print(doctor.report(folders, host, around if around and around.is_dir() else None, ask))
+    print(doctor.report(folders, host, around if around and around.is_dir() else None, ask, progress=checking))
+    show_progress("", 0, None)
     return 0
 
 
@@ -283,6 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=line, add_help=False, allow_abbrev=False)
         command.add_argument("--comfyui", metavar="FOLDER")
     known, rest = parser.parse_known_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # in order with what the processes started from here print
     try:
         return COMMANDS[known.command][0](find_hosts(known.comfyui), rest)
     except Failure as failure:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from ..pulid.errors import MissingPackage, PulidError
 from ..pulid.packages import PIP_NAMES, describe, import_package, pip_command
+from .catalogue import WeightFile
 from .inventory import inventory, lacking
 from .locate import ModelFolders, shown
 from .onnx_providers import available_providers, provider_in_use
@@ -52,10 +53,12 @@ def report(
     custom_nodes: Path | None,
     ask: Callable[[str], list[Finding]] | None = None,
     environment: Mapping[str, str] = os.environ,
+    progress: Callable[[WeightFile, int], None] | None = None,
 ) -> str:
     """The whole report.
 
-    ask  tries a package and says what it found; by default in this process, which a broken library can end
+    ask       tries a package and says what it found; by default in this process, which a broken library can end
+    progress  hears the bytes read while hashes are compared; without it sizes are
     """
     findings = [*system(), *comfyui_version(comfyui), *network(environment), *builds()]
     if version_of("torch"):
@@ -65,15 +68,19 @@ def report(
         portable = f'python_embeded\\python.exe -s "{RUN}" doctor'
         remedy = f"Run this with the Python that starts ComfyUI; in the portable build: {portable}"
         findings.append(Finding("packages", "no torch here, so this is not ComfyUI's Python", remedy))
-    findings += files(folders) if folders else [Finding("files", "no models folder is known", "Name one: --models DIR")]
+    findings += (
+        files(folders, progress)
+        if folders
+        else [Finding("files", "no models folder is known", "Name one: --models DIR")]
+    )
     findings += neighbours(custom_nodes) if custom_nodes else []
     return text_of(findings)
 
 
-def advice(folders: ModelFolders) -> str:
+def advice(folders: ModelFolders, of_files: bool = True) -> str:
     """The part of the report that matters when loading fails, and how to get the rest."""
     try:
-        findings = [finding for finding in (*builds(), *files(folders)) if finding.remedy]
+        findings = [finding for finding in (*builds(), *(files(folders) if of_files else ())) if finding.remedy]
     except (OSError, PulidError) as error:  # it is added to a message that must arrive
         findings = [Finding("files", describe(error))]
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := version_of(name)))
@@ -191,9 +198,9 @@ def onnx_providers() -> list[Finding]:
 MORE: dict[str, Callable[[], list[Finding]]] = {"torch": torch_devices, "onnxruntime": onnx_providers}
 
 
-def files(folders: ModelFolders) -> list[Finding]:
-    """Where the files lie, by their sizes; `run.py models` compares the hashes."""
-    entries = inventory(folders)
+def files(folders: ModelFolders, progress: Callable[[WeightFile, int], None] | None = None) -> list[Finding]:
+    """Where the files lie and whether they are whole: by their hashes with `progress`, else by their sizes."""
+    entries = inventory(folders, progress)
     findings = [
         Finding("file", f"{entry.verdict}, {shown(entry.path)}", "Delete it and get it again." if entry.fault else "")
         for entry in entries

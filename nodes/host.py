@@ -22,7 +22,7 @@ from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
-from ..models.locate import ModelFolders, other_programs
+from ..models.locate import ModelFolders, other_programs, shown
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import InputError, MismatchError
 from ..pulid.networks import Bring, Managed, Network
@@ -68,6 +68,12 @@ def model_folders() -> ModelFolders:
     """Where ComfyUI and other programs keep weight files."""
     names = dict.fromkeys(folder.partition("/")[0] for file in CATALOGUE for folder in file.folders)
     return ModelFolders({name: folders(name) for name in names}, other_programs(os.environ, Path.home()))
+
+
+def below_models(path: Path) -> str:
+    """The path as a user knows it: `models/...` where it lies in ComfyUI's folder, never with the name of a person."""
+    models = Path(folder_paths.models_dir)
+    return Path("models", path.relative_to(models)).as_posix() if path.is_relative_to(models) else shown(path)
 
 
 def say(text: str, node_id: str | None = None) -> None:

@@ -28,7 +28,7 @@ from ..pulid.tokens import Photos, reads_together
 from . import host
 from .apply import END, MASK, MODEL, START, Application, apply
 from .encode import CACHE, step_of
-from .load import advised, face_files, load_face_networks, load_tower, load_weights, pulid_choices, state_of
+from .load import advised, face_files, load_face_networks, load_tower, load_weights, named, pulid_choices, state_of
 from .texts import described
 
 log = logging.getLogger(__name__)
@@ -63,13 +63,13 @@ class PulidModelLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, pulid_file: str) -> str:
         folders = host.model_folders()
-        return str(state_of(lambda: [folders.find(pulid_file, like=catalogue.V1_1)]))
+        return str(state_of(lambda: [folders.find(named(pulid_file, catalogue.V1_1), like=catalogue.V1_1)]))
 
     @classmethod
     def execute(cls, pulid_file: str) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            return io.NodeOutput(load_weights(folders.find(pulid_file, like=catalogue.V1_1)))
+            return io.NodeOutput(load_weights(folders.find(named(pulid_file, catalogue.V1_1), like=catalogue.V1_1)))
 
 
 @described

@@ -17,7 +17,7 @@ from ..models.download import fetch
 from ..models.face_networks import InsightFaceAnalyzer, MissingFaceNetworks
 from ..models.locate import ANTELOPEV2_FILES, ModelFolders, file_state, find_antelopev2, unpack_antelopev2
 from ..models.onnx_providers import PROVIDERS, available_providers, provider_in_use
-from ..pulid.errors import ForeignWeights, InputError, MissingPackage, MissingWeights, WeightsError
+from ..pulid.errors import DownloadError, ForeignWeights, InputError, MissingPackage, MissingWeights, WeightsError
 from ..pulid.eva import EvaConfig, EvaVisionTower
 from ..pulid.faces import FaceAnalyzer
 from ..pulid.networks import Managed, PhotoNetworks, PulidWeights
@@ -28,34 +28,37 @@ from .types import LoadedPulid, PulidSocket
 MISSING_FILES = ("stop", "download")
 
 
-def _choices(published: tuple[catalogue.WeightFile, ...], found: list[str]) -> list[str]:
-    """What is there, then what could be: a name that is not there leads to a message that says where to get it."""
-    return list(dict.fromkeys((*found, *(file.name for file in published))))
+NONE_YET = "(none here yet)"  # stands for the file of the catalogue that is the one to fetch
 
 
 def pulid_choices() -> list[str]:
-    return _choices(catalogue.choices("pulid_file"), host.file_names("pulid"))
+    """What is there, v1.1 first: ComfyUI's editor calls a file missing, and offers to fetch it, that is not listed."""
+    return sorted(host.file_names("pulid"), key=lambda name: name != catalogue.V1_1.name) or [NONE_YET]
 
 
 def _tower_choices() -> list[str]:
     """Every file that may be the vision tower, those first whose names say so; of the text encoders, those alone."""
     names = host.file_names(*host.VISION_FOLDERS)
     likely = [name for name in names if "eva" in name.lower()]
-    return list(dict.fromkeys((*likely, *host.file_names(*host.VISION_FOLDERS[:2]))))
+    return list(dict.fromkeys((*(likely or [NONE_YET]), *host.file_names(*host.VISION_FOLDERS[:2]))))
+
+
+def named(choice: str, like: catalogue.WeightFile) -> str:
+    """The file name that a choice stands for."""
+    return like.name if choice == NONE_YET else choice
 
 
 @described
 class PulidLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        pulid_files = pulid_choices()
         return io.Schema(
             node_id="PuLID_Loader",
             display_name="Load PuLID (SDXL)",
             category="PuLID",
             inputs=[
-                io.Combo.Input("pulid_file", options=pulid_files, default=pulid_files[0]),
-                io.Combo.Input("eva_clip", options=_choices(catalogue.choices("eva_clip"), _tower_choices())),
+                io.Combo.Input("pulid_file", options=pulid_choices()),
+                io.Combo.Input("eva_clip", options=_tower_choices()),
                 io.Combo.Input("face_analysis", options=["antelopev2"]),
                 io.Combo.Input("provider", options=["auto", *PROVIDERS], default="auto"),
                 io.Combo.Input("missing_files", options=list(MISSING_FILES), default=MISSING_FILES[0]),
@@ -65,7 +68,7 @@ class PulidLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, pulid_file: str, eva_clip: str) -> bool:
-        # Taking these two over from ComfyUI lets a shared workflow name a file that is not here; find says what to do.
+        # Taking these two over lets a shared workflow name a file that is not here; execute says what to do.
         return True
 
     @classmethod
@@ -73,11 +76,7 @@ class PulidLoader(io.ComfyNode):
         # A file that is replaced under its name, and one that has come since, is loaded at the next run.
         folders = host.model_folders()
         return str(
-            [
-                state_of(lambda: [folders.find(pulid_file, like=catalogue.V1_1)]),
-                state_of(lambda: [folders.find(eva_clip, like=catalogue.EVA_CLIP)]),
-                state_of(lambda: face_files(folders)),
-            ]
+            [state_of(lambda: _weight_files(pulid_file, eva_clip, folders)), state_of(lambda: face_files(folders))]
         )
 
     @classmethod
@@ -85,15 +84,64 @@ class PulidLoader(io.ComfyNode):
         cls, pulid_file: str, eva_clip: str, face_analysis: str, provider: str, missing_files: str
     ) -> io.NodeOutput:
         folders = host.model_folders()
+        notes = fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
+        try:
+            path, tower_path = _weight_files(pulid_file, eva_clip, folders)  # both, before a gigabyte is read in vain
+        except MissingWeights as error:
+            raise MissingWeights(missing_message(lacking(pulid_file, eva_clip, folders), folders)) from error
         with advised(folders):
-            notes = fetch_missing(pulid_file, eva_clip, folders) if missing_files == "download" else []
-            path = folders.find(pulid_file, like=catalogue.V1_1)
-            tower_path = folders.find(eva_clip, like=catalogue.EVA_CLIP)  # before a gigabyte is read in vain
             weights, tower = load_weights(path), load_tower(tower_path)
             analyzer, about_faces = _face_analyzer(provider, folders)
         notes += [f"PuLID {weights.version}, {path.name}.", *about_faces]
         host.say("\n".join(notes))
         return io.NodeOutput(LoadedPulid(weights, PhotoNetworks(tower, analyzer)), ui={"text": notes})
+
+
+def _weight_files(pulid_file: str, eva_clip: str, folders: ModelFolders) -> list[Path]:
+    """The PuLID file and the vision tower. Raises MissingWeights."""
+    asked = (pulid_file, catalogue.V1_1), (eva_clip, catalogue.EVA_CLIP)
+    return [folders.find(named(choice, like), like=like) for choice, like in asked]
+
+
+def lacking(
+    pulid_file: str, eva_clip: str, folders: ModelFolders, needs: Iterable[catalogue.Need] = catalogue.NEEDS
+) -> list[catalogue.WeightFile | str]:
+    """What the loader needs and does not find: files of the catalogue, and names that it does not know."""
+    asked = {"pulid_file": pulid_file, "eva_clip": eva_clip}
+    found: list[catalogue.WeightFile | str] = []
+    for need in needs:
+        name = named(asked.get(need.input, NONE_YET), need.files[0])
+        file = next((file for file in need.files if file.name == name), None)
+        if file is None:
+            found += [] if _is_there(name, need.files[0], folders) else [name]
+        elif not folders.locate(file) and not (
+            file.folders == catalogue.ANTELOPEV2 and folders.locate(catalogue.ANTELOPEV2_ZIP)
+        ):
+            found.append(file)
+    return found
+
+
+def _is_there(name: str, like: catalogue.WeightFile, folders: ModelFolders) -> bool:
+    try:
+        return folders.find(name, like=like).is_file()
+    except (MissingWeights, InputError):
+        return False
+
+
+def missing_message(missing: list[catalogue.WeightFile | str], folders: ModelFolders) -> str:
+    """All that is missing in one message: which files, the shortest way to them, and where each comes from and goes."""
+    files = [file for file in missing if isinstance(file, catalogue.WeightFile)]
+    unknown = [name for name in missing if isinstance(name, str)]
+    lines = [f"Missing: {', '.join(unknown + [file.name for file in files])}."]
+    if unknown:
+        lines.append(f"Choose another file instead of {', '.join(unknown)}: it is in none of the model folders.")
+    if files:
+        megabytes = sum(file.size or 0 for file in files) / 1e6
+        lines.append(f"Set missing_files to download and run again ({megabytes:.0f} MB). Or fetch by hand:")
+        lines += [f"- {file.url} to {host.below_models(folders.destination(file))}" for file in files]
+    if any(file.licence == catalogue.RESEARCH_ONLY for file in files):
+        lines.append(f"The two of antelopev2 are for {catalogue.RESEARCH_ONLY}.")
+    return "\n".join(lines)
 
 
 def fetch_missing(
@@ -103,17 +151,16 @@ def fetch_missing(
 
     A workflow chooses among the files of the catalogue, by name; no address comes from it.
     """
-    asked = {"pulid_file": pulid_file, "eva_clip": eva_clip}
-    notes = []
-    for need in needs:
-        name = asked.get(need.input, need.files[0].name)
-        file = next((file for file in need.files if file.name == name), None)
-        if file is None or folders.locate(file):
-            continue
-        if file.folders == catalogue.ANTELOPEV2 and folders.locate(catalogue.ANTELOPEV2_ZIP):
-            continue
+    files = [file for file in lacking(pulid_file, eva_clip, folders, needs) if isinstance(file, catalogue.WeightFile)]
+    notes: list[str] = []
+    for file in files:
         host.say(f"Downloading {file.name} ({file.licence})")
-        fetch(file, folders.destination(file), _DownloadBar(), partial(check_file, file))
+        try:
+            fetch(file, folders.destination(file), _DownloadBar(), partial(check_file, file))
+        except DownloadError as error:
+            rest = [other.name for other in files[len(notes) + 1 :]]
+            still = f"\nStill missing after it: {', '.join(rest)}." if rest else ""
+            raise DownloadError(f"{error}{still}\n\n{advice(folders, of_files=False)}") from error
         notes.append(f"Downloaded {file.name}. Licence: {file.licence}.")
     return notes
 
@@ -183,9 +230,16 @@ def _face_analyzer(provider: str, folders: ModelFolders) -> tuple[FaceAnalyzer, 
     """The face networks, and what the node says of them. Saved identities need none, so that they may be missing."""
     try:
         return load_face_networks(available_providers(provider), folders)
-    except (MissingWeights, MissingPackage) as error:
-        why = type(error)(f"{error}\n\n{advice(folders)}")
-        return MissingFaceNetworks(why), [f"Only saved identities can be used, no photographs. {error}"]
+    except MissingWeights as error:
+        missing = lacking(
+            NONE_YET, NONE_YET, folders, [need for need in catalogue.NEEDS if need.input == "face_analysis"]
+        )
+        why: WeightsError | MissingPackage = MissingWeights(
+            missing_message(missing, folders) if missing else str(error)
+        )
+    except MissingPackage as error:
+        why = MissingPackage(f"{error}\n\n{advice(folders)}")
+    return MissingFaceNetworks(why), [f"Only saved identities can be used, no photographs. {why}"]
 
 
 def load_face_networks(providers: list[str], folders: ModelFolders) -> tuple[InsightFaceAnalyzer, list[str]]:

@@ -9,6 +9,25 @@ from typing import Any, TypeVar
 from comfy_api.latest import io
 
 Node = TypeVar("Node", bound=io.ComfyNode)
+# What people look for, in ComfyUI's search of nodes from 0.11 on; what they used before is among it.
+ALIASES = {
+    "PuLID_Encode": ["face", "portrait", "person", "identity", "likeness", "photo", "insightface"],
+    "PuLID_Apply": [
+        "face",
+        "portrait",
+        "person",
+        "likeness",
+        "consistent character",
+        "faceid",
+        "ipadapter",
+        "instantid",
+    ],
+    "PuLID_ApplyAdvanced": ["face", "likeness", "consistent character", "ortho", "fidelity"],
+    "PuLID_Loader": ["face", "identity", "faceid", "ipadapter", "instantid", "eva clip", "antelopev2"],
+    "PuLID_CombineIdentities": ["face", "mix people", "blend faces", "merge identities"],
+    "PuLID_FaceSimilarity": ["face", "likeness", "compare faces", "score"],
+    "PuLID_Hosted": ["face", "portrait", "person", "consistent character", "fal", "cloud", "without gpu"],
+}
 ENGLISH = Path(__file__).parents[1] / "locales" / "en" / "nodeDefs.json"
 
 
@@ -23,6 +42,8 @@ def _with_texts(schema: io.Schema) -> io.Schema:
     """Inputs and outputs are shared between nodes, so they are copied."""
     texts = _english()[schema.node_id]
     schema.description = texts["description"]
+    if hasattr(schema, "search_aliases"):
+        schema.search_aliases = ALIASES.get(schema.node_id, [])
     schema.inputs = [_with_tooltip(one, texts["inputs"][one.id]) for one in schema.inputs]
     schema.outputs = [_with_tooltip(one, texts["outputs"][str(index)]) for index, one in enumerate(schema.outputs)]
     return schema

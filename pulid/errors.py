@@ -17,7 +17,15 @@ A message says what was expected, what was found, and what to do next.
 
 
 class PulidError(Exception):
-    """Base of all errors of this pack; catching it catches nothing else."""
+    """Base of all errors of this pack; catching it catches nothing else.
+
+    ComfyUI shows the module's name before that of the class; a pack's is its path on the user's disk.
+    """
+
+    __module__ = "pulid"
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = PulidError.__module__
 
 
 class InputError(PulidError, ValueError):

@@ -8,7 +8,6 @@ import yaml
 from pulid_sdxl.tools import ROOT
 
 YAML_FILES = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
-PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 
 
 def read(name: str) -> dict:
@@ -41,7 +40,9 @@ def test_publishing_is_refused_while_the_address_names_nobody(tmp_path, owner, c
     steps = read(".github/workflows/publish.yml")["jobs"]["publish"]["steps"]
     refusing, publishing = (next(i for i, step in enumerate(steps) if key in step) for key in ("run", "with"))
     assert refusing < publishing
-    (tmp_path / "pyproject.toml").write_text(re.sub(r"github\.com/\w+/", f"github.com/{owner}/", PYPROJECT))
+    for name in ("pyproject.toml", "README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").replace("github.com/OWNER/", f"github.com/{owner}/")
+        (tmp_path / name).write_text(text, encoding="utf-8")
     command = ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", steps[refusing]["run"]]  # as GitHub runs it
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code

@@ -16,7 +16,7 @@ class Recorder(develop.Environment):
 
     def __init__(self, folder: Path, results=()):
         super().__init__(folder)
-        vars(self).update(installs=[], calls=[], results=list(results))
+        vars(self).update(installs=[], frontends=[], calls=[], results=list(results))
 
     def create(self):
         self.python.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +24,12 @@ class Recorder(develop.Environment):
 
     def install(self, requirements):
         self.installs.append(requirements)
+
+    def has_pip(self):
+        return True
+
+    def add_frontends(self, versions):
+        self.frontends += versions
 
     def call(self, *arguments, **variables):
         """Answers with the next of `results`: an exit code and pytest's tests, failures, errors and skipped."""
@@ -117,22 +123,38 @@ class TestEnvironment:
     def test_own_requirements_are_those_of_pyproject(self):
         tomllib = pytest.importorskip("tomllib")
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-        assert develop.own_requirements() == project["dependencies"] + project["optional-dependencies"]["test"]
+        extras = project["optional-dependencies"]
+        assert develop.own_requirements(["demo"]) == project["dependencies"] + extras["demo"]
+        assert develop.own_requirements() == project["dependencies"] + extras["demo"] + extras["test"]
 
     def test_requirements_txt_is_the_list_of_dependencies(self):
         listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
         assert listed == develop.own_requirements()[: len(listed)]
-        assert develop.own_requirements()[len(listed)].startswith("torch==")  # where the test extra begins
+        assert develop.own_requirements()[len(listed)].startswith("torch==")  # where the extras begin
 
     def test_comments_and_what_no_test_needs_are_left_out_of_the_hosts(self, tmp_path):
-        text = "torch\ntorchaudio\ntorchsde\ncomfyui-workflow-templates==1\n\n#more:\nkornia>=0.7 # why\npydantic~=2\n"
-        host = make_comfyui(tmp_path / "host", requirements=text)
-        assert develop.host_requirements(host) == ["torchsde", "kornia>=0.7", "pydantic~=2"]
+        text = "torch\ntorchaudio\ncomfyui-workflow-templates==1\n\n#more:\nkornia>=0.7 # why\npydantic~=2\n"
+        host = make_comfyui(tmp_path / "host", requirements=f"comfyui-frontend-package==1.5.2\n{text}")
+        assert develop.host_requirements(host) == ["torchaudio", "kornia>=0.7", "pydantic~=2"]
+        assert develop.pinned_frontend(host) == "1.5.2"
+
+    def test_each_front_end_gets_a_folder_of_its_own_once(self, tmp_path, monkeypatch):
+        class Fetches(develop.Environment):
+            def install(self, requirements):
+                done.append(requirements[-1])
+                Path(requirements[requirements.index("--target") + 1]).mkdir(parents=True)
+
+        done = []
+        monkeypatch.setattr(develop, "FRONTENDS", tmp_path)
+        for _ in range(2):
+            Fetches(tmp_path / "venv").add_frontends(["1.27.10", None, "1.58.1", "1.27.10"])
+        assert done == ["comfyui-frontend-package==1.27.10", "comfyui-frontend-package==1.58.1"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1.27.10", "1.58.1"]
 
     def test_everything_is_installed_once_and_a_changed_list_again(self, environment, tmp_path):
         host, own = make_comfyui(tmp_path / "host"), develop.own_requirements()
         environment.prepare([host])
-        assert environment.installs == [own, [*own, "aiohttp>=3"]]
+        assert environment.installs == [own, [*own, "aiohttp>=3", "torchaudio"]]
         environment.prepare([host])
         environment.prepare([])
         assert len(environment.installs) == 2
@@ -141,12 +163,12 @@ class TestEnvironment:
         assert [call[-1] for call in environment.installs[2:]] == ["aiohttp>=4"]
 
     def test_the_newest_host_has_the_last_word_and_another_host_adds_its_own(self, environment, tmp_path):
-        new = make_comfyui(tmp_path / "new", "0.18.1", "frontend==2")
-        old = make_comfyui(tmp_path / "old", "0.3.64", "frontend==1")
+        new = make_comfyui(tmp_path / "new", "0.18.1", "kornia==2")
+        old = make_comfyui(tmp_path / "old", "0.3.64", "kornia==1")
         environment.prepare([new, old])
-        assert [call[-1] for call in environment.installs[1:]] == ["frontend==1", "frontend==2"]
-        environment.prepare([make_comfyui(tmp_path / "other", "0.8.0", "frontend==1.5")])
-        assert [call[-1] for call in environment.installs[3:]] == ["frontend==1.5"]
+        assert [call[-1] for call in environment.installs[1:]] == ["kornia==1", "kornia==2"]
+        environment.prepare([make_comfyui(tmp_path / "other", "0.8.0", "kornia==1.5")])
+        assert [call[-1] for call in environment.installs[3:]] == ["kornia==1.5"]
 
     @pytest.mark.parametrize("harm", [
         lambda environment: environment.python.unlink(), lambda environment: environment.stamp.write_text("{")
@@ -156,6 +178,15 @@ class TestEnvironment:
         harm(environment)
         environment.prepare([])
         assert json.loads(environment.stamp.read_text()) and len(environment.installs) == 2
+
+    def test_what_a_killed_set_up_left_is_made_anew(self, environment, monkeypatch):
+        environment.create()
+        monkeypatch.setattr(environment, "has_pip", lambda: False)
+        made = []
+        monkeypatch.setattr(environment, "create", lambda: made.append("anew"))
+        environment.prepare([])
+        environment.prepare([])
+        assert made == ["anew"] and len(environment.installs) == 1
 
     def test_a_failed_install_is_said_in_pips_words_and_tried_again(self, tmp_path):
         class Fails(Recorder):
@@ -176,14 +207,19 @@ class TestTestCommand:
     TESTS = str(ROOT / "tests")
 
     def test_all_tests_once_and_those_on_a_host_once_per_host(self, environment, tmp_path, capsys):
-        hosts = [make_comfyui(tmp_path / name) for name in ("a", "b")]
+        pins = ("1.2", "0.3.64"), ("1.9", "0.33.0"), ("1.3", "0.4.0")
+        hosts = [make_comfyui(tmp_path / pin, version, f"{develop.FRONTEND}=={pin}") for pin, version in pins]
         assert develop.test(environment, hosts, ["-x"]) == 0
         assert environment.calls == [
             (["-m", "pytest", self.TESTS, f"--ignore={self.TESTS}/host", "-x"], {}),
-            (["-m", "pytest", f"{self.TESTS}/host", "-x"], {"COMFYUI": str(hosts[0])}),
-            (["-m", "pytest", f"{self.TESTS}/host", "-x"], {"COMFYUI": str(hosts[1])}),
+            *((["-m", "pytest", f"{self.TESTS}/host", "-x"], {"COMFYUI": str(host)}) for host in hosts),
+            (
+                ["-m", "pytest", f"{self.TESTS}/host/test_browser.py", "-x"],
+                {"COMFYUI": str(hosts[1]), "COMFYUI_FRONTEND": develop.NEWEST_FRONTEND},
+            ),
         ]
-        assert capsys.readouterr().out.endswith("\n6 passed, 0 failed, 0 skipped\n")
+        assert environment.frontends == ["1.2", "1.9", "1.3", develop.NEWEST_FRONTEND]
+        assert capsys.readouterr().out.endswith("\n10 passed, 0 failed, 0 skipped\n")
 
     def test_without_a_host_it_says_so_loudly_and_succeeds(self, environment, capsys):
         assert develop.test(environment, [], []) == 0
@@ -200,10 +236,10 @@ class TestTestCommand:
         ]  # fmt: skip
 
     @pytest.mark.parametrize(("results", "code", "line"), [
-        ([(0, (3, 0, 0, 0)), (1, (3, 1, 0, 1))], 1, "4 passed, 1 failed, 1 skipped"),
-        ([(2, (0, 0, 0, 0)), (0, (1, 0, 0, 0))], 2, "1 passed, 0 failed, 0 skipped"),
-        ([(0, (3, 0, 0, 0)), (5, (0, 0, 0, 0))], 0, "3 passed, 0 failed, 0 skipped"),
-        ([(5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 5, "0 passed, 0 failed, 0 skipped"),
+        ([(0, (3, 0, 0, 0)), (1, (3, 1, 0, 1)), (0, (1, 0, 0, 0))], 1, "5 passed, 1 failed, 1 skipped"),
+        ([(2, (0, 0, 0, 0)), (0, (1, 0, 0, 0)), (0, (1, 0, 0, 0))], 2, "2 passed, 0 failed, 0 skipped"),
+        ([(0, (3, 0, 0, 0)), (5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 0, "3 passed, 0 failed, 0 skipped"),
+        ([(5, (0, 0, 0, 0)), (5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 5, "0 passed, 0 failed, 0 skipped"),
     ])  # fmt: skip
     def test_any_failure_is_the_whole_runs(self, tmp_path, capsys, results, code, line):
         assert develop.test(Recorder(tmp_path, results), [make_comfyui(tmp_path / "host")], []) == code
@@ -246,17 +282,42 @@ class TestCommandLine:
         monkeypatch.setattr(develop, "run", lambda *arguments: arguments)
         assert run.main(["demo", "--seed", "4", "--comfyui", str(host)]) == ("demo", [host], ["--seed", "4"])
 
-    @pytest.mark.parametrize(("name", "named"), [("demo", ["--comfyui", "{}"]), ("conformance", ["--comfyui={}"])])
-    def test_a_tool_is_told_the_host(self, tmp_path, name, named):
+    @pytest.mark.parametrize(("name", "named", "argument"), [
+        ("demo", ["--comfyui", "{}"], "--seed=4"), ("conformance", ["--comfyui={}"], ".")
+    ])  # fmt: skip
+    def test_a_tool_is_told_the_host(self, tmp_path, name, named, argument):
         environment, host = Recorder(tmp_path / "venv", [3, 3]), make_comfyui(tmp_path / "host")
-        assert develop.run(name, [host], ["a"], environment) == 3
-        assert environment.calls == [([str(TOOLS), name, *(each.format(host) for each in named), "a"], {})]
+        assert develop.run(name, [host], [argument], environment) == 3
+        assert environment.calls == [([str(TOOLS), name, *(each.format(host) for each in named), argument], {})]
+
+    @pytest.mark.parametrize(("name", "argument", "words"), [
+        ("demo", "--help", "--photo"), ("demo", "--sed=4", "--sed"), ("demo", f"--photo={__file__}", "is no picture"),
+        ("demo", "--size=large", "896x1152"), ("conformance", "nowhere", "is not a folder"), ("lint", "-x", "-x"),
+    ])  # fmt: skip
+    def test_arguments_are_checked_before_anything_is_set_up(self, tmp_path, capsys, name, argument, words):
+        environment = Recorder(tmp_path / "venv")
+        with pytest.raises(SystemExit):
+            develop.run(name, [], [argument], environment)
+        assert words in "".join(capsys.readouterr()) and environment.installs == []
+
+    def test_a_folder_that_cannot_be_written_to_is_named_with_what_to_do(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(run.Failure, match=r"cannot be written to.*Copy the folder"):
+            develop.run("demo", [], [], Recorder(tmp_path / "venv"))
+
+    def test_an_older_python_is_told_so_in_one_sentence(self):
+        code = (ROOT / "run.py").read_text(encoding="utf-8")
+        old = "import sys; sys.version_info = (3, 8, 0); exec(compile(sys.stdin.read(), 'run.py', 'exec'))"
+        done = subprocess.run([sys.executable, "-c", old], input=code, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr == "PuLID for SDXL needs Python 3.10 or newer, this is 3.8. Start run.py with a newer one.\n"
 
     @pytest.mark.parametrize(("name", "clones"), [("conformance", 0), ("lint", 0), ("demo", 1), ("test", 1)])
     def test_a_host_is_cloned_only_where_it_is_needed(self, tmp_path, monkeypatch, name, clones):
         cloned = []
         monkeypatch.setattr(develop, "clone_host", lambda: cloned.append("a clone") or [])
-        develop.run(name, [], [], Recorder(tmp_path, [] if name == "test" else [0, 0, 0]))
+        rest = [str(tmp_path)] if name == "conformance" else []
+        develop.run(name, [], rest, Recorder(tmp_path, [] if name == "test" else [0, 0, 0]))
         assert len(cloned) == clones
 
     def test_what_goes_wrong_is_said_in_words(self, capsys):

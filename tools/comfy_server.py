@@ -1,6 +1,7 @@
 """Runs ComfyUI's own server as a process of its own, on 127.0.0.1 only, and one prompt at a time through it."""
 
 import asyncio
+import ctypes
 import json
 import os
 import re
@@ -18,9 +19,12 @@ from pathlib import Path
 
 import aiohttp
 
+from .develop import frontend_root, pinned_frontend
+
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300
 STOP_SECONDS = 20
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
 Report = Callable[[str], None]
@@ -42,9 +46,20 @@ def link(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def hear_interrupts() -> None:
-    """In a new process: Ctrl-C counts, even where a shell started all of this in the background and ignores it."""
+def front_end(comfyui: Path) -> Path | None:
+    """The front end to serve: of the version in COMFYUI_FRONTEND, else of the one that this ComfyUI pins; None where
+    `run.py test` has not fetched it."""
+    version = os.environ.get("COMFYUI_FRONTEND") or pinned_frontend(comfyui)
+    root = version and frontend_root(version)
+    return root if root and root.is_dir() else None
+
+
+def as_child() -> None:
+    """In a new process: it ends when its parent does, however that ends; and Ctrl-C counts, even where a shell started
+    all of this in the background and ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ComfyServer:
@@ -74,9 +89,10 @@ class ComfyServer:
         with socket.socket() as probe:
             probe.bind((ADDRESS, 0))
             self.port = probe.getsockname()[1]
+        root = front_end(self.comfyui) or self.base / "temp"  # ComfyUI only wants a folder
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen", ADDRESS, "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
-        command += ["--disable-auto-launch", "--disable-api-nodes", *self.arguments]
+        command += ["--front-end-root", str(root), "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -84,7 +100,7 @@ class ComfyServer:
                 stderr=subprocess.STDOUT,
                 cwd=self.base,
                 env=self.environment,
-                preexec_fn=None if os.name == "nt" else hear_interrupts,
+                preexec_fn=None if os.name == "nt" else as_child,
             )
         try:
             self._wait()

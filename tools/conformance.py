@@ -7,7 +7,6 @@ above its tolerance. Nothing about a particular folder is built in: the seed of 
 is read from seed.json, every dimension from the files.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -26,6 +25,7 @@ from torch import Tensor
 from ..pulid import encode, encoders, eva, faces
 from ..pulid.attention import Fusion, IdProjections, SiteKV, fuse, mask_to_tokens
 from . import TOOLS
+from . import arguments as command_line
 
 # Where the tests look; beside the repository unless said otherwise.
 FOLDER = Path(os.environ.get("PULID_REFERENCE") or Path(__file__).parents[2] / "shared" / "reference")
@@ -272,10 +272,7 @@ def lines(folder: Path, parts: Mapping[str, Callable] = PARTS) -> Iterator[Line]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--comfyui", type=Path, action="append", default=[], help="compare on its UNet too; repeatable")
-    arguments = parser.parse_args()
+    arguments = command_line.conformance().parse_args()
     folder = arguments.folder
     if missing := [name for name in PARTS if not (folder / f"{name}.safetensors").is_file()]:
         print(f"{folder} lacks {', '.join(missing)}: no folder of reference vectors.", file=sys.stderr)

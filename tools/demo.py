@@ -8,7 +8,6 @@ Files that are not installed are replaced by stand-ins of the real architecture,
 import argparse
 import hashlib
 import json
-import re
 import shutil
 import sys
 import time
@@ -19,6 +18,8 @@ from PIL import Image
 
 from ..pulid.errors import PulidError
 from . import ROOT, TOOLS
+from . import arguments as command_line
+from .arguments import QUICK_STEPS
 from .comfy_server import ComfyServer, ServerError, link
 from .model_files import ModelFile, gather
 from .workflow import BYPASSED, ObjectInfo, Prompt, Workflow, WorkflowError, find, set_inputs, to_prompt
@@ -27,7 +28,7 @@ BASE = ROOT / ".cache" / "demo"
 OUTPUT = ROOT / "output"
 WORKFLOW = ROOT / "workflows" / "pulid_simple.json"
 # Without a GPU and with a stand-in checkpoint there is nothing to see in more pixels or steps.
-QUICK_STEPS, QUICK_SIZE = 6, (448, 576)
+QUICK_SIZE = 448, 576
 # What stands in, when there is no ComfyUI, for things that are no files.
 WITHOUT_COMFYUI = {
     "SDXL UNet": "diffusers', random weights, a fifth of the width, all 70 sites",
@@ -40,32 +41,6 @@ started = time.monotonic()
 
 def say(line: str = "") -> None:
     print(f"[{time.monotonic() - started:6.1f} s] {line}" if line else "", flush=True)
-
-
-def options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run.py demo", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--comfyui", type=Path, help="ComfyUI's folder (run.py finds it)")
-    parser.add_argument("--photo", type=existing_file, help="a photograph of a person; default: an astronaut")
-    parser.add_argument("--checkpoint", type=existing_file, help="an SDXL checkpoint; default: a small stand-in")
-    parser.add_argument("--seed", type=int, default=0)
-    few = f"default: the workflow's, or {QUICK_STEPS} with a stand-in checkpoint"
-    parser.add_argument("--steps", type=int, help=few)
-    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; default: the workflow's, or a quarter of its area")
-    return parser.parse_args(arguments)
-
-
-def existing_file(text: str) -> Path:
-    path = Path(text).expanduser().resolve()
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"{path} is not a file")
-    return path
-
-
-def size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected something like 896x1152, found {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def prepare_photo(folder: Path, photo: Path | None) -> str:
@@ -182,7 +157,7 @@ def say_difference(one: Image.Image, other: Image.Image) -> None:
 
 
 def main() -> int:
-    arguments = options()
+    arguments = command_line.demo().parse_args()
     photo = prepare_photo(BASE / "input", arguments.photo)
     if arguments.comfyui is None:
         print("!" * 100 + "\nNO COMFYUI: a picture through diffusers' SDXL UNet instead.\n" + "!" * 100, flush=True)
@@ -212,6 +187,9 @@ def main() -> int:
         noise = "" if arguments.checkpoint else " (so the picture is noise)"
         print(f"  stand-in  {', '.join(standins)}{noise}")
     say("Done")
+    if standins:
+        print("\nFor a real picture, with the files of `run.py models --download`:")
+        print("  python3 run.py demo --comfyui FOLDER --checkpoint SDXL.safetensors --photo FACE.jpg", flush=True)
     return 0
 
 

@@ -3,7 +3,6 @@
 Standard library only, since it runs before there is an environment.
 """
 
-import argparse
 import ast
 import hashlib
 import json
@@ -15,28 +14,25 @@ import sys
 import tempfile
 import xml.etree.ElementTree as xml
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..run import CACHE, ROOT, Failure
-from . import TOOLS
+from . import TOOLS, arguments
 
 HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
 HOST_TAG = "v0.3.64"
 CLONE_SECONDS = 300
-# Only ComfyUI's audio nodes want torchaudio; our own list pins the other two. ComfyUI starts without its templates and
-# docs, and no version of the templates serves old and new hosts alike.
-HOST_REQUIREMENTS_LEFT_OUT = {
-    "torchaudio",
-    "torch",
-    "torchvision",
-    "comfyui-workflow-templates",
-    "comfyui-embedded-docs",
-}
+# Our own list pins torch and torchvision. ComfyUI starts without its templates and docs; its front end, of which each
+# host pins another version, gets a folder of its own.
+FRONTEND = "comfyui-frontend-package"
+NEWEST_FRONTEND = "1.58.1"
+FRONTENDS = CACHE / "frontends"
+HOST_REQUIREMENTS_LEFT_OUT = {"torch", "torchvision", FRONTEND, "comfyui-workflow-templates", "comfyui-embedded-docs"}
 # A PYTHONPATH would reach into .venv, a COMFYUI into the tests that are to run without one; and without bytecode pytest
 # would rewrite every test, and all of hypothesis, at each start: that is seconds.
-NOT_HANDED_ON = {"PYTHONPATH", "COMFYUI", "PYTHONDONTWRITEBYTECODE"}
+NOT_HANDED_ON = {"PYTHONPATH", "COMFYUI", "COMFYUI_FRONTEND", "PYTHONDONTWRITEBYTECODE"}
 
 
 def clone_host(cache: Path = CACHE) -> list[Path]:
@@ -65,19 +61,44 @@ def host_version(host: Path) -> str:
     return version
 
 
+def by_age(hosts: Iterable[Path]) -> list[Path]:
+    return sorted(hosts, key=lambda host: [int(number) for number in re.findall(r"\d+", host_version(host))])
+
+
 # --- The environment -------------------------------------------------------------------------------------------------
 
 
-def own_requirements() -> list[str]:
-    """`dependencies` and the extra `test` of pyproject.toml. Python 3.10 has no tomllib; the lists read as Python."""
+EVERYTHING = ("demo", "test")
+
+
+def own_requirements(extras: Sequence[str] = EVERYTHING) -> list[str]:
+    """`dependencies` and extras of pyproject.toml. Python 3.10 has no tomllib; the lists read as Python."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    lists = re.findall(r"^(?:dependencies|test) = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
+    lists = re.findall(rf"^(?:{'|'.join(('dependencies', *extras))}) = (\[.*?^\])", text, re.MULTILINE | re.DOTALL)
     return [line for found in lists for line in ast.literal_eval(found)]
 
 
 def host_requirements(host: Path) -> list[str]:
+    return [line for line in _lines(host) if _package(line) not in HOST_REQUIREMENTS_LEFT_OUT]
+
+
+def pinned_frontend(host: Path) -> str | None:
+    """The version of the front end that this ComfyUI asks for."""
+    return next((line.partition("==")[2] for line in _lines(host) if _package(line) == FRONTEND), None)
+
+
+def frontend_root(version: str) -> Path:
+    """Where the front end of this version is, or will be: ComfyUI's --front-end-root."""
+    return FRONTENDS / version / FRONTEND.replace("-", "_") / "static"
+
+
+def _lines(host: Path) -> list[str]:
     lines = (line.split("#")[0].strip() for line in (host / "requirements.txt").read_text("utf-8").splitlines())
-    return [line for line in lines if line and re.split(r"[^\w.-]", line)[0] not in HOST_REQUIREMENTS_LEFT_OUT]
+    return [line for line in lines if line]
+
+
+def _package(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement)[0]
 
 
 @dataclass(frozen=True)
@@ -94,15 +115,14 @@ class Environment:
     def stamp(self) -> Path:
         return self.folder / "pulid-sdxl.json"
 
-    def prepare(self, hosts: list[Path]) -> None:
+    def prepare(self, hosts: list[Path], extras: Sequence[str] = EVERYTHING) -> None:
         """Make it hold our requirements and each host's. What is already there costs one look at the stamp file."""
-        layers = [own_requirements()]
-        # Old hosts first: each pins the frontend, and a newer frontend serves an older host better than the reverse.
-        for host in sorted(hosts, key=lambda host: [int(n) for n in re.findall(r"\d+", host_version(host))]):
-            layers.append(own_requirements() + host_requirements(host))  # ours again, so that pip keeps to its pins
+        own = own_requirements(extras)
+        # Old hosts first, so that the newest has the last word; ours with each, so that pip keeps to its pins.
+        layers = [own, *(own + host_requirements(host) for host in by_age(hosts))]
 
         installed = self.installed()
-        if not self.python.exists():
+        if not self.python.exists() or not (installed or self.has_pip()):  # an earlier set-up may have been cut off
             print("Setting up .venv (once; torch alone is some gigabytes)", flush=True)
             self.create()
             installed = []
@@ -112,6 +132,16 @@ class Environment:
                 self.install(layer)
                 installed.append(key)
                 self.stamp.write_text(json.dumps(installed))
+
+    def add_frontends(self, versions: Iterable[str | None]) -> None:
+        """Fetch each of these versions of ComfyUI's front end that is not there yet, into a folder of its own."""
+        for version in filter(None, versions):
+            folder = FRONTENDS / version
+            if not folder.is_dir():
+                partial = folder.with_suffix(".partial")
+                shutil.rmtree(partial, ignore_errors=True)
+                self.install(["--no-deps", "--target", str(partial), f"{FRONTEND}=={version}"])
+                partial.rename(folder)
 
     def installed(self) -> list[str]:
         try:
@@ -128,6 +158,9 @@ class Environment:
                 f"Could not make {self.folder}.\n{made.stdout}{made.stderr}On Debian: apt install python3-venv"
             )
 
+    def has_pip(self) -> bool:
+        return subprocess.run([str(self.python), "-m", "pip", "--version"], capture_output=True).returncode == 0
+
     def install(self, requirements: list[str]) -> None:
         pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
         lines = []
@@ -138,7 +171,10 @@ class Environment:
                 if line.startswith(("Collecting", "Downloading", "  Downloading", "Installing collected")):
                     print(" ", line.strip()[:110], flush=True)
         if process.returncode:
-            raise Failure(f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}")
+            raise Failure(
+                f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}"
+                "Check the network and the proxy, and run the same command again: it goes on from here."
+            )
 
     def call(self, *arguments: str, **variables: str) -> int:
         """Run its Python in this folder; returns the exit code."""
@@ -177,17 +213,35 @@ def test(environment: Environment, hosts: list[Path], rest: list[str]) -> int:
         everything = [str(tests), f"--ignore={tests / 'host'}"]
         runs.append(pytest(environment, "without ComfyUI", [*(without_host or everything), *options]))
     if on_host or not chosen:
-        for host in hosts:
-            title = f"on ComfyUI {host_version(host)} ({host})"
-            arguments = [*(on_host or [str(tests / "host")]), *options]
-            runs.append(pytest(environment, title, arguments, COMFYUI=str(host)))
-        if not hosts:
-            print(f"\n{'!' * 100}\nNO COMFYUI: the tests on a host (tests/host) did NOT run.\n{'!' * 100}")
+        runs += test_on_hosts(environment, hosts, on_host or [str(tests / "host")], options)
 
     counts = sum((count for _, count in runs), Counter[str]())
     print(f"\n{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", flush=True)
     codes = [code for code, _ in runs if code not in (0, NO_TESTS)]
     return codes[0] if codes else 0 if counts else NO_TESTS
+
+
+def test_on_hosts(
+    environment: Environment, hosts: list[Path], paths: list[str], options: list[str]
+) -> "list[tuple[int, Counter[str]]]":
+    """Run these tests on each host with the front end that it pins; those in the editor on the newest one once more,
+    with the newest front end."""
+    if not hosts:
+        print(f"\n{'!' * 100}\nNO COMFYUI: the tests on a host (tests/host) did NOT run.\n{'!' * 100}", flush=True)
+        return []
+    in_editor = [f"{path}/test_browser.py" if Path(path).is_dir() else path for path in paths]
+    in_editor = [path for path in in_editor if "test_browser.py" in path]
+    environment.add_frontends([*map(pinned_frontend, hosts), *([NEWEST_FRONTEND] if in_editor else [])])
+    runs = []
+    for host in hosts:
+        title = f"on ComfyUI {host_version(host)} ({host})"
+        runs.append(pytest(environment, title, [*paths, *options], COMFYUI=str(host)))
+    if in_editor:
+        newest = by_age(hosts)[-1]
+        title = f"in the editor {NEWEST_FRONTEND} on ComfyUI {host_version(newest)} ({newest})"
+        variables = {"COMFYUI": str(newest), "COMFYUI_FRONTEND": NEWEST_FRONTEND}
+        runs.append(pytest(environment, title, [*in_editor, *options], **variables))
+    return runs
 
 
 NO_TESTS = 5  # pytest's exit code when its arguments leave none
@@ -209,7 +263,6 @@ def pytest(environment: Environment, title: str, arguments: list[str], **variabl
 
 def lint(environment: Environment, _: list[Path], rest: list[str]) -> int:
     """ruff and mypy with the settings of pyproject.toml. All of them run; 1 if any finds something."""
-    argparse.ArgumentParser(prog="run.py lint", description="Runs ruff and mypy.").parse_args(rest)
     link_for_mypy(CACHE)
     checks = (
         ["ruff", "check", str(ROOT)],
@@ -243,7 +296,13 @@ COMMANDS: dict[str, Command] = {
 
 def run(name: str, hosts: list[Path], rest: list[str], environment: Environment = Environment(ROOT / ".venv")) -> int:
     """A command for developers, in an environment that is made if need be; without a host, one is cloned."""
+    arguments.check(name, rest)
+    if not os.access(ROOT, os.W_OK):
+        raise Failure(
+            f"{ROOT} cannot be written to, and run.py keeps there what it sets up (.venv, .cache). "
+            "Copy the folder to a place of yours, and run it there."
+        )
     if not hosts and name not in ("conformance", "lint"):
         hosts = clone_host()
-    environment.prepare(hosts)
+    environment.prepare(hosts, ("demo",) if name == "demo" and hosts else EVERYTHING)
     return COMMANDS[name](environment, hosts, rest)

@@ -132,7 +132,8 @@ def node_misfits(node: Node, object_info: ObjectInfo) -> list[str]:
     known = object_info[node["type"]]
     outputs = [(slot["name"], slot["type"]) for slot in node.get("outputs", [])]
     expected = [*zip(known["output_name"], known["output"], strict=True)]
-    return found if outputs == expected else [*found, f"outputs {outputs}, defined {expected}"]
+    fits = outputs == expected[: len(outputs)]  # a newer ComfyUI may have added some behind them
+    return found if fits else [*found, f"outputs {outputs}, defined {expected}"]
 
 
 def link_misfits(workflow: Workflow) -> list[str]:

@@ -1,30 +1,35 @@
 """The pack in ComfyUI's editor, in a real browser: the shipped workflows, the help pages, another language.
 
-Needs a Chromium (CHROMIUM names one that is not on the path) and ComfyUI's front end; skips, and says so, without.
-COMFYUI_ARGUMENTS are further ones for ComfyUI, such as --front-end-root for another front end.
+Needs a Chromium (CHROMIUM names one that is not on the path) and the front end that `run.py test` fetches: the one that
+the ComfyUI pins, or that of the version in COMFYUI_FRONTEND. Skips, and says so, without.
 """
 
 import importlib.util
+import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, front_end, link
 
 if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
 CHROMIUM = next(filter(None, map(shutil.which, (os.environ.get("CHROMIUM", ""), "chromium", "google-chrome"))), None)
-LACKING = [name for name in ("playwright", "comfyui_frontend_package") if importlib.util.find_spec(name) is None]
-if CHROMIUM is None or LACKING:
-    why = f"the Python package {LACKING[0]} is missing" if LACKING else "no Chromium found"
+LACKING = {
+    "no Chromium found": CHROMIUM is None,
+    "the Python package playwright is missing": importlib.util.find_spec("playwright") is None,
+    "its front end has not been fetched": front_end(Path(os.environ["COMFYUI"])) is None,
+}
+for why in (why for why, lacking in LACKING.items() if lacking):
     pytest.skip(f"THE EDITOR IS NOT TESTED: {why}", allow_module_level=True)
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 from pulid_sdxl.tools import ROOT
-from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, link
 from pulid_sdxl.tools.translations import read
 from pulid_sdxl.tools.workflow import FRONTEND_ONLY, declared_inputs, to_prompt, widget_values
 
@@ -41,6 +46,39 @@ LOOK = """() => ({
         values: Object.fromEntries((node.widgets ?? []).map(widget => [widget.name, widget.value])),
     })),
 })"""
+RECTANGLES = """() => {
+    // Of each node with its title, in units of the graph. Nodes 2.0 makes elements of nodes.
+    const { scale, offset } = app.canvas.ds, { left, top } = app.canvas.canvas.getBoundingClientRect();
+    const onGraph = box => [(box.left - left) / scale - offset[0], (box.top - top) / scale - offset[1],
+                            box.width / scale, box.height / scale];
+    const nodes = app.graph.nodes.map(node => {
+        const element = document.querySelector(`[data-node-id="${node.id}"]`);
+        const box = element ? onGraph(element.getBoundingClientRect()) : [...node.getBounding()];
+        return [`${node.type} ${node.id}`, box];
+    });
+    const { clientWidth, clientHeight } = app.canvas.canvas;
+    const view = [-offset[0], -offset[1], clientWidth / scale, clientHeight / scale];
+    return { nodes, groups: app.graph.groups.map(group => [group.title, [...group.pos, ...group.size]]), view };
+}"""
+# What a run sends for each node, longer than most: the editor cannot tell it from one.
+SENT = """outputs => app.graph.nodes.filter(node => outputs[node.type]).map(node => app.api.dispatchEvent(
+    new CustomEvent("executed", { detail: {
+        node: String(node.id), display_node: String(node.id), prompt_id: "a run", output: outputs[node.type]
+    } })
+))"""
+PICTURE = {"filename": "photo.jpg", "subfolder": "", "type": "input"}
+LINES = [f"Photograph {number} of 5: face 0 of 1, largest; InsightFace at 640 px." for number in range(1, 6)]
+OUTPUTS = {
+    "PuLID_Loader": {"text": LINES[:3]},
+    "PuLID_Encode": {"images": [PICTURE] * 4, "text": LINES},
+    "PuLID_SaveIdentity": {"images": [PICTURE], "text": LINES[:1]},
+    "PuLID_LoadIdentity": {"images": [PICTURE], "text": LINES[:1]},
+    "PuLID_Hosted": {"text": LINES[:3]},
+    "PuLID_HostedSubmit": {"text": LINES[:1]},
+    "PuLID_HostedResult": {"text": LINES[:3]},
+    "PreviewImage": {"images": [PICTURE]},
+    "SaveImage": {"images": [PICTURE]},
+}
 LABELS = """() => {
     const [node] = app.graph.nodes, label = slot => slot.label ?? slot.localized_name;
     return [node.title, Object.fromEntries(node.inputs.map(slot => [slot.name, label(slot)])), node.outputs.map(label)];
@@ -65,6 +103,26 @@ class Editor:
         self.complaints.clear()
         self.page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
         self.page.wait_for_load_state("networkidle")
+
+    def draw_by(self, renderer: str) -> None:
+        setting = "value => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', value)"
+        self.page.evaluate(setting, renderer == "Nodes 2.0")
+
+    def restart(self) -> None:
+        self.page.reload()
+        self.page.wait_for_function(READY)
+        self.page.wait_for_load_state("networkidle")
+
+    def settled(self, look: str):
+        """What `look` finds once two looks in a row find the same: nodes grow in a few frames."""
+        before = None
+        for _ in range(40):
+            self.page.wait_for_timeout(100)
+            found = self.page.evaluate(look)
+            if found == before:
+                return found
+            before = found
+        raise AssertionError(f"does not come to rest: {before}")
 
     def speak(self, language: str) -> None:
         self.page.evaluate("language => app.extensionManager.setting.set('Comfy.Locale', language)", language)
@@ -128,7 +186,7 @@ def server(comfyui, tmp_path_factory):
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS))
     link(ROOT, base / "custom_nodes" / PACK)
-    with ComfyServer(comfyui, base, ("--cpu", *os.environ.get("COMFYUI_ARGUMENTS", "").split())) as server:
+    with ComfyServer(comfyui, base, ("--cpu",)) as server:
         yield server
 
 
@@ -178,6 +236,116 @@ def test_the_editor_makes_the_prompt_that_the_tests_run(editor, workflow, opened
         node["inputs"] = {name: value for name, value in node["inputs"].items() if name in declared}
         node["_meta"] = {"title": node["_meta"]["title"]}
     assert made == to_prompt(workflow, info)
+
+
+RENDERERS = ["canvas", "Nodes 2.0"]
+VERSION = [int(number) for number in re.findall(r"\d+", front_end(Path(os.environ["COMFYUI"])).parents[1].name)]
+NODES_2, LISTS_MISSING = [1, 42], [1, 49]  # versions of the front end: from here on as it is today
+
+
+@pytest.fixture(params=RENDERERS)
+def renderer(editor, request):
+    if request.param == "Nodes 2.0" and VERSION < NODES_2:
+        pytest.skip("this editor's Nodes 2.0 is a first try")
+    editor.draw_by(request.param)
+    yield request.param
+    editor.draw_by("canvas")
+
+
+def overlap(one, other):
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
+
+
+def inside(one, other):
+    return all(other[i] <= one[i] and one[i] + one[i + 2] <= other[i] + other[i + 2] for i in (0, 1))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_nothing_overlaps_or_leaves_its_group_before_and_after_a_run(editor, renderer, path):
+    editor.open(json.loads(path.read_text(encoding="utf-8")))
+    opened = editor.settled(RECTANGLES)
+    homes = {name: [title for title, group in opened["groups"] if overlap(box, group)] for name, box in opened["nodes"]}
+    assert [name for name, box in opened["nodes"] if not overlap(box, opened["view"])] == [], "the view opens elsewhere"
+    editor.page.evaluate(SENT, OUTPUTS)
+    for seen in (opened, editor.settled(RECTANGLES)):
+        boxes, groups = dict(seen["nodes"]), dict(seen["groups"])
+        assert [pair for pair in itertools.combinations(boxes, 2) if overlap(*map(boxes.get, pair))] == []
+        assert [(name, home) for name in boxes for home in homes[name] if not inside(boxes[name], groups[home])] == []
+
+
+def panel(editor):
+    return editor.page.locator(".pulid-notes").first
+
+
+def test_what_a_node_says_stays_on_it_and_in_no_workflow(editor, renderer):
+    editor.open(json.loads((ROOT / "workflows" / "pulid_simple.json").read_text(encoding="utf-8")))
+    graph = "() => Object.fromEntries(app.graph.serialize().nodes.map(node => [node.id, node.widgets_values]))"
+    before, prompt = editor.page.evaluate(graph), editor.page.evaluate("async () => (await app.graphToPrompt()).output")
+    editor.page.evaluate(SENT, {"PuLID_Encode": OUTPUTS["PuLID_Encode"]})
+    editor.page.evaluate("""() => app.api.dispatchEvent(new CustomEvent("execution_success", { detail: {} }))""")
+    shown = panel(editor)
+    shown.wait_for()
+    assert shown.locator(".pulid-notes-text").inner_text() == "\n".join(LINES)
+    folded = shown.bounding_box()["height"]
+    if renderer == "canvas":  # which gives a widget its place, whatever the element takes
+        taken, given = editor.page.evaluate(
+            """() => {
+                const notes = app.graph.getNodeById(3).widgets.find(widget => widget.name == "pulid_notes");
+                return [notes.element.offsetHeight, notes.computedHeight];
+            }"""
+        )
+        assert taken <= given
+    shown.get_by_role("button", name="More").click()
+    editor.settled(RECTANGLES)
+    assert shown.bounding_box()["height"] > folded
+    editor.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    shown.get_by_role("button", name="Copy").click()
+    shown.get_by_role("button", name="Copied").wait_for()
+    assert editor.page.evaluate("() => navigator.clipboard.readText()") == "\n".join(LINES)
+    assert editor.page.evaluate(graph) == before
+    assert editor.page.evaluate("async () => (await app.graphToPrompt()).output") == prompt
+
+
+def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_after_it(server, editor, renderer):
+    names = "pulid_v1.1.safetensors", "EVA02_CLIP_L_336_psz14_s6B.pt"
+    places = [
+        server.base / "models" / folder / name for folder, name in zip(("pulid", "clip_vision"), names, strict=True)
+    ]
+    for place in places:
+        place.rename(server.base / place.name)
+    try:
+        editor.restart()
+        editor.open(json.loads((ROOT / "workflows" / "pulid_save_identity.json").read_text(encoding="utf-8")))
+        for opener in editor.page.get_by_text("View details").all():
+            opener.click()
+        editor.page.wait_for_timeout(1000)
+        listed = editor.page.locator("body").inner_text()
+        if VERSION >= LISTS_MISSING:
+            assert all(name in listed for name in names) and listed.count("Download") >= 2
+        editor.page.keyboard.press("Escape")
+        editor.page.evaluate("() => app.queuePrompt(0)")
+        panel(editor).wait_for()
+        text = panel(editor).locator(".pulid-notes-text").inner_text()
+        assert text.startswith(f"Missing: {names[0]}, {names[1]}, ")
+        assert text.splitlines()[1].startswith("Set missing_files to download and run again")
+        assert str(Path.home()) not in text
+        editor.page.evaluate("""() => app.api.dispatchEvent(new CustomEvent("execution_start", { detail: {} }))""")
+        panel(editor).wait_for(state="detached")  # until this run says otherwise
+    finally:
+        for place in places:
+            (server.base / place.name).rename(place)
+        editor.restart()
+
+
+@pytest.mark.skipif(VERSION < LISTS_MISSING, reason="this editor has no apps yet")
+def test_the_simple_workflow_is_an_app_too(editor):
+    editor.open(json.loads((ROOT / "workflows" / "pulid_simple.json").read_text(encoding="utf-8")))
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    for label in ("image", "text", "method", "weight", "seed"):
+        editor.page.get_by_text(label, exact=True).first.wait_for()
+    editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    editor.restart()
+    editor.draw_by("canvas")  # apps switch Nodes 2.0 on
 
 
 def test_no_run_changes_the_noise_of_a_patched_model_by_itself(editor):

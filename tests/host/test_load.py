@@ -21,6 +21,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
+from pulid_sdxl.hosted.errors import BadAnswer
 from pulid_sdxl.models import catalogue
 from pulid_sdxl.nodes import host, legacy, load
 from pulid_sdxl.nodes.encode import PulidEncode
@@ -84,7 +85,23 @@ def test_a_tower_of_any_name_can_be_chosen_and_text_encoders_are_left_out(models
 
     options = {entry.id: entry for entry in PulidLoader.define_schema().inputs}["eva_clip"].options
 
-    assert options == ["my_EVA.pt", "renamed.safetensors", *(file.name for file in catalogue.choices("eva_clip"))]
+    assert options == ["my_EVA.pt", "renamed.safetensors"]
+
+
+def offered(name):
+    return {entry.id: entry for entry in PulidLoader.define_schema().inputs}[name].options
+
+
+def test_only_what_is_there_is_offered_so_that_the_editor_sees_what_is_missing(models):
+    assert offered("pulid_file") == offered("eva_clip") == [load.NONE_YET]
+    for name in ("ip-adapter_pulid_sdxl_fp16.safetensors", "pulid_v1.1.safetensors"):
+        (models / "pulid").mkdir(exist_ok=True)
+        (models / "pulid" / name).touch()
+    (models / "clip_vision").mkdir()
+    (models / "clip_vision" / "another.safetensors").touch()
+    folder_paths.filename_list_cache.clear()
+    assert offered("pulid_file") == ["pulid_v1.1.safetensors", "ip-adapter_pulid_sdxl_fp16.safetensors"]
+    assert offered("eva_clip") == [load.NONE_YET, "another.safetensors"]  # that one has another name
 
 
 def test_stopping_is_the_default_and_comes_first():
@@ -130,7 +147,7 @@ def fetched(server):
 
 
 def test_nothing_is_fetched_unless_asked_for(models, hub):
-    with pytest.raises(MissingWeights, match=r"pulid_v1\.1\.safetensors .*was not found"):
+    with pytest.raises(MissingWeights, match=r"^Missing: pulid_v1\.1\.safetensors, "):
         run("stop")
     assert hub.requests == []
     assert not list(models.rglob("*.*"))
@@ -201,7 +218,7 @@ def test_the_user_can_interrupt(models, hub):
     comfy.model_management.interrupt_current_processing(False)
 
 
-def test_a_download_that_fails_says_what_else_is_wrong(models, hub):
+def test_a_download_that_fails_says_what_else_is_missing_and_advises_no_download(models, hub):
     hub.plan[:] = [answer(404)] * 4
 
     with pytest.raises(DownloadError) as caught:
@@ -209,16 +226,38 @@ def test_a_download_that_fails_says_what_else_is_wrong(models, hub):
 
     message = str(caught.value)
     assert message.startswith("pulid_v1.1.safetensors could not be fetched. 127.0.0.1 has no such file (HTTP 404)")
-    assert "run.py" in message and message.rstrip().endswith("doctor")
-    assert "torch" in message and "onnxruntime" in message
+    assert "Still missing after it: EVA02_CLIP_L_336_psz14_s6B.pt, scrfd_10g_bnkps.onnx" in message
+    assert "missing_files" not in message and "--download" not in message
+    assert "torch" in message and "onnxruntime" in message and message.rstrip().endswith("doctor")
 
 
-def test_a_missing_file_comes_with_the_doctors_words(models):
+@pytest.mark.parametrize("choice", [load.NONE_YET, catalogue.V1_1.name])
+def test_one_message_names_everything_that_is_missing_the_cure_first(models, monkeypatch, choice):
+    monkeypatch.setenv("HOME", str(models.parent))
     with pytest.raises(MissingWeights) as caught:
-        run("stop")
-    message = str(caught.value)
-    assert message.startswith("pulid_v1.1.safetensors (PuLID v1.1")
-    assert "not here, or not whole: pulid/pulid_v1.1.safetensors, clip_vision/EVA02_CLIP_L_336_psz14_s6B.pt" in message
+        run("stop", choice, load.NONE_YET)
+    first, second, *rest = str(caught.value).splitlines()
+    assert first == f"Missing: {', '.join(SMALL)}."
+    assert second == "Set missing_files to download and run again (2281 MB). Or fetch by hand:"
+    for line, need in zip(rest, catalogue.NEEDS, strict=False):
+        file = need.files[0]
+        assert line == f"- {file.url} to models/{file.folders[0]}"
+    assert str(models) not in str(caught.value)
+    assert "non-commercial research only" in rest[-1]
+
+
+def test_a_file_of_ones_own_that_is_missing_is_not_offered_for_download(models, comfyui):
+    linked(models, comfyui)
+    with pytest.raises(MissingWeights) as caught:
+        run("stop", "mine.safetensors")
+    assert str(caught.value) == (
+        "Missing: mine.safetensors.\n"
+        "Choose another file instead of mine.safetensors: it is in none of the model folders."
+    )
+
+
+def test_no_error_carries_a_path_before_its_name():
+    assert {error.__module__ for error in (MissingWeights, DownloadError, BadAnswer)} == {"pulid"}
 
 
 def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(models, comfyui):
@@ -261,8 +300,8 @@ def test_without_face_networks_saved_identities_work_and_photographs_are_refused
 
     pulid = output.result[0]
     assert pulid.weights.version == "v1.1"
-    assert output.ui["text"][1].startswith("Only saved identities can be used, no photographs. Expected scrfd_10g")
-    with pytest.raises(MissingWeights, match=r"(?s)scrfd_10g_bnkps.onnx.*non-commercial.*doctor"):
+    assert output.ui["text"][1].startswith("Only saved identities can be used, no photographs. Missing: scrfd_10g")
+    with pytest.raises(MissingWeights, match=r"(?s)^Missing: scrfd_10g_bnkps.onnx.*non-commercial"):
         PulidEncode.execute(pulid, torch.rand(1, 64, 64, 3), "largest", 0, "one person", False, "stop")
 
 
@@ -308,12 +347,19 @@ def test_asking_whether_to_load_again_writes_nothing(models):
 
 # ---- Packages that are missing or broken ----
 
-BROKEN = "raise OSError('libcudart.so.12: cannot open shared object file')"  # more ways are in tests/test_doctor.py
+# Broken for this pack only, as newer ComfyUIs import cv2 themselves; more ways are in tests/models/test_doctor.py.
+BROKEN = """
+import sys
+
+if "pulid_sdxl.nodes" in sys.modules:
+    raise OSError("libcudart.so.12: cannot open shared object file")
+"""
 
 LIST_AND_LOAD = """
 import asyncio, sys
 from pulid_sdxl.tools import comfy_host
 comfy_host.enter(sys.argv[1])
+import comfy.sd
 import pulid_sdxl
 extension = asyncio.run(pulid_sdxl.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())

@@ -60,7 +60,8 @@ def test_workflows_point_to_the_files_of_the_catalogue(path):
     ]
     assert [hint for hint in hints if hint != readme.workflow_hint(catalogue.BY_NAME[hint["name"]])] == []
     asked = {value for node in nodes if node["type"] == "PuLID_Loader" for value in node["widgets_values"]}
-    fetchable = {file.name for file in catalogue.choices("pulid_file") if file.name.endswith(".safetensors")}
+    loaded = (*catalogue.choices("pulid_file"), *catalogue.choices("eva_clip"))
+    fetchable = {file.name for file in loaded if not file.name.endswith(".bin")}
     assert {hint["name"] for hint in hints} == asked & fetchable
 
 

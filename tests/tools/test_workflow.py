@@ -190,13 +190,21 @@ class TestShipped:
         for a, b in itertools.combinations(boxes, 2):
             assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]), (a, b)
 
+    def test_what_it_shows_as_an_app_is_on_its_nodes(self, flow):
+        app, nodes = flow["extra"].get("linearData", {"inputs": [], "outputs": []}), {n["id"]: n for n in flow["nodes"]}
+        for node, widget in app["inputs"]:
+            assert widget in [slot["name"] for slot in nodes[node]["inputs"] if "widget" in slot]
+        assert {nodes[node]["type"] for node in app["outputs"]} <= {"SaveImage"}
+
     def test_explains_itself(self, flow):
         assert [node for node in flow["nodes"] if node["type"] in ("Note", "MarkdownNote")]
 
-    def test_each_loader_names_the_file_it_asks_for_where_comfyui_can_fetch_it(self, flow):
+    def test_each_loader_names_the_files_it_asks_for_where_comfyui_can_fetch_them(self, flow):
         models = [(model, node) for node in flow["nodes"] for model in node["properties"].get("models", [])]
-        assert len(models) == len([node for node in flow["nodes"] if "Loader" in node["type"]])
+        files = {"PuLID_Loader": 2, "CheckpointLoaderSimple": 1}
+        assert len(models) == sum(files[node["type"]] for node in flow["nodes"] if "Loader" in node["type"])
         for model, node in models:
             assert model["name"] in node["widgets_values"]
             assert model["url"].startswith("https://huggingface.co/")
-            assert {Path(model[key]).suffix for key in ("name", "url")} == {".safetensors"}
+            [suffix] = {Path(model[key]).suffix for key in ("name", "url")}
+            assert suffix in (".safetensors", ".pt")  # what the editor fetches; it refuses .bin and .onnx
