@@ -50,10 +50,10 @@ class TokenMask:
 
     def prepare(self, like: Tensor, placement: Placement) -> None:
         """like  (B, C, H, W) what the network is given, in the dtype of its activations"""
-        grid = like.shape[-2:]
+        lines, columns = like.shape[-2:]
         for _ in range(2):
-            grid = (grid[0] + 1) // 2, (grid[1] + 1) // 2
-            self.tokens(like, grid, placement)
+            lines, columns = (lines + 1) // 2, (columns + 1) // 2
+            self.tokens(like, (lines, columns), placement)
 
     def tokens(self, like: Tensor, grid: tuple[int, int], placement: Placement) -> Tensor:
         """(1 or B, N) for activations of B rows, whose grids have these rows and columns of tokens."""
@@ -64,14 +64,14 @@ class TokenMask:
 
     def _made(self, grid: tuple[int, int], placement: Placement) -> Tensor:
         masks = placement.masks(len(self.mask))
-        if placement.parts() is None:
+        parts = placement.parts()
+        if parts is None:
             tokens = mask_to_tokens(self.mask, grid, self.sampling)
             return tokens[masks] if len(tokens) > 1 else tokens
         size = tuple(PIXELS * side for side in placement.size)
         pictures = F.interpolate(self.mask.unsqueeze(1), size=size, mode="area").squeeze(1)
         cut = [
-            pictures[number][_pixels(part.ys)][:, _pixels(part.xs)]
-            for number, part in zip(masks, placement.parts(), strict=True)
+            pictures[number][_pixels(part.ys)][:, _pixels(part.xs)] for number, part in zip(masks, parts, strict=True)
         ]
         return mask_to_tokens(torch.stack(cut), grid, self.sampling)
 
