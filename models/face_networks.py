@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError
+from ..pulid.errors import DamagedWeights, ForeignWeights, MismatchError, MissingWeights, PulidError
 from ..pulid.faces import Face, faces_of
 from ..pulid.networks import Bring, Managed, on_cpu
 from ..pulid.packages import describe, import_package
@@ -30,6 +30,7 @@ from .tensors import label, read_tensors, system_trouble, unread
 log = logging.getLogger(__name__)
 
 RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
+OWN_SIZE = (640, 640)  # px, at which InsightFace looks for faces where nobody says otherwise
 FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # BGR, what RetinaFace was trained with
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -88,6 +89,40 @@ class InsightFaceAnalyzer:
         files = self._detector_file, self._recogniser_file, self._retinaface_file, self._bisenet_file
         return (*map(file_state, files), *self._providers)
 
+    # ---- What InsightFace's own FaceAnalysis has, for the nodes of other packs ----
+
+    @property
+    def det_model(self) -> OnnxModel:
+        """The detector; others set the size at which `get` looks as its `input_size`."""
+        return self._detector
+
+    @property
+    def models(self) -> dict[str, OnnxModel]:
+        return {"detection": self._detector, "recognition": self._recogniser}
+
+    def prepare(self, ctx_id: int = 0, det_thresh: float = 0.5, det_size: tuple[int, int] | None = None) -> None:
+        """ctx_id chose between CPU and GPU; here the provider is chosen when loading."""
+        detector: Any = self._detector
+        detector.det_thresh, detector.input_size = det_thresh, det_size or OWN_SIZE
+
+    def get(self, img: np.ndarray, max_num: int = 0, det_metric: str = "default") -> list[Any]:
+        """InsightFace's Face of every face in a BGR image, with its embedding."""
+        face_type = import_package("insightface.app.common").Face
+        size = getattr(self._detector, "input_size", None)
+        size = (size, size) if isinstance(size, int) else size
+        if not (isinstance(size, tuple) and all(isinstance(side, int) for side in size)):
+            size = OWN_SIZE  # not set, or InsightFace 2's list of sizes
+        detector: Any = self._detector
+        rows, landmarks = detector.detect(img, input_size=size, max_num=max_num, metric=det_metric)
+        faces = [
+            face_type(bbox=row[:4], kps=points, det_score=row[4]) for row, points in zip(rows, landmarks, strict=True)
+        ]
+        for face in faces:
+            face.embedding = self._recogniser.get(img, face)
+        return faces
+
+    # ---- What this pack asks ----
+
     def detect(self, photo: Photo, side: int) -> list[Face]:
         """InsightFace's faces in the photograph, fitted into a square of `side` px, a multiple of 32."""
         # The size goes to detect(): since InsightFace 1.0 the detector's own `input_size` is ignored.
@@ -143,6 +178,42 @@ class InsightFaceAnalyzer:
         bisenet = import_package("facexlib.parsing.bisenet")
         network = load_torch(self._bisenet_file, lambda: bisenet.BiSeNet(FACE_PARTS))
         return Managed(network, self._manage(network))
+
+
+class SharedFaceAnalysis(InsightFaceAnalyzer):
+    """The same around the InsightFace FaceAnalysis that another pack's node loaded.
+
+    Raises MismatchError where that lacks a detector or a recogniser.
+    """
+
+    def __init__(
+        self,
+        analysis: Any,
+        retinaface: Path,
+        bisenet: Path,
+        manage: Callable[[nn.Module], Bring] = lambda network: on_cpu(network).load,
+    ):  # fmt: skip
+        models = getattr(analysis, "models", None) or {}
+        if "recognition" not in models or getattr(analysis, "det_model", None) is None:
+            raise MismatchError(
+                "face_analysis holds no InsightFace with a detector and a recogniser, but "
+                f"{type(analysis).__module__}.{type(analysis).__qualname__} with {', '.join(models) or 'nothing'}. "
+                "Connect Load InsightFace (PuLID) (PulidInsightFaceLoader)."
+            )
+        self._detector, self._recogniser = analysis.det_model, models["recognition"]  # in place of our own
+        self._identity = object()
+        self._retinaface_file, self._bisenet_file, self._manage = retinaface, bisenet, manage
+
+    @property
+    def recogniser_name(self) -> str:
+        """The file name of the recogniser, where it is known."""
+        return Path(getattr(self._recogniser, "model_file", None) or "").name
+
+    @property
+    def source(self) -> Hashable:
+        """Of the networks themselves, since nothing is known of the files that they came from."""
+        files = file_state(self._retinaface_file), file_state(self._bisenet_file)
+        return self._identity, *files
 
 
 class MissingFaceNetworks:

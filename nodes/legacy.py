@@ -6,8 +6,10 @@ recognised chosen apart. That is kept here, out of this pack's own parts; what i
 """
 
 import logging
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -15,7 +17,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..models import catalogue
-from ..models.face_networks import InsightFaceAnalyzer
+from ..models.face_networks import InsightFaceAnalyzer, SharedFaceAnalysis
 from ..models.locate import ModelFolders
 from ..models.onnx_providers import available_providers
 from ..pulid.attention import METHODS, Fusion
@@ -29,6 +31,7 @@ from . import host
 from .apply import END, MASK, MODEL, START, Application, apply
 from .encode import CACHE, step_of
 from .load import advised, face_files, load_face_networks, load_tower, load_weights, named, pulid_choices, state_of
+from .shared import SharedEvaClip, managed_tower
 from .texts import described
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,22 @@ EvaClip = io.Custom("EVA_CLIP")  # a managed EvaVisionTower
 FaceAnalysis = io.Custom("FACEANALYSIS")  # an InsightFaceAnalyzer
 
 
+class Older:
+    """What programs that know the older pack expect of its nodes, beside what ComfyUI does."""
+
+    @classmethod
+    def GET_NODE_INFO_V1(cls) -> dict[str, Any]:
+        """As the older pack's: the choices of an input stand where others have its type."""
+        info = super().GET_NODE_INFO_V1()  # type: ignore[misc]  # of io.ComfyNode
+        for inputs in info["input"].values():
+            for name, (kind, *more) in inputs.items():
+                if kind == "COMBO":
+                    inputs[name] = (more[0]["options"], more[0])
+        return info
+
+
 @described
-class PulidModelLoader(io.ComfyNode):
+class PulidModelLoader(Older, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -71,9 +88,12 @@ class PulidModelLoader(io.ComfyNode):
         with advised(folders, NO_DOWNLOAD):
             return io.NodeOutput(load_weights(folders.find(named(pulid_file, catalogue.V1_1), like=catalogue.V1_1)))
 
+    def load_model(self, pulid_file: str) -> tuple:
+        return _results(self.execute(pulid_file))
+
 
 @described
-class PulidInsightFaceLoader(io.ComfyNode):
+class PulidInsightFaceLoader(Older, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -99,6 +119,9 @@ class PulidInsightFaceLoader(io.ComfyNode):
         host.say("\n".join(notes + more))
         return io.NodeOutput(analyzer, ui={"text": notes + more})
 
+    def load_insightface(self, provider: str) -> tuple:
+        return _results(self.execute(provider))
+
 
 def _providers(choice: str) -> tuple[list[str], list[str]]:
     """What to ask of ONNX Runtime, and what to say of it: a shared workflow names what its author's machine has."""
@@ -109,7 +132,7 @@ def _providers(choice: str) -> tuple[list[str], list[str]]:
 
 
 @described
-class PulidEvaClipLoader(io.ComfyNode):
+class PulidEvaClipLoader(Older, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -130,7 +153,11 @@ class PulidEvaClipLoader(io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            return io.NodeOutput(load_tower(folders.find(_tower_here(folders), like=catalogue.EVA_CLIP)))
+            tower = load_tower(folders.find(_tower_here(folders), like=catalogue.EVA_CLIP))
+        return io.NodeOutput(SharedEvaClip(tower.module, tower.load, tower.source))
+
+    def load_eva_clip(self) -> tuple:
+        return _results(self.execute())
 
 
 def _tower_here(folders: ModelFolders) -> str:
@@ -148,10 +175,11 @@ PATCHED = io.Model.Output("patched_model", display_name="MODEL")
 
 # Their methods, by the names that ours have.
 OUR_METHODS = {"fidelity": "fidelity", "style": "extreme style", "neutral": "neutral"}
+OUR_PROJECTIONS = {"ortho_v2": "fidelity", "ortho": "extreme style"}
 
 
 @described
-class ApplyPulid(io.ComfyNode):
+class ApplyPulid(Older, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -179,15 +207,16 @@ class ApplyPulid(io.ComfyNode):
         cls, model: ModelPatcher, pulid: object, eva_clip: object, face_analysis: object, image: Tensor, method: str,
         weight: float, start_at: float, end_at: float, attn_mask: Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        weights, networks = _checked(pulid, eva_clip, face_analysis)
-        chosen = METHODS[OUR_METHODS[method]][weights.version]
-        how = _application(chosen.fusion, chosen.zero_tokens, weight, start_at, end_at, attn_mask)
-        identity, notes = _identify(weights, networks, image)
-        return _output(apply(model, weights, identity, how), notes)
+        photographed = model, pulid, eva_clip, face_analysis, image
+        return Asked(*photographed, weight, start_at, end_at, method, attn_mask=attn_mask).answer()
+
+    def apply_pulid(self, *arguments: Any, **named: Any) -> tuple:
+        """As Asked has them."""
+        return _results(Asked(*arguments, **named).answer())
 
 
 @described
-class ApplyPulidAdvanced(io.ComfyNode):
+class ApplyPulidAdvanced(Older, io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -217,10 +246,10 @@ class ApplyPulidAdvanced(io.ComfyNode):
         cls, model: ModelPatcher, pulid: object, eva_clip: object, face_analysis: object, image: Tensor, weight: float,
         projection: str, fidelity: int, noise: float, start_at: float, end_at: float, attn_mask: Tensor | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        weights, networks = _checked(pulid, eva_clip, face_analysis)
-        how = _application(Fusion(projection), 0 if noise else fidelity, weight, start_at, end_at, attn_mask)
-        identity, notes = _identify(weights, networks, image, noise, fidelity)
-        return _output(apply(model, weights, identity, how), notes)
+        photographed = model, pulid, eva_clip, face_analysis, image
+        return Asked(*photographed, weight, start_at, end_at, None, noise, fidelity, projection, attn_mask).answer()
+
+    apply_pulid = ApplyPulid.apply_pulid
 
 
 NODES = (PulidModelLoader, PulidInsightFaceLoader, PulidEvaClipLoader, ApplyPulid, ApplyPulidAdvanced)
@@ -238,37 +267,97 @@ def not_taken() -> list[type[io.ComfyNode]]:
     return []
 
 
-def _checked(pulid: object, eva_clip: object, face_analysis: object) -> tuple[PulidWeights, PhotoNetworks]:
-    """Raises MismatchError for what another pack's node put into one of the sockets."""
-    sockets = (
-        ("pulid", pulid, PulidWeights, "Load PuLID Model (PulidModelLoader)"),
-        ("eva_clip", eva_clip, Managed, "Load Eva Clip (PuLID) (PulidEvaClipLoader)"),
-        ("face_analysis", face_analysis, InsightFaceAnalyzer, "Load InsightFace (PuLID) (PulidInsightFaceLoader)"),
-    )
-    for name, value, expected, loader in sockets:
-        if not isinstance(value, expected):
-            raise MismatchError(
-                f"{name} must come from {loader} of PuLID for SDXL, found {type(value).__module__}."
-                f"{type(value).__qualname__} of another pack. Connect that node; where another pack has taken its id, "
-                "remove one of the two packs. run.py doctor names packs with the same nodes."
-            )
-    assert isinstance(pulid, PulidWeights) and isinstance(eva_clip, Managed)
-    assert isinstance(face_analysis, InsightFaceAnalyzer)
-    return pulid, PhotoNetworks(eva_clip, face_analysis)
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What the older pack's apply_pulid takes, in its order; both of its nodes call it."""
+
+    model: ModelPatcher
+    pulid: object
+    eva_clip: object
+    face_analysis: object
+    image: Tensor
+    weight: float
+    start_at: float
+    end_at: float
+    method: str | None = None
+    noise: float = 0.0
+    fidelity: int | None = None
+    projection: str | None = None
+    attn_mask: Tensor | None = None
+
+    def answer(self) -> io.NodeOutput:
+        if self.start_at > self.end_at:
+            note = f"PuLID does not act: start_at ({self.start_at}) lies after end_at ({self.end_at}). Swap them."
+            return _output(self.model.clone(), [note])
+        weights, networks, notes = _checked(self.pulid, self.eva_clip, self.face_analysis)
+        fusion, zero_tokens = self._method(weights.version)
+        identity, more = _identify(weights, networks, self.image, self.noise, zero_tokens)
+        how = Application(
+            Fusion.SHARED_V2 if fusion is Fusion.ORTHOGONAL_V2 else fusion,
+            0 if self.noise else zero_tokens,  # with noise they are among the identity's tokens
+            # That pack registers the middle block under a key that ComfyUI never looks up.
+            site_weights=[0.0 if site.part == "middle" else self.weight for site in SITES],
+            start_at=self.start_at,
+            end_at=self.end_at,
+            attn_mask=self.attn_mask,
+            mask_sampling="bilinear",
+        )
+        return _output(apply(self.model, weights, identity, how), notes + more)
+
+    def _method(self, version: Version) -> tuple[Fusion, int]:
+        """The fusion and its zero tokens; what that pack does not know is neutral there."""
+        named = OUR_METHODS.get(self.method or "") or OUR_PROJECTIONS.get(self.projection or "", "neutral")
+        chosen = METHODS[named]["v1" if self.method is None else version]
+        return chosen.fusion, chosen.zero_tokens if self.fidelity is None else int(self.fidelity)
 
 
-def _application(
-    fusion: Fusion, zero_tokens: int, weight: float, start_at: float, end_at: float, attn_mask: Tensor | None
-) -> Application:
-    """That pack's numbers: it registers the middle block under a key that ComfyUI never looks up."""
-    return Application(
-        Fusion.SHARED_V2 if fusion is Fusion.ORTHOGONAL_V2 else fusion,
-        zero_tokens,
-        site_weights=[0.0 if site.part == "middle" else weight for site in SITES],
-        start_at=start_at,
-        end_at=end_at,
-        attn_mask=attn_mask,
-        mask_sampling="bilinear",
+def _results(output: io.NodeOutput) -> tuple:
+    """What the older pack's methods return."""
+    return output.result or ()
+
+
+def _checked(pulid: object, eva_clip: object, face_analysis: object) -> tuple[PulidWeights, PhotoNetworks, list[str]]:
+    """What the sockets hold, and what to say of it. Raises MismatchError for what cannot be used."""
+    if not isinstance(pulid, PulidWeights):
+        raise _foreign("pulid", pulid, "Load PuLID Model (PulidModelLoader)")
+    if isinstance(eva_clip, torch.nn.Module) and hasattr(eva_clip, "image_size"):
+        eva_clip = _around(eva_clip, managed_tower)
+    if not isinstance(eva_clip, Managed):
+        raise _foreign("eva_clip", eva_clip, "Load Eva Clip (PuLID) (PulidEvaClipLoader)")
+    notes: list[str] = []
+    if isinstance(face_analysis, InsightFaceAnalyzer):
+        analyzer = face_analysis
+    elif hasattr(face_analysis, "det_model"):
+        analyzer = shared = _around(face_analysis, _shared_analysis)
+        if shared.recogniser_name not in ("", catalogue.GLINTR100.name):
+            notes = [f"Faces are recognised by {shared.recogniser_name}, but PuLID knows antelopev2's: less alike."]
+    else:
+        raise _foreign("face_analysis", face_analysis, "Load InsightFace (PuLID) (PulidInsightFaceLoader)")
+    return pulid, PhotoNetworks(eva_clip, analyzer), notes
+
+
+SHARED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # ours, by what another pack loaded
+
+
+def _around(theirs: Any, make: Callable[[Any], Any]) -> Any:
+    """The same for the same, so that what it saw is found in the cache."""
+    if theirs not in SHARED:
+        SHARED[theirs] = make(theirs)
+    return SHARED[theirs]
+
+
+def _shared_analysis(analysis: Any) -> SharedFaceAnalysis:
+    folders = host.model_folders()
+    with advised(folders, NO_DOWNLOAD):
+        retinaface, bisenet = (folders.find(one.name, like=one) for one in (catalogue.RETINAFACE, catalogue.BISENET))
+    return SharedFaceAnalysis(analysis, retinaface, bisenet, host.manage)
+
+
+def _foreign(name: str, value: object, loader: str) -> MismatchError:
+    return MismatchError(
+        f"{name} must come from {loader} of PuLID for SDXL, found {type(value).__module__}."
+        f"{type(value).__qualname__} of another pack. Connect that node; where another pack has taken its id, "
+        "remove one of the two packs. run.py doctor names packs with the same nodes."
     )
 
 

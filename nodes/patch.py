@@ -50,10 +50,10 @@ class TokenMask:
 
     def prepare(self, like: Tensor, placement: Placement) -> None:
         """like  (B, C, H, W) what the network is given, in the dtype of its activations"""
-        height, width = like.shape[-2:]
+        lines, columns = like.shape[-2:]
         for _ in range(2):
-            height, width = (height + 1) // 2, (width + 1) // 2
-            self.tokens(like, (height, width), placement)
+            lines, columns = (lines + 1) // 2, (columns + 1) // 2
+            self.tokens(like, (lines, columns), placement)
 
     def tokens(self, like: Tensor, grid: tuple[int, int], placement: Placement) -> Tensor:
         """(1 or B, N) for activations of B rows, whose grids have these rows and columns of tokens."""
@@ -63,7 +63,8 @@ class TokenMask:
         return placement.tokens[key]
 
     def _made(self, grid: tuple[int, int], placement: Placement) -> Tensor:
-        masks, parts = placement.masks(len(self.mask)), placement.parts()
+        masks = placement.masks(len(self.mask))
+        parts = placement.parts()
         if parts is None:
             tokens = mask_to_tokens(self.mask, grid, self.sampling)
             return tokens[masks] if len(tokens) > 1 else tokens

@@ -90,7 +90,7 @@ class Card:
         return start.elapsed_time(end)
 
     def medians(self, calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-        """Of each call, in ms, after a call or two to warm up; in turn, so that what else the machine does falls on all."""
+        """Of each call, in ms, after a call or two to warm up; in turn: what else the machine does falls on all."""
         times: dict[str, list[float]] = {name: [] for name in calls}
         warming = min(2, repeats)
         for repeat in range(repeats + warming):

@@ -14,7 +14,7 @@ if not os.environ.get("COMFYUI"):
     pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
 
 from pulid_sdxl.pulid.cache import ResultCache
-from pulid_sdxl.pulid.networks import on_cpu
+from pulid_sdxl.pulid.networks import Managed, on_cpu
 from pulid_sdxl.tools import TOOLS, comfy_host
 from pulid_sdxl.tools.fakes import networks as fakes
 
@@ -27,7 +27,7 @@ from PIL import Image
 from pulid_sdxl.models import catalogue
 from pulid_sdxl.models import locate as pulid_files
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
-from pulid_sdxl.nodes import host, legacy, patch
+from pulid_sdxl.nodes import host, legacy, patch, shared
 from pulid_sdxl.pulid import faces as pulid_faces
 from pulid_sdxl.pulid.attention import Fusion, IdProjections
 from pulid_sdxl.pulid.encoders import IdEncoder
@@ -504,15 +504,116 @@ def test_what_another_pack_loaded_is_refused_in_words(loaded, place, words):
         apply_advanced(three, photograph())
 
 
-def test_a_start_after_the_end_is_refused(model, one_site):
-    with pytest.raises(InputError, match="lies after end_at"):
-        site_of(one_site[0], legacy.ApplyPulid, model, one_site[1], "style", 1.0, 0.9, 0.1)
+def test_a_start_after_the_end_never_acts_and_says_so(model):
+    done = legacy.ApplyPulid.execute(model, None, None, None, torch.zeros(1, 8, 8, 3), "style", 1.0, 0.9, 0.1)
+    assert "patches_replace" not in done[0].model_options["transformer_options"]
+    assert "does not act: start_at (0.9) lies after end_at (0.1)" in done.ui["text"][0]
 
 
 def test_the_vision_tower_is_named_with_its_address_where_it_is_not_here(monkeypatch):
     monkeypatch.setattr(host, "model_folders", lambda: pulid_files.ModelFolders({}))
     with pytest.raises(MissingWeights, match=r"EVA02_CLIP_L_336_psz14_s6B\.pt.*was not found.*https://.*no missing_fi"):
         legacy.PulidEvaClipLoader.execute()
+
+
+# ---- Other programs call the nodes in Python ----
+
+
+@pytest.fixture
+def files_here(monkeypatch):
+    """Every file is here, and loading gives its path."""
+    monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: Path(name)))
+    monkeypatch.setattr(legacy, "_tower_here", lambda folders: "tower.pt")
+    monkeypatch.setattr(legacy, "load_weights", lambda path: path)
+    monkeypatch.setattr(legacy, "load_tower", lambda path: on_cpu(torch.nn.Identity()))
+    monkeypatch.setattr(legacy, "load_face_networks", lambda providers, folders: (providers, []))
+
+
+def test_the_loaders_have_the_older_packs_methods(files_here):
+    assert legacy.PulidModelLoader().load_model("v1.safetensors") == (Path("v1.safetensors"),)
+    assert legacy.PulidModelLoader().load_model(pulid_file="v1.safetensors") == (Path("v1.safetensors"),)
+    assert legacy.PulidInsightFaceLoader().load_insightface("CPU") == (["CPUExecutionProvider"],)
+    assert isinstance(legacy.PulidEvaClipLoader().load_eva_clip()[0], Managed)
+
+
+def test_both_apply_nodes_have_the_older_packs_method_with_its_names(model, one_site, monkeypatch):
+    monkeypatch.setattr(legacy, "_checked", lambda *sockets: (one_site[1], None, []))
+    given = {"pulid": None, "eva_clip": None, "face_analysis": None, "image": None, "weight": 0.8, "start_at": 0.0,
+             "end_at": 1.0, "attn_mask": None}  # fmt: skip
+    for node, options, fusion in (
+        (legacy.ApplyPulid, {"method": "fidelity"}, Fusion.SHARED_V2),
+        (legacy.ApplyPulid, {"method": "style"}, Fusion.ORTHOGONAL),
+        (legacy.ApplyPulid, {"method": "unheard of"}, Fusion.PLAIN),
+        (legacy.ApplyPulidAdvanced, {"projection": "ortho_v2", "fidelity": 12, "noise": 0.0}, Fusion.SHARED_V2),
+        (legacy.ApplyPulidAdvanced, {"projection": "none", "fidelity": 99}, Fusion.PLAIN),
+    ):
+        (patched,) = node().apply_pulid(model, **given, **options)
+        placed = patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+        assert len(placed) == 60
+        assert {one.fusion for one in placed.values()} == {fusion}
+    with pytest.raises(TypeError, match="colour"):
+        legacy.ApplyPulid().apply_pulid(model, **given, colour=1)
+
+
+def test_object_info_has_the_choices_where_clients_read_them(monkeypatch):
+    monkeypatch.setattr(legacy, "pulid_choices", lambda: ["v1.safetensors"])
+    for node, name in ((legacy.PulidInsightFaceLoader, "provider"), (legacy.ApplyPulid, "method"),
+                       (legacy.PulidModelLoader, "pulid_file"), (legacy.ApplyPulidAdvanced, "projection")):  # fmt: skip
+        choices, options = node.GET_NODE_INFO_V1()["input"]["required"][name]
+        assert isinstance(choices, list)
+        assert options["tooltip"]
+
+
+class Visual(torch.nn.Module):
+    """EVA-CLIP's `visual` as other packs have it."""
+
+    image_size = 336
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float16))
+
+    def forward(self, pixels, return_all_features, return_hidden, shuffle):
+        assert (pixels.dtype, return_hidden, shuffle) == (torch.float16, True, False)
+        return pixels.flatten(1)[:, :768], [pixels.flatten(1)[:, :8] + number for number in range(5)]
+
+
+def test_the_eva_clip_socket_is_shared(pulid_weights_alone, monkeypatch):
+    visual, pixels = Visual(), torch.rand(1, 3, 336, 336)
+    _, networks, _ = legacy._checked(pulid_weights_alone, visual, SeesSpots())
+    features = networks.tower.module.features(pixels)
+    assert torch.allclose(features.pooled.norm(dim=-1), torch.ones(1))
+    assert features.pooled.dtype == torch.float32
+    assert len(features.hidden) == 5
+    assert legacy._checked(pulid_weights_alone, visual, SeesSpots())[1].tower is networks.tower
+
+    ours = shared.SharedEvaClip(fakes.small_tower(), lambda: torch.device("cpu"))
+    assert ours.to("cpu", dtype=torch.float16) is ours
+    half = torch.rand(2, 3, 336, 336, dtype=torch.float16)
+    pooled, hidden = ours(half, return_all_features=False, return_hidden=True, shuffle=False)
+    assert (pooled.dtype, type(hidden), len(ours.image_mean), ours.image_size) == (torch.float16, list, 3, 336)
+
+
+@pytest.fixture
+def pulid_weights_alone():
+    return fakes.weights(IdProjections([8]))
+
+
+def test_insightface_of_another_packs_node_is_taken_and_named(pulid_weights_alone, monkeypatch, tmp_path):
+    for name in ("detection_Resnet50_Final.pth", "parsing_bisenet.pth"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: tmp_path / name))
+
+    class Analysis:
+        def __init__(self):
+            self.det_model = object()
+            self.models = {"recognition": SimpleNamespace(model_file="/models/buffalo_l/w600k_r50.onnx")}
+
+    analysis = Analysis()
+    tower = on_cpu(torch.nn.Identity())
+    _, networks, notes = legacy._checked(pulid_weights_alone, tower, analysis)
+    assert "w600k_r50.onnx, but PuLID knows antelopev2's" in notes[0]
+    assert legacy._checked(pulid_weights_alone, tower, analysis)[1].analyzer is networks.analyzer
 
 
 # ---- Beside another pack with the same ids ----

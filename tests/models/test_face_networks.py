@@ -21,6 +21,7 @@ from pulid_sdxl.pulid.errors import (
     DamagedWeights,
     ForeignWeights,
     InputError,
+    MismatchError,
     MissingPackage,
     MissingWeights,
     NoFaceError,
@@ -425,3 +426,52 @@ def test_trying_a_provider_logs_errors_and_what_is_fatal(monkeypatch):
     monkeypatch.setattr(onnxruntime, "SessionOptions", lambda: asked.append(make()) or asked[-1])
     onnx_providers.provider_in_use(["CPUExecutionProvider"])
     assert [one.log_severity_level for one in asked] == [3]  # ONNX Runtime's ERROR; 4 is FATAL
+
+
+# ---- The socket that other packs share ----
+
+
+@pytest.fixture(scope="module")
+def theirs(models):
+    """InsightFace's own FaceAnalysis, as the nodes of other packs load it."""
+    from insightface.app import FaceAnalysis
+
+    analysis = FaceAnalysis(name=str(models / ANTELOPE), providers=["CPUExecutionProvider"])
+    analysis.prepare(ctx_id=-1, det_size=(640, 640))
+    return analysis
+
+
+BGR = np.ascontiguousarray(skimage.data.astronaut()[..., ::-1])
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_ours_answers_other_packs_nodes_as_insightface_does(models, theirs, prepared):
+    ours = analyzer_of(models)
+    if prepared:
+        ours.prepare(ctx_id=0, det_size=(640, 640))
+    ours.det_model.input_size = (640, 640)  # what their nodes set before they ask
+    [own], [expected] = ours.get(BGR), theirs.get(BGR)
+    assert set(ours.models) >= {"detection", "recognition"}
+    np.testing.assert_allclose(own.bbox, expected.bbox, atol=1e-4)
+    np.testing.assert_allclose(own.kps, expected.kps, atol=1e-4)
+    np.testing.assert_allclose(own["embedding"], expected.embedding, atol=1e-5)
+    np.testing.assert_allclose(own.normed_embedding, expected.normed_embedding, atol=1e-5)
+    assert ours.get(np.zeros_like(BGR)) == []
+
+
+def test_insightfaces_own_serves_us(models, theirs):
+    shared = face_networks.SharedFaceAnalysis(theirs, models / RETINAFACE, models / BISENET)
+    ours = analyzer_of(models)
+    [seen], [expected] = shared.detect(PORTRAIT, 640), ours.detect(PORTRAIT, 640)
+    assert seen.box == expected.box
+    assert torch.equal(shared.recognise(PORTRAIT, seen), ours.recognise(PORTRAIT, expected))
+    assert shared.recogniser_name == "glintr100.onnx"
+    assert shared.source != face_networks.SharedFaceAnalysis(theirs, models / RETINAFACE, models / BISENET).source
+
+
+def test_a_faceanalysis_without_a_recogniser_is_named(models):
+    class Detector:
+        det_model, models = object(), {"detection": object()}
+
+    with pytest.raises(MismatchError, match=r"Detector with detection.*PulidInsightFaceLoader"):
+        face_networks.SharedFaceAnalysis(Detector(), models / RETINAFACE, models / BISENET)

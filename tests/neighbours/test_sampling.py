@@ -1,0 +1,258 @@
+"""Beside real packs that change how a model samples: whose each row is, and that their own effect stays.
+
+docs/composition.md has the table of what was tried, with which commits.
+"""
+
+import importlib
+import os
+
+import pytest
+
+if not os.environ.get("COMFYUI"):
+    pytest.skip("COMFYUI names no ComfyUI folder", allow_module_level=True)
+if not os.environ.get("PULID_NEIGHBOURS"):
+    pytest.skip("PULID_NEIGHBOURS names no folder with other packs: nothing was tried", allow_module_level=True)
+
+from pulid_sdxl.tools import comfy_host
+
+comfy_host.enter(os.environ["COMFYUI"])
+
+import torch
+from pulid_sdxl.nodes import host
+from pulid_sdxl.tools.fakes import networks as fakes
+
+from ..host import sampling
+from ..host.sampling import (
+    MODEL_CHANNELS,
+    NEGATIVE,
+    POSITIVE,
+    SECOND,
+    SITES,
+    Watcher,
+    apply,
+    conditioning,
+    make_identity,
+    sample,
+)
+from .packs import load, module_of, node
+
+pytestmark = [pytest.mark.usefixtures("inference"), pytest.mark.filterwarnings("ignore")]  # theirs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return comfy_host.sdxl(MODEL_CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def pulid():
+    return fakes.loaded(fakes.weights(sampling.projections()))
+
+
+@pytest.fixture
+def watch(model, monkeypatch):
+    watcher = Watcher()
+    handle = watcher.attach(model, monkeypatch)
+    yield watcher
+    handle.remove()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    texts = []
+    monkeypatch.setattr(host, "say", lambda text, node_id=None: texts.append(text))
+    monkeypatch.setattr(host, "executing_node", lambda: "7")
+    return texts
+
+
+class TestTiledDiffusion:
+    @pytest.mark.parametrize("method", ["MultiDiffusion", "Mixture of Diffusers", "SpotDiffusion"])
+    @pytest.mark.parametrize("batch", [1, 2])
+    @pytest.mark.parametrize("order", ["before", "after"])
+    def test_tiles(self, model, pulid, watch, method, batch, order):
+        tiled = node("ComfyUI-TiledDiffusion", "TiledDiffusion")()
+
+        def tile(changed):
+            return tiled.apply(changed, method, 128, 128, 64, 4)[0]
+
+        identity, mask = make_identity(people=batch), sampling.ramp(batch, 32, 48)
+        if order == "before":
+            patched = apply(tile(model), pulid, identity, attn_mask=mask)
+        else:
+            patched = tile(apply(model, pulid, identity, attn_mask=mask))
+        if method == "SpotDiffusion":
+            store = module_of("ComfyUI-TiledDiffusion", "TiledDiffusion.utils").store
+            store.sigmas, store.model_options, store.extra_args = torch.tensor([14.6, 0.0]), {}, {"seed": 3}
+        sample(patched, noise=sampling.places(batch, 32, 48))
+        assert all(tuple(call.x.shape[-2:]) == (16, 16) for call in watch.calls)
+        watch.check(batch, batch, height=32)
+
+
+def halves(count, height=128, width=192):
+    masks = torch.zeros(count, 1, height, width)
+    for number in range(count):
+        masks[number, :, :, number * width // count : (number + 1) * width // count] = 1
+    return masks
+
+
+class TestAttentionCouples:
+    @pytest.mark.parametrize("regions", [2, 3])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_ppm(self, model, pulid, watch, regions, batch):
+        couple = node("ComfyUI-ppm", "AttentionCouplePPM")
+        masks = halves(regions)
+        given = {f"cond_{n}": conditioning(SECOND + n) for n in range(1, regions)}
+        given |= {f"mask_{n}": masks[n] for n in range(1, regions)}
+        patched = apply(model, pulid, make_identity(people=batch))
+        coupled = couple.execute(model=patched, base_cond=conditioning(POSITIVE), base_mask=masks[0], **given)[0]
+        sample(coupled, noise=sampling.places(batch))
+        self.check(watch, regions, batch)
+
+    @pytest.mark.parametrize("regions", [2, 3])
+    def test_laksjdjf(self, model, pulid, watch, regions):
+        load("cgem156-ComfyUI")
+        couple = importlib.import_module("custom_nodes.cgem156-ComfyUI.scripts.attention_couple.node").AttentionCouple()
+        masks = halves(regions)
+        given = {f"cond_{n}": conditioning(SECOND + n) for n in range(1, regions)}
+        given |= {f"mask_{n}": masks[n] for n in range(1, regions)}
+        patched = apply(model, pulid, make_identity())
+        sample(couple.attention_couple_simple(patched, masks[0], **given)[0], noise=sampling.places())
+        self.check(watch, regions, 1)
+
+    def check(self, watch, regions, batch):
+        assert watch.calls
+        for call in watch.calls:
+            expected = []
+            for prompt in call.prompts[::batch]:
+                expected += list(range(batch)) * regions if prompt > 0 else [batch] * batch
+            assert len(call.sites) == len(SITES)
+            assert all(rows == expected for rows, _, _ in call.sites)
+
+    def test_the_older_one_that_takes_the_sites_is_named(self, model, pulid, watch, said):
+        couple = node("attention-couple-ComfyUI", "Attention couple")()
+        positive = conditioning(POSITIVE, mask=halves(2)[0], mask_strength=1.0)
+        positive += conditioning(SECOND, mask=halves(2)[1], mask_strength=1.0)
+        for order in ("after", "before"):
+            said.clear()
+            first = apply(model, pulid, make_identity()) if order == "after" else model
+            coupled, shown, other = couple.attention_couple(first, positive, conditioning(NEGATIVE), "Attention")
+            if order == "before":
+                coupled = apply(coupled, pulid, make_identity())
+            sample(coupled, positive=shown, negative=other, noise=sampling.places())
+            assert (order == "after") == any("60 of 70" in text for text in said)
+
+
+class TestPerturbedAttentionPack:
+    def node_of(self, module, node_id):
+        """The pack's own registration needs a newer ComfyUI than 0.3.64; these nodes do not."""
+        return module_of("sd-perturbed-attention", module).NODE_CLASS_MAPPINGS[node_id]()
+
+    def test_pladis_is_named_and_composes_in_the_other_order(self, model, pulid, watch, said):
+        pladis = self.node_of("pladis_nodes", "PLADIS")
+        sample(pladis.patch(apply(model, pulid, make_identity()))[0])
+        assert len(said) == 1 and "60 of 70" in said[0]
+        said.clear()
+        watch.calls.clear()
+        sample(apply(pladis.patch(model)[0], pulid, make_identity()), noise=sampling.places())
+        assert said == []
+        watch.check()
+
+    @pytest.mark.parametrize("order", ["before", "after"])
+    def test_normalized_attention_guidance(self, model, pulid, watch, said, order):
+        guidance = self.node_of("nag_nodes", "NormalizedAttentionGuidance")
+        if order == "before":
+            patched = apply(guidance.patch(model, conditioning(NEGATIVE))[0], pulid, make_identity())
+        else:
+            patched = guidance.patch(apply(model, pulid, make_identity()), conditioning(NEGATIVE))[0]
+        guided = sample(patched, noise=sampling.places())
+        assert said == []
+        watch.check()
+        assert not torch.allclose(guided, sample(apply(model, pulid, make_identity()), noise=sampling.places()))
+
+
+class TestNag:
+    @pytest.mark.parametrize("cfg", [1.0, 3.0])
+    def test_it_is_inactive_and_says_so(self, model, pulid, watch, said, cfg):
+        sampler = module_of("ComfyUI-NAG", "ComfyUI_NAG.samplers")
+
+        def run(patched):
+            guider = sampler.NAGCFGGuider(patched)
+            guider.set_conds(conditioning(POSITIVE), conditioning(NEGATIVE))
+            guider.set_cfg(cfg)
+            guider.set_batch_size(1)
+            guider.set_nag(conditioning(-3.0), 5.0, 2.5, 0.25, 0.0)
+            return sample(patched, guider=guider, noise=sampling.places())
+
+        patched = apply(model, pulid, make_identity())
+        guided = run(patched)
+        assert [text for text in said if "NAG is inactive" in text]
+        assert all(rows == call.expected_rows() for call in watch.calls for rows, _, _ in call.sites)
+        assert torch.allclose(guided, sample(patched, cfg=cfg, noise=sampling.places()), atol=1e-4)
+        assert not torch.allclose(run(model), sample(model, cfg=cfg, noise=sampling.places()), atol=1e-4)
+
+
+class TestAnimateDiffEvolved:
+    def test_context_windows_without_a_motion_model(self, model, pulid, watch):
+        pack = "ComfyUI-AnimateDiff-Evolved"
+        context = node(pack, "ADE_StandardStaticContextOptions")().create_options(context_length=3, context_overlap=1)[
+            0
+        ]
+        patched = apply(model, pulid, make_identity(people=5), attn_mask=sampling.ramp(5))
+        evolved = node(pack, "ADE_UseEvolvedSampling")().use_evolved_sampling(
+            patched, beta_schedule="autoselect", context_options=context
+        )[0]
+        sample(evolved, noise=sampling.places(5))
+        assert len(watch.calls) > 1
+        watch.check(5, 5)
+
+
+class TestIPAdapterPlus:
+    @pytest.mark.parametrize("weight_type", ["linear", "style transfer", "composition", "ease in", "strong middle"])
+    @pytest.mark.parametrize("order", ["before", "after"])
+    @pytest.mark.parametrize("weight", [0.8, 0.0])
+    def test_weight_types(self, model, pulid, watch, weight_type, order, weight):
+        plus = module_of("ComfyUI_IPAdapter_plus", "IPAdapter_plus.IPAdapterPlus")
+
+        class Layers(torch.nn.Module):
+            """The keys and values of an IPAdapter, of an image that is all in the cond."""
+
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(3)
+                self.to_kvs = torch.nn.ModuleDict(
+                    {
+                        f"{2 * number + 1}_to_{part}_ip": torch.nn.Linear(2048, site.channels * MODEL_CHANNELS // 320)
+                        for number, site in enumerate(SITES)
+                        for part in "kv"
+                    }
+                )
+
+        class Adapter:
+            ip_layers = Layers()
+
+            def get_multigpu_clone(self, device):
+                return self
+
+        weights = {3: weight} if weight_type == "composition" else {6: weight} if "style" in weight_type else weight
+
+        def put(patched):
+            changed = patched.clone()
+            kwargs = {
+                "ipadapter": Adapter(), "weight": weights, "cond": torch.ones(1, 4, 2048),
+                "cond_alt": None, "uncond": torch.zeros(1, 4, 2048), "weight_type": weight_type, "mask": None,
+                "sigma_start": 1e9, "sigma_end": 0.0, "unfold_batch": False, "embeds_scaling": "V only",
+            }  # fmt: skip
+            for number, site in enumerate(SITES):
+                given = {**kwargs, "module_key": str(2 * number + 1)}
+                plus.set_model_patch_replace(changed, given, site.key)
+            return changed
+
+        ours = (
+            apply(put(model), pulid, make_identity())
+            if order == "before"
+            else put(apply(model, pulid, make_identity()))
+        )
+        with_both = sample(ours, noise=sampling.places())
+        watch.check()
+        alone = sample(apply(model, pulid, make_identity()), noise=sampling.places())
+        assert torch.equal(with_both, alone) == (weight == 0)
