@@ -191,7 +191,7 @@ class SamplingRun:
         if theirs:
             options["patches"] = {**patches, "attn2_patch": [_mark_queries, *theirs, _read_queries]}
         options[KEY] = Call(self, placement, tuple(map(id, theirs)))
-        model: Any = executor.class_obj  # type: ignore[attr-defined]  # a WrapperExecutor of a BaseModel
+        model: Any = executor.class_obj
         like = plain(x).to(model.manual_cast_dtype or model.get_dtype())
         for mask in self.masks:
             mask.prepare(like, placement)
