@@ -10,8 +10,10 @@ from ..pulid.errors import InputError
 Value = TypeVar("Value")
 
 
-def rows(batches: Iterable[Tensor] | None) -> list[Tensor]:
-    """The pictures (H, W, C) of a list of batches, or its masks (H, W)."""
+def rows(batches: Iterable[Tensor] | Tensor | None) -> list[Tensor]:
+    """The pictures (H, W, C) of a list of batches, or its masks (H, W); of one batch, as a program may give it."""
+    if isinstance(batches, Tensor):
+        batches = [batches]
     return [row for batch in batches or () for row in batch]
 
 

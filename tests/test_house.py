@@ -117,19 +117,22 @@ def test_functions_fit_on_a_screen():
 
 
 def test_functions_take_few_parameters():
-    """A node's `execute` takes what its schema declares, one that takes `**values` hands the host's arguments on."""
+    """But a node's `execute` takes what its schema declares, what takes `**values` hands the host's arguments on, and a
+    Triton kernel takes pointers and sizes one by one.
+    """
     counts = {}
     for name, node in functions(*PACK):
         names = [each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
         is_node = name.startswith("nodes/") and node.name == "execute"
-        if not is_node and node.args.kwarg is None:
+        is_kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list)
+        if not is_node and not is_kernel and node.args.kwarg is None:
             counts[name] = len(names) - (names[:1] in (["self"], ["cls"]))
     assert {name: count for name, count in counts.items() if count > 8} == {}
 
 
 def test_the_house_stays_small():
-    assert lines(*PACK) <= 8_400
-    assert lines(*TOOLS_AND_TESTS) <= 16_200
+    assert lines(*PACK) <= 12_500
+    assert lines(*TOOLS_AND_TESTS) <= 23_000
 
 
 def in_a_process(code: str, *options: str) -> str:

@@ -21,7 +21,6 @@ import pytest
 from pulid_sdxl.models import catalogue, download, locate
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, MissingPackage
 from pulid_sdxl.tools import TOOLS
-from pulid_sdxl.tools.fakes.fake_fal import FakeFal
 from pulid_sdxl.tools.fakes.fake_hub import answer, cut_after, serving, slowly, stall_after
 
 CONTENT = random.Random(0).randbytes(5 << 20)
@@ -211,8 +210,9 @@ def test_a_hub_that_cannot_be_reached_is_told_with_what_may_help(failure, variab
 
 
 def test_a_certificate_that_nobody_vouches_for_is_told(failure, tmp_path_factory):
-    with FakeFal(tls=tmp_path_factory.mktemp("tls")) as other, serving(CONTENT) as server:
-        message = failure(server, more={"HF_ENDPOINT": other.cdn_url})
+    with serving(CONTENT) as server:
+        server.show_a_certificate(tmp_path_factory.mktemp("tls"))
+        message = failure(server, more={"HF_ENDPOINT": server.url.replace("http:", "https:")})
     assert "127.0.0.1 shows a certificate that cannot be trusted" in message and "SSL_CERT_FILE" in message
 
 

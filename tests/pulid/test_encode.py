@@ -89,8 +89,8 @@ def images(count):
     return made
 
 
-def run(images, weights, networks, cache=None, step=lambda done: None, **settings):
-    return encode(photographs(images), weights, networks, EncodeSettings(**settings), cache or ResultCache(2**30), step)
+def run(images, of, networks, cache=None, step=lambda done: None, **settings):
+    return encode(photographs(images), of, networks, EncodeSettings(**settings), cache or ResultCache(2**30), step)
 
 
 @pytest.mark.parametrize("photos", ["one person", "average", "one identity per photo"])
@@ -178,12 +178,12 @@ def test_the_cache_is_asked_before_anybody_looks_and_knows_the_circumstances():
         run(images(3), of, fakes.photo_networks(analyzer), cache)
     assert (first.looks, second.looks) == (3, 0)
     for circumstances in (
-        {"weights": fakes.weights(source="another file")},
+        {"of": fakes.weights(source="another file")},
         {"networks": fakes.photo_networks(fakes.SpotAnalyzer("other networks"))},
         {"networks": fakes.photo_networks(source="another tower")},
         {"choice": FaceChoice("center")},
     ):
-        given = {"weights": of, "networks": fakes.photo_networks(), **circumstances}
+        given = {"of": of, "networks": fakes.photo_networks(), **circumstances}
         run(images(3), cache=cache, **given)
         assert given["networks"].analyzer.looks == 3
 

@@ -4,13 +4,21 @@ It answers HEAD and GET of /OWNER/REPO/resolve/REVISION/PATH, as far as huggingf
 https://huggingface.co/docs/huggingface_hub/package_reference/file_download
 """
 
+import datetime
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 Behaviour = Callable[["Handler"], None]
 COMMIT = "0123456789" * 4
@@ -35,6 +43,20 @@ class FakeHub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.sent = 0  # bytes of content
         self.stopping = threading.Event()
+
+    def show_a_certificate(self, folder: Path) -> None:
+        """Speak TLS from now on, with a certificate that nobody vouches for, made in this folder."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake")])
+        now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+        built = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now - day, now + day)
+        form = serialization.Encoding.PEM
+        private = key.private_bytes(form, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        both = folder / "both.pem"
+        both.write_bytes(private + built.sign(key, hashes.SHA256()).public_bytes(form))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(both)
+        self.socket = context.wrap_socket(self.socket, server_side=True)
 
     @property
     def url(self) -> str:
