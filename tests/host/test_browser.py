@@ -34,6 +34,7 @@ from pulid_sdxl.tools.translations import read
 from pulid_sdxl.tools.workflow import FRONTEND_ONLY, declared_inputs, to_prompt, widget_values
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 PACK = "pulid-sdxl"
 SECONDS = 10
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "LiteGraph.Node.TooltipDelay": 0}
@@ -79,6 +80,15 @@ OUTPUTS = {
     "PreviewImage": {"images": [PICTURE]},
     "SaveImage": {"images": [PICTURE]},
 }
+INSIDE = """() => {
+    const [node] = app.graph.nodes, inside = node.subgraph.nodes;
+    const known = one => one.type in LiteGraph.registered_node_types;
+    return [
+        node.inputs.map(slot => slot.name), node.outputs.map(slot => slot.name),
+        (node.widgets ?? []).map(widget => widget.name), inside.length,
+        inside.filter(one => !known(one) || one.has_errors).map(one => one.type),
+    ];
+}"""
 LABELS = """() => {
     const [node] = app.graph.nodes, label = slot => slot.label ?? slot.localized_name;
     return [node.title, Object.fromEntries(node.inputs.map(slot => [slot.name, label(slot)])), node.outputs.map(label)];
@@ -171,6 +181,8 @@ def make_files(base: Path) -> None:
             if node["type"] == "LoadImage":
                 (base / "input").mkdir(exist_ok=True)
                 Image.new("RGB", (64, 64)).save(base / "input" / node["widgets_values"][0])
+            elif node["type"] == "LoadImageDataSetFromFolder":
+                (base / "input" / node["widgets_values"][0]).mkdir(parents=True, exist_ok=True)
             elif node["type"] == "PuLID_LoadIdentity":
                 places.append(f"output/pulid_identities/{node['widgets_values'][0]}")
             for place in places:
@@ -204,8 +216,11 @@ def editor(server):
 
 
 @pytest.fixture(scope="module", params=WORKFLOWS, ids=lambda path: path.stem)
-def workflow(request):
-    return json.loads(request.param.read_text(encoding="utf-8"))
+def workflow(request, info):
+    workflow = json.loads(request.param.read_text(encoding="utf-8"))
+    if lacking := {node["type"] for node in workflow["nodes"]} - {*info, *FRONTEND_ONLY}:
+        pytest.skip(f"this ComfyUI has no {lacking}")
+    return workflow
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +361,22 @@ def test_the_simple_workflow_is_an_app_too(editor):
     editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
     editor.restart()
     editor.draw_by("canvas")  # apps switch Nodes 2.0 on
+
+
+@pytest.mark.parametrize("path", SUBGRAPHS, ids=lambda path: path.stem)
+def test_a_subgraph_opens_with_all_its_nodes_inputs_and_widgets(editor, info, path):
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    [definition] = blueprint["definitions"]["subgraphs"]
+    if lacking := {node["type"] for node in definition["nodes"]} - {*info}:
+        pytest.skip(f"this ComfyUI has no {lacking}")
+    editor.open(blueprint)
+    [inputs, outputs, widgets, inside, unknown] = editor.page.evaluate(INSIDE)
+    assert inputs == [slot["name"] for slot in definition["inputs"]]
+    assert outputs == [slot["name"] for slot in definition["outputs"]]
+    [outer] = blueprint["nodes"]
+    assert widgets == [slot["name"] for slot in outer["inputs"] if "widget" in slot]
+    assert (inside, unknown) == (len(definition["nodes"]), [])
+    assert editor.complaints == []
 
 
 def test_no_run_changes_the_noise_of_a_patched_model_by_itself(editor):
