@@ -15,6 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
+from ..models.identities import CARD_SUFFIX, SUFFIX
 from ..models.locate import ModelFolders, other_programs
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import MismatchError
@@ -32,7 +33,7 @@ OWN_FOLDERS = {
     FACEXLIB[0]: {".pth"},
     INSIGHTFACE: {".onnx"},
     "eva_clip": folder_paths.supported_pt_extensions,
-    IDENTITIES: {".safetensors"},
+    IDENTITIES: {SUFFIX, CARD_SUFFIX},
 }
 VISION_FOLDERS = VISION[:3]  # the fourth is ComfyUI's old name for the third
 
@@ -55,6 +56,12 @@ def saved_identities() -> Path:
 def folders(*names: str) -> list[Path]:
     """All paths configured for these folder names, in order, each once."""
     return list(dict.fromkeys(Path(path) for name in names for path in folder_paths.get_folder_paths(name)))
+
+
+def uploaded_pictures() -> list[str]:
+    """The PNG files that ComfyUI's upload has put into its input folder."""
+    found = Path(folder_paths.get_input_directory()).glob("*.png")
+    return sorted(file.name for file in found)
 
 
 def model_folders() -> ModelFolders:
