@@ -84,10 +84,10 @@ def test_one_run_at_a_time_has_the_folder(tmp_path):
 
 
 def test_a_manifest_with_a_damaged_line_is_refused(tmp_path):
-    (tmp_path / "manifest.jsonl").write_text('{"id": "1", "err\n{"id": "2", "error": null}\n')
-    with pytest.raises(BatchError, match="manifest.jsonl is damaged"):
+    (tmp_path / "manifest.jsonl").write_text('{"id": "1", "er\n{"id": "2", "error": null}\n')
+    with pytest.raises(BatchError, match=r"manifest\.jsonl is damaged"):
         Output(tmp_path).__enter__()
-    assert (tmp_path / "manifest.jsonl").read_text().startswith('{"id": "1", "err\n')
+    assert (tmp_path / "manifest.jsonl").read_text().startswith('{"id": "1", "er\n')
 
 
 def test_contact_sheets_show_every_picture_a_hundred_on_each(tmp_path):

@@ -38,13 +38,16 @@ class Task:
 def start_ray(address: str | None, cpus: int | None) -> str:
     """Join the cluster at `address`, or start one on this machine; the address of Ray's dashboard, or ""."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # says nothing to Ray's makers
-    quiet = {"log_to_driver": False, "logging_level": "error"}
-    local = {} if address else {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": True}
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    local: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": True}
     try:
-        context = ray.init(address or "local", **local, **quiet)
+        context = ray.init(address, **quiet) if address else ray.init("local", **local, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise BatchError(f"Ray could not be {'joined at ' + address if address else 'started'}: {error}") from error
     return context.dashboard_url or ""
+
+
+Finish = Callable[[Task, Outcome], None]
 
 
 class Crew:
@@ -66,7 +69,8 @@ class Crew:
             scheduling_strategy="SPREAD",
         )
         self.workers = [actor.remote(number, place, ray.get) for number, place in enumerate(places, 1)]
-        self.types, self.known = types, {}
+        self.types = types
+        self.known: dict[str, Any] = {}
         self.idle: list[Any] = []
         self.busy: dict[Any, tuple[Any, Task | None]] = {}  # future -> worker, and its task; None while it starts
         self.strikes: Counter[Any] = Counter()
@@ -154,7 +158,7 @@ def carry_out(
     tasks: list[Task],
     crew: Crew,
     contents: Contents,
-    finish: Callable[[Task, Outcome], None],
+    finish: Finish,
     progress: Callable[[int, int], None],
     sending: Callable[[Task], None] | None = None,
 ) -> None:

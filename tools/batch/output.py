@@ -40,9 +40,13 @@ class Output:
             self.lock.acquire(timeout=0)
         except Timeout:
             raise BatchError(f"Another run has {self.folder}. Wait for it, or give --out another folder.") from None
-        for part in self.folder.glob("*/.*.part"):
-            part.unlink()
-        self._read()
+        try:
+            for part in self.folder.glob("*/.*.part"):
+                part.unlink()
+            self._read()
+        except BaseException:
+            self.lock.release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,7 +105,7 @@ class Output:
         shown = [(row, path) for row, path in shown if path.suffix.lower() in SHOWN and path.is_file()]
         for old in self.folder.glob("contact_sheet_*.jpg"):
             old.unlink()
-        paths = []
+        paths: list[Path] = []
         for start in range(0, len(shown), COLUMNS * ROWS):
             paths.append(self.folder / f"contact_sheet_{len(paths) + 1:03}.jpg")
             draw_sheet(shown[start : start + COLUMNS * ROWS]).save(paths[-1], quality=88)

@@ -107,7 +107,8 @@ def plan(graph: Prompt, rows: list[Row], own_folders: Mapping[str, list[Path]], 
     second = loading_cards(graph, encodes)
 
     jobs: dict[str, Job] = {}
-    twins, encodings, faults = [], {}, []
+    encodings: dict[str, tuple[Job, str]] = {}
+    twins, faults = [], []
     for row in rows:
         values, files = {}, dict(own)
         for column, text in row.cells.items():
@@ -252,7 +253,8 @@ class Reader:
     """Makes values of cells; hashes each file once."""
 
     def __init__(self, graph: Prompt):
-        self.graph, self.paths = graph, {}
+        self.graph = graph
+        self.paths: dict[str, Path] = {}
         self.names: dict[Path, str] = {}
 
     def own_files(self, folders: Mapping[str, list[Path]]) -> dict[Place, str]:

@@ -2,13 +2,15 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from . import BatchError
-from .drive import Contents, Crew, Progress, Task, carry_out, start_ray
+from .drive import Contents, Crew, Finish, Progress, Task, carry_out, start_ray
 from .output import Output
 from .plan import Job, Plan, seed_of
 from .worker import Outcome, Place
@@ -56,6 +58,7 @@ class Session:
             raise BatchError("Ray sees no GPU. To use the processor, say how many ComfyUIs it bears: --workers 1.")
         if gpus and count > gpus:
             raise BatchError(f"--workers {count}, but Ray sees {gpus} GPUs. Ask for {gpus} at most.")
+        assert self.comfyui, "the command asks for a ComfyUI or a server"
         base = (self.known.base or self.comfyui).resolve()
         arguments = (*(() if gpus else ("--cpu",)), *self.known.arguments)
         place = Place(None, self.comfyui, base, arguments, 0 if gpus else count, LEASH.read_text("utf-8"))
@@ -80,7 +83,7 @@ class Session:
         needed = dict.fromkeys(encoding for job in jobs for encoding in job.people.values())
         lacking = [encoding for encoding in needed if not self.output.card(encoding).is_file()]
         failed: dict[str, str] = {}
-        tasks = [Task(each, lambda each=each: made.encoding_graph(each), made.encoding_files(each)) for each in lacking]
+        tasks = [Task(each, partial(made.encoding_graph, each), made.encoding_files(each)) for each in lacking]
         progress = Progress("People", len(tasks), sys.stderr)
 
         def finish(task: Task, outcome: Outcome) -> None:
@@ -91,15 +94,12 @@ class Session:
                 cards = [content for name, content in outcome["pictures"] if name.startswith(task.id)]
                 self.output.keep_card(task.id, cards[0])
 
-        if tasks:
-            once = (lambda task: None) if self.known.allow_hosted else None
-            carry_out(tasks, self.crew, contents, finish, progress.show, once)
-            progress.end()
+        self.work_on(tasks, contents, finish, progress, lambda task: None)
         return failed
 
     def make_pictures(self, made: Plan, jobs: list[Job], contents: Contents) -> None:
         by_id = {job.id: job for job in jobs}
-        tasks = [Task(job.id, lambda job=job: made.graph_of(job), made.files_of(job)) for job in jobs]
+        tasks = [Task(job.id, partial(made.graph_of, job), made.files_of(job)) for job in jobs]
         progress = Progress("Pictures", len(tasks), sys.stderr)
 
         def finish(task: Task, outcome: Outcome) -> None:
@@ -109,7 +109,14 @@ class Session:
             if "error" in outcome:
                 print(f"\nrow {job.row} failed: {outcome['error']}", file=sys.stderr, flush=True)
 
-        sending = (lambda task: self.output.sending(by_id[task.id])) if self.known.allow_hosted else None
+        self.work_on(tasks, contents, finish, progress, lambda task: self.output.sending(by_id[task.id]))
+
+    def work_on(
+        self, tasks: list[Task], contents: Contents, finish: Finish, progress: Progress, sending: Callable[[Task], None]
+    ) -> None:
+        """Carry them out; where they may cost money, `sending` notes each before, and none is sent twice."""
+        assert self.crew, "started"
         if tasks:
-            carry_out(tasks, self.crew, contents, finish, progress.show, sending)
+            once = sending if self.known.allow_hosted else None
+            carry_out(tasks, self.crew, contents, finish, progress.show, once)
             progress.end()

@@ -47,15 +47,16 @@ class Worker:
 
     def __init__(self, number: int, place: Place, fetch: Callable[[Any], bytes]):
         self.name, self.place, self.fetch = f"{number}@{socket.gethostname()}", place, fetch
-        self.client: ComfyClient | None = ComfyClient(place.url) if place.url else None
+        self.client = ComfyClient(place.url or "")
+        self.server: ComfyServer | None = None  # of our own: the client too, once it is started
         self.uploaded: dict[str, str] = {}  # name by content -> name at the server
 
     def ready(self, node_types: list[str]) -> dict[str, Any]:
         """Start the server if it does not run; {"known": what it knows of these nodes} or {"error": words}."""
         try:
-            if not self.place.url and (self.client is None or self.client.process.poll() is not None):
+            if not self.place.url and (self.server is None or self.server.process.poll() is not None):
                 self.uploaded = {}
-                self.client = self._started()
+                self.client = self.server = self._started()
             known = self.client.object_info()
         except ServerError as error:
             return {"error": str(error)}
@@ -64,6 +65,7 @@ class Worker:
         return {"known": {name: known[name] for name in node_types if name in known}}
 
     def _started(self) -> ComfyServer:
+        assert self.place.comfyui and self.place.base, "a place has these or a url"
         self.scratch = Path(tempfile.mkdtemp(prefix="pulid_batch_"))
         folders = {name: self.scratch / name for name in ("input", "output", "temp")}
         arguments = [f"--{name}-directory={folder}" for name, folder in folders.items()]
@@ -113,15 +115,15 @@ class Worker:
     def _taken(self, entry: dict[str, str]) -> bytes:
         """The bytes of a file, which is removed in a ComfyUI of our own: a night's pictures need not lie twice."""
         content = self.client.picture(entry)
-        if not self.place.url:
+        if self.server:
             (self.scratch / "output" / entry["subfolder"] / entry["filename"]).unlink(missing_ok=True)
         return content
 
     def close(self) -> None:
         """End the server, or take back what another one was asked for."""
-        if isinstance(self.client, ComfyServer):
-            self.client.stop()
-        elif self.client:
+        if self.server:
+            self.server.stop()
+        elif self.place.url:
             with contextlib.suppress(OSError):  # it does not answer: nothing can be taken back
                 self.client.cancel()
 
