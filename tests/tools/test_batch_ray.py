@@ -151,7 +151,7 @@ def test_two_nodes_make_what_one_server_makes_in_sequence(batch, tmp_path):
 
 
 def test_people_are_encoded_once_and_files_go_to_each_worker_once(batch):
-    batch.run()
+    assert batch.run() == (0, "12 of 12 jobs are done.\n", "")
     assert len(batch.events("begin")) == 12 + 2
     uploads = [tuple(event) for event in batch.events("upload")]
     assert len(uploads) == len(set(uploads)) and len({name for name, _ in uploads}) == 4  # two photographs, two cards

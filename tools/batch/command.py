@@ -34,11 +34,8 @@ def options(rest: list[str]) -> argparse.Namespace:
     parser.add_argument("--server", action="append", metavar="URL", help="a ComfyUI that runs already; may be repeated")
     parser.add_argument("--base", type=Path, metavar="DIR", help="ComfyUI's --base-directory, if it is not its folder")
     parser.add_argument("--allow-hosted", action="store_true", help="run nodes that cost money: once, never again")
-    known, arguments = parser.parse_known_args(rest)
-    if arguments and arguments[0] != "--":
-        parser.error(f"unknown: {arguments[0]}. What is for ComfyUI itself stands behind --, as in -- --lowvram")
-    known.arguments = tuple(arguments[1:])
-    return known
+    parser.add_argument("--comfyui-argument", action="append", default=[], metavar="=--lowvram", help="may be repeated")
+    return parser.parse_args(rest)
 
 
 def run(hosts: list[Path], rest: list[str]) -> int:

@@ -60,7 +60,7 @@ class Session:
             raise BatchError(f"--workers {count}, but Ray sees {gpus} GPUs. Ask for {gpus} at most.")
         assert self.comfyui, "the command asks for a ComfyUI or a server"
         base = (self.known.base or self.comfyui).resolve()
-        arguments = (*(() if gpus else ("--cpu",)), *self.known.arguments)
+        arguments = (*(() if gpus else ("--cpu",)), *self.known.comfyui_argument)
         place = Place(None, self.comfyui, base, arguments, 0 if gpus else count, LEASH.read_text("utf-8"))
         return [place] * count, bool(gpus)
 
