@@ -83,6 +83,8 @@ def test_crossed_tables_give_every_pair_and_say_which(rows_of):
     ("8.cfg\n1\nnan\n", "row 3, 8.cfg: expected a number, found 'nan'"),
     ("7.on\nmaybe\n", "row 2, 7.on: expected true or false, found 'maybe'"),
     ("Person.image\nanna.png\ncarl.png\n", "row 3, Person.image: there is no file 'carl.png'"),
+    (f"Person.image\nanna.png\n{'long' * 999}\n", "row 3, Person.image: there is no file 'longlong"),
+    (f"Person.image\nanna.png\n{'long' * 999}\n", "row 3, Person.image: there is no file 'longlong"),
     ("Person.image\nanna.png\n\"\"\n", "row 3, Person.image: there is no file ''"),
 ])  # fmt: skip
 def test_what_is_wrong_is_refused_by_its_row(rows_of, text, words):
@@ -198,7 +200,7 @@ def test_a_graph_that_costs_money_is_refused_before_anything_is_started(rows_of,
         "--out",
         str(tmp_path / "o"),
     ]
-    with pytest.raises(BatchError, match=r"cost money: Send it\. With --allow-hosted each row is sent once"):
+    with pytest.raises(BatchError, match=r"cost money: PuLID_HostedSubmit\. With --allow-hosted each row is sent once"):
         command.run([tmp_path], given)
     assert not (tmp_path / "o").exists()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..workflow import Prompt, WorkflowError, to_prompt
 from . import BatchError
-from .plan import Plan, paid_nodes, plan
+from .plan import HOSTED, Plan, plan
 from .table import Row, cross, read_table
 
 FAILURES_SHOWN = 50
@@ -47,6 +47,8 @@ def run(hosts: list[Path], rest: list[str]) -> int:
         raise BatchError("No ComfyUI found. Name its folder with --comfyui, or one that runs with --server.")
     graph = read_graph(known.workflow)
     rows = cross([read_table(path) for path in ([known.table] if known.table else known.cross)])
+    types = types_of(graph)
+    refuse_paid([name for name in types if name.startswith(HOSTED)], known.allow_hosted)
     made = plan_of(graph, rows, known, hosts) if "nodes" not in graph else None
 
     from .session import Session  # imports Ray
@@ -54,7 +56,6 @@ def run(hosts: list[Path], rest: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with Session(known, hosts[0] if hosts else None) as session:
         try:
-            types = types_of(graph)
             definitions = session.start(types)
             refuse_paid([name for name in types if definitions.get(name, {}).get("api_node")], known.allow_hosted)
             if made is None:
@@ -103,7 +104,6 @@ def converted(workflow: dict[str, Any], definitions: dict[str, Any]) -> Prompt:
 
 
 def plan_of(graph: Prompt, rows: list[Row], known: argparse.Namespace, hosts: list[Path]) -> Plan:
-    refuse_paid(paid_nodes(graph), known.allow_hosted)
     base = known.base or (hosts[0] if hosts and not known.server else None)
     pictures, identities = [known.workflow.resolve().parent], []
     if base:

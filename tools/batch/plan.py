@@ -205,11 +205,6 @@ def loading_cards(graph: Prompt, encodes: Iterable[str]) -> Prompt:
             del second[key]
 
 
-def paid_nodes(graph: Prompt) -> list[str]:
-    """Titles of the nodes that have pictures made where they cost money."""
-    return [title_of(node) for node in graph.values() if node["class_type"].startswith(HOSTED)]
-
-
 def seed_of(made: Plan, job: Job) -> Any:
     """The seed of the job's only node that has one; of several, by node id."""
     graph = filled(made.graph, job.values)
@@ -262,13 +257,13 @@ class Reader:
         for node_id, node in self.graph.items():
             for name, value in node["inputs"].items():
                 candidates = [folder / value for folder in folders.get(name, ()) if isinstance(value, str) and value]
-                if here := [path for path in candidates if path.is_file()]:
+                if here := [path for path in candidates if is_file(path)]:
                     found[node_id, name] = self.named(here[0])
         return found
 
     def file(self, text: str, folder: Path) -> str:
         path = folder / text
-        if not text or not path.is_file():
+        if not text or not is_file(path):
             raise ValueError(f"there is no file {text!r} in {folder.name}/; paths are relative to the table")
         return self.named(path)
 
@@ -297,6 +292,13 @@ class Reader:
         raise ValueError(
             f"the graph has {type(present).__name__} there, and a cell is a text, a number or true or false"
         )
+
+
+def is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a text too long for a name, or one that cannot be a name
+        return False
 
 
 def number(text: str, whole: bool) -> int | float:

@@ -67,6 +67,7 @@ class Worker:
     def _started(self) -> ComfyServer:
         assert self.place.comfyui and self.place.base, "a place has these or a url"
         self.scratch = Path(tempfile.mkdtemp(prefix="pulid_batch_"))
+        self.log = self.scratch.with_suffix(".log")  # stays, for whoever asks why it ended, until a clean end
         folders = {name: self.scratch / name for name in ("input", "output", "temp")}
         arguments = [f"--{name}-directory={folder}" for name, folder in folders.items()]
         for folder in folders.values():
@@ -78,7 +79,7 @@ class Worker:
             self.place.base,
             (*arguments, *self.place.arguments),
             {"OMP_NUM_THREADS": threads},
-            self.scratch / "comfyui.log",
+            self.log,
             (sys.executable, "-c", self.place.leash, str(self.scratch)),
         )
         return server.__enter__()
@@ -123,6 +124,7 @@ class Worker:
         """End the server, or take back what another one was asked for."""
         if self.server:
             self.server.stop()
+            self.log.unlink(missing_ok=True)
         elif self.place.url:
             with contextlib.suppress(OSError):  # it does not answer: nothing can be taken back
                 self.client.cancel()
