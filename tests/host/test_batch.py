@@ -36,7 +36,8 @@ def base(comfyui, tmp_path):
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     small = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 100 << 20}
     cluster = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
     cluster.add_node(**small)

@@ -3,8 +3,8 @@
     make_comfyui(folder)   a folder that passes for ComfyUI's: its main.py is this file
 
 Nodes: LoadImage (reads its file), PuLID_Encode, PuLID_LoadIdentity and PuLID_SaveIdentity (a card is the text that was
-encoded), Sleep (seconds), Fail, SaveImage (a picture made of all that its graph says). FAKE_COMFY_LOG names a file to
-which each prompt that begins, and each that ends, adds a line.
+encoded), Sleep (seconds), Fail, SaveImage (a picture made of all that its graph says). Each prompt that begins or ends,
+and each upload, adds a line to events.log in that folder.
 """
 
 import argparse
@@ -28,17 +28,22 @@ WIDGETS: dict[str, dict[str, Any]] = {
 }
 
 
+EVENTS = "events.log"
+
+
 def make_comfyui(folder: Path) -> Path:
     (folder / "comfy").mkdir(parents=True)
     (folder / "comfy" / "supported_models.py").touch()
-    (folder / "main.py").write_text(f"import runpy\nrunpy.run_path({str(Path(__file__))!r}, run_name='__main__')\n")
+    (folder / EVENTS).touch()
+    start = f"runpy.run_path({str(Path(__file__))!r})['main'](Path({str(folder / EVENTS)!r}))"
+    (folder / "main.py").write_text(f"import runpy\nfrom pathlib import Path\n\n{start}\n")
     return folder
 
 
 class FakeComfy:
     """folders  kind ("input", "output", "temp") -> where those files lie"""
 
-    def __init__(self, folders: dict[str, Path], log: Path | None):
+    def __init__(self, folders: dict[str, Path], log: Path):
         self.folders, self.log = folders, log
         self.sockets: dict[str, web.WebSocketResponse] = {}
         self.queue: asyncio.Queue[tuple[str, dict, str]] = asyncio.Queue()
@@ -162,9 +167,8 @@ class FakeComfy:
         return {"filename": path.name, "subfolder": str(Path(prefix).parent).strip("."), "type": "output"}
 
     def note(self, what: str, name: str) -> None:
-        if self.log:
-            with self.log.open("a") as file:
-                file.write(f"{what} {name} {os.getpid()}\n")
+        with self.log.open("a") as file:
+            file.write(f"{what} {name} {os.getpid()}\n")
 
 
 def picture(digest: str) -> bytes:
@@ -173,17 +177,10 @@ def picture(digest: str) -> bytes:
     return file.getvalue()
 
 
-def main() -> None:
+def main(log: Path) -> None:
     parser = argparse.ArgumentParser()
     for name in ("--listen", "--port", "--input-directory", "--output-directory", "--temp-directory"):
-        parser.add_argument(name, default="127.0.0.1")
+        parser.add_argument(name)
     known, _ = parser.parse_known_args()
     folders = {kind: Path(vars(known)[f"{kind}_directory"]) for kind in ("input", "output", "temp")}
-    log = os.environ.get("FAKE_COMFY_LOG")
-    web.run_app(
-        FakeComfy(folders, Path(log) if log else None).app(), host=known.listen, port=int(known.port), print=None
-    )
-
-
-if __name__ == "__main__":
-    main()
+    web.run_app(FakeComfy(folders, log).app(), host=known.listen, port=int(known.port), print=None)
