@@ -7,11 +7,12 @@
     python3 run.py conformance DIR  this pack's numbers against the authors' reference vectors in DIR
     python3 run.py bench            what the pack costs, as ratios; --quick within two minutes
 
-Three set up nothing and look at what is there; start them with the Python that starts ComfyUI.
+These set up nothing and use what is there; start them with the Python that starts ComfyUI.
 
     python run.py models            every weight file: where it lies, whether it is whole; --download fetches them
     python run.py doctor            what is installed and what is wrong, as a text to paste into a bug report
     python run.py hosted list       requests to the hosted service that are known here; `hosted forget` deletes them
+    python run.py batch             a graph and a table become pictures, over as many GPUs as there are
 
 ComfyUI is looked for in --comfyui, COMFYUI_PATH (several: separated like PATH), around this folder when it lies in
 custom_nodes, and in ~/comfy/ComfyUI; otherwise the official repository is cloned into .cache/.
@@ -265,13 +266,24 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
 
 
 def developer(name: str, hosts: list[Path], rest: list[str]) -> int:
-    """A command that only the repository has: what is installed from the registry has no tools/."""
-    if not (ROOT / "tools").is_dir():
-        raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here lacks it.")
-    mount_pack()
+    need_tools()
     from pulid_sdxl.tools import develop
 
     return develop.run(name, hosts, rest)
+
+
+def batch(hosts: list[Path], rest: list[str]) -> int:
+    need_tools()
+    from pulid_sdxl.tools.batch import command
+
+    return command.run(hosts, rest)
+
+
+def need_tools() -> None:
+    """For commands that only the repository has: what is installed from the registry has no tools/."""
+    if not (ROOT / "tools").is_dir():
+        raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here lacks it.")
+    mount_pack()
 
 
 COMMANDS: dict[str, tuple[Command, str]] = {
@@ -283,6 +295,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "models": (models, "list the weight files, and fetch what is missing"),
     "doctor": (doctor, "say what is installed and what is wrong"),
     "hosted": (hosted, "list or forget what is kept of requests to the hosted service"),
+    "batch": (batch, "run a graph for every row of a table, on all GPUs that Ray has"),
 }
 
 

@@ -1,7 +1,8 @@
 """Identities on disk: safetensors files that say what they hold, and come back to the bit or not at all.
 
-A file gets its name when it is whole, and never one that is taken. The small pictures in its metadata go under
-`ssmd_cover_images`, where ComfyUI's model browser looks. Format: https://github.com/huggingface/safetensors
+A card (identity_card.py) is a picture with such a file inside. A file gets its name when it is whole, and never one
+that is taken. The small pictures in its metadata go under `ssmd_cover_images`, where ComfyUI's model browser looks.
+Format: https://github.com/huggingface/safetensors
 """
 
 import base64
@@ -14,8 +15,9 @@ import os
 import re
 import reprlib
 import secrets
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path, PureWindowsPath
@@ -32,12 +34,13 @@ from ..pulid.encoders import ARCFACE_WIDTH, TOKEN_WIDTH
 from ..pulid.errors import IdentityFileError, InputError
 from ..pulid.identity import PREVIEW_SIZE, PREVIEWS, IdEmbedding, Version
 from .checkpoints import recognise
+from .identity_card import PICTURE, card_content, make_card
 from .locate import not_weights
 from .tensors import SAFETENSORS, label, system_trouble, unread
 
 FORMAT = "PuLID-SDXL identity"
 PLAIN_VERSION, FORMAT_VERSION = "1", "2"  # without and with the recogniser's view of the people beside their tokens
-SUFFIX = ".safetensors"
+SUFFIX, CARD_SUFFIX = ".safetensors", ".png"
 LARGEST = 256 << 20  # bytes; about a thousand identities of 32 tokens
 LARGEST_HEADER = 2 << 20  # bytes; ours has 0.6 MB with eight pictures. Parsed, it takes up to 30 times as much
 DIGEST, COVERS = "sha256", "ssmd_cover_images"
@@ -117,23 +120,26 @@ def _refuse_links(folder: Path, relative: Path) -> None:
         )
 
 
-def save(identity: IdEmbedding, folder: Path, name: str, created: datetime, pack: str) -> Path:
+def save(identity: IdEmbedding, folder: Path, name: str, created: datetime, pack: str, card: bool = False) -> Path:
     """Write the identity below `folder`, as name_00001_.safetensors or with the next free number; returns the path.
 
     created  an aware time; the file keeps it in UTC, to the second
     pack     version of this pack, from `pack_version`
+    card     as name_00001_.png: a picture of the faces with that file inside
 
     Whatever ends the process meanwhile, there is a whole file under the name or none. Raises InputError for an
     identity that is not whole and for a name or a link that leads elsewhere, IdentityFileError if it cannot be written.
     """
     relative = relative_name(name, LONGEST_STEM)
     content = pack_identity(identity, created, pack)
+    if card:
+        content = make_card(content, identity.preview, f"PuLID {identity.version} identity, {created:%Y-%m-%d}")
     target = folder / relative.parent
     _refuse_links(folder, relative.parent)
     try:
         target.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(target)
-        return _write(content, target, relative.name)
+        return _write(content, target, relative.name, CARD_SUFFIX if card else SUFFIX)
     except OSError as error:
         raise IdentityFileError(
             f"The identity could not be saved in {label(target)}: {error.strerror}. Make room there, or choose another "
@@ -141,9 +147,9 @@ def save(identity: IdEmbedding, folder: Path, name: str, created: datetime, pack
         ) from error
 
 
-def _write(content: bytes, folder: Path, stem: str) -> Path:
+def _write(content: bytes, folder: Path, stem: str, suffix: str) -> Path:
     part = folder / f".{secrets.token_hex(8)}{PART}"
-    numbered = re.compile(re.escape(stem) + r"_(\d+)_" + re.escape(SUFFIX), re.IGNORECASE)
+    numbered = re.compile(rf"{re.escape(stem)}_(\d+)_({re.escape(SUFFIX)}|{re.escape(CARD_SUFFIX)})", re.IGNORECASE)
     highest = max((int(match[1]) for name in os.listdir(folder) if (match := numbered.fullmatch(name))), default=0)
     try:
         with part.open("xb") as file:
@@ -151,7 +157,7 @@ def _write(content: bytes, folder: Path, stem: str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         for number in itertools.count(highest + 1):
-            path = folder / f"{stem}_{number:05}_{SUFFIX}"
+            path = folder / f"{stem}_{number:05}_{suffix}"
             with contextlib.suppress(FileExistsError):
                 _give_name(part, path)
                 return path
@@ -218,12 +224,13 @@ def pack_identity(identity: IdEmbedding, created: datetime, pack: str, largest: 
 
 
 def load(path: Path, largest: int = LARGEST) -> StoredIdentity:
-    """Read an identity file of at most `largest` bytes, allocating no more than it has and a hundred MB.
+    """Read an identity file or card of at most `largest` bytes, allocating no more than it has and a hundred MB.
 
     Raises IdentityFileError with what the file is instead, what is wrong with it, or what kept it from being read.
     """
     try:
-        metadata, tensors = _read(path, largest)
+        with _taken_out(path, largest) as file:
+            metadata, tensors = _read(path, file, largest)
         return _unpack(path, metadata, tensors)
     except IdentityFileError:
         raise
@@ -239,15 +246,37 @@ def content_digest(path: Path, largest: int = LARGEST) -> str:
         return hashlib.sha256(file.read(largest)).hexdigest()
 
 
-def _read(path: Path, largest: int) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors; of a file that is no identity, only the header is read."""
-    with path.open("rb") as file:
-        head = file.read(64)
+@contextlib.contextmanager
+def _taken_out(path: Path, largest: int) -> Iterator[Path]:
+    """The safetensors file: `path` itself, or what lies in the card, taken out for as long as the context lasts."""
+    with path.open("rb") as opened:
+        if not PICTURE.match(opened.read(16)):
+            yield path
+            return
+        opened.seek(0)
+        content = card_content(opened.read(largest))
+    if content is None:
+        raise IdentityFileError(
+            f"Expected an identity card that PuLID Save Identity saved, but the picture {label(path)} carries no "
+            "identity. If it was a card, a program that saved it anew, as image editors, chats and websites do, has "
+            "dropped it. Use the file as it was saved, or encode the person again."
+        )
+    with tempfile.TemporaryDirectory() as folder:  # which only this user may enter
+        inside = Path(folder, "identity")
+        inside.write_bytes(content)
+        del content
+        yield inside
+
+
+def _read(path: Path, inside: Path, largest: int) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of the file `inside`; of one that is no identity, only the header is read."""
+    with inside.open("rb") as opened:
+        head = opened.read(64)
     if not re.match(SAFETENSORS, head):
         raise _refusal(path, not_weights(head) or f"begins with {head[:12]!r}, which is not safetensors")
     if (header := int.from_bytes(head[:8], "little")) > LARGEST_HEADER:
         raise _refusal(path, f"has a header of {header} bytes, which no identity has")
-    with safe_open(path, framework="pt") as file:
+    with safe_open(inside, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict); mapped, not read
         if metadata.get("format") != FORMAT:
@@ -256,7 +285,7 @@ def _read(path: Path, largest: int) -> tuple[dict[str, str], dict[str, Tensor]]:
             raise IdentityFileError(
                 f"Expected an identity that PuLID Save Identity saved, but {label(path)} holds {found}"
             )
-        if path.stat().st_size > largest:
+        if inside.stat().st_size > largest:
             raise _refusal(path, f"has more than {largest >> 20} MB, which no identity has")
         return metadata, {name: tensor.clone() for name, tensor in tensors.items()}
 

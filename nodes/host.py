@@ -22,6 +22,7 @@ from comfy_execution.utils import get_executing_context
 from torch import nn
 
 from ..models.catalogue import CATALOGUE, FACEXLIB, PULID, VISION
+from ..models.identities import CARD_SUFFIX, SUFFIX
 from ..models.locate import ModelFolders, other_programs, shown
 from ..pulid.encoders import TOKEN_WIDTH
 from ..pulid.errors import InputError, MismatchError
@@ -39,7 +40,7 @@ OWN_FOLDERS = {
     FACEXLIB[0]: {".pth"},
     INSIGHTFACE: {".onnx"},
     "eva_clip": folder_paths.supported_pt_extensions,
-    IDENTITIES: {".safetensors"},
+    IDENTITIES: {SUFFIX, CARD_SUFFIX},
 }
 VISION_FOLDERS = VISION[:3]  # the fourth is ComfyUI's old name for the third
 
@@ -62,6 +63,12 @@ def saved_identities() -> Path:
 def folders(*names: str) -> list[Path]:
     """All paths configured for these folder names, in order, each once."""
     return list(dict.fromkeys(Path(path) for name in names for path in folder_paths.get_folder_paths(name)))
+
+
+def uploaded_pictures() -> list[str]:
+    """The PNG files that ComfyUI's upload has put into its input folder."""
+    found = Path(folder_paths.get_input_directory()).glob("*.png")
+    return sorted(file.name for file in found)
 
 
 def model_folders() -> ModelFolders:

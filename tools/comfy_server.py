@@ -1,4 +1,4 @@
-"""Runs ComfyUI's own server as a process of its own, on 127.0.0.1 only, and one prompt at a time through it."""
+"""Talks to a ComfyUI server, one prompt at a time; and runs one as a process of its own, on 127.0.0.1 only."""
 
 import asyncio
 import ctypes
@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -32,6 +33,10 @@ Report = Callable[[str], None]
 
 class ServerError(Exception):
     """The server, or what it was asked to run, failed; the message is in words."""
+
+
+class ServerGone(ServerError):
+    """The server cannot be reached, or ended before it answered."""
 
 
 def link(source: Path, target: Path) -> None:
@@ -62,13 +67,94 @@ def as_child() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-class ComfyServer:
+class ComfyClient:
+    """Talks to the ComfyUI at `url`."""
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self.client_id = uuid.uuid4().hex
+        self.prompt_id: str | None = None  # of the prompt that was sent last
+
+    def read(self, path: str) -> bytes:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=60) as answer:
+            return answer.read()
+
+    def get(self, path: str) -> dict:
+        return json.loads(self.read(path))
+
+    def object_info(self) -> dict:
+        return self.get("/object_info")
+
+    def picture(self, entry: dict) -> bytes:
+        """The bytes of a picture, given its entry in a node's output."""
+        return self.read(f"/view?{urllib.parse.urlencode(entry)}")
+
+    def run(self, prompt: dict, report: Report = lambda line: None) -> dict[str, dict]:
+        """Run a prompt to its end; node id -> what that node put out ("images": [...]).
+
+        Raises ServerError with the host's or the node's own message, ServerGone if there was no answer.
+        """
+        try:
+            return asyncio.run(self._run(prompt, report))
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerGone(f"ComfyUI at {self.url} does not answer: {error}") from error
+
+    async def _run(self, prompt: dict, report: Report) -> dict[str, dict]:
+        async with (
+            aiohttp.ClientSession(self.url) as session,
+            # 0: previews come as long messages
+            session.ws_connect(f"/ws?clientId={self.client_id}", max_msg_size=0) as socket,
+        ):
+            async with session.post("/prompt", json={"prompt": prompt, "client_id": self.client_id}) as answer:
+                queued = await answer.json()
+            # ComfyUI takes a prompt that is partly wrong too, and runs the rest of it.
+            if answer.status != 200 or queued["node_errors"]:
+                raise ServerError(refusal(queued, prompt))
+            self.prompt_id = queued["prompt_id"]
+            return await follow(socket, self.prompt_id, prompt, report)
+
+    def upload(self, name: str, content: bytes, kind: str, subfolder: str) -> str:
+        """Put a file below ComfyUI's `kind` folder (input or output); returns the name it got there.
+
+        An equal file of that name serves as it is; one of other content gets another name.
+        """
+        try:
+            return asyncio.run(self._upload(name, content, kind, subfolder))
+        except aiohttp.ClientResponseError as error:
+            raise ServerError(f"ComfyUI at {self.url} refused {name}: {error.status} {error.message}") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerGone(f"ComfyUI at {self.url} does not answer: {error}") from error
+
+    async def _upload(self, name: str, content: bytes, kind: str, subfolder: str) -> str:
+        form = aiohttp.FormData({"type": kind, "subfolder": subfolder})
+        form.add_field("image", content, filename=name, content_type="application/octet-stream")
+        async with (
+            aiohttp.ClientSession(self.url, raise_for_status=True) as session,
+            session.post("/upload/image", data=form) as answer,
+        ):
+            return (await answer.json())["name"]
+
+    def cancel(self) -> None:
+        """Take the prompt that was sent last out of the queue, or interrupt it; other people's prompts go on."""
+        if self.prompt_id:
+            self._post("/queue", {"delete": [self.prompt_id]})
+            if self.prompt_id in [entry[1] for entry in self.get("/queue")["queue_running"]]:
+                self._post("/interrupt", {"prompt_id": self.prompt_id})
+
+    def _post(self, path: str, body: dict) -> None:
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", data, headers), timeout=10).close()
+
+
+class ComfyServer(ComfyClient):
     """A context manager; leaving it ends the process, whatever happened.
 
     comfyui    the ComfyUI folder
     base       folder with custom_nodes/, models/, input/ and so on; missing ones are made. The log goes there too.
     arguments  further arguments of ComfyUI's main.py, such as --cpu
     variables  of the process's environment, beside those that are there; None takes one out
+    log_file   where the log goes instead
+    leash      a command that runs another one, given behind it, until its standard input closes
     """
 
     def __init__(
@@ -77,11 +163,13 @@ class ComfyServer:
         base: Path,
         arguments: tuple[str, ...] = (),
         variables: Mapping[str, str | None] | None = None,
+        log_file: Path | None = None,
+        leash: tuple[str, ...] = (),
     ):
         self.comfyui, self.base, self.arguments = Path(comfyui), Path(base), arguments
         changed = {**os.environ, **(variables or {})}
         self.environment = {name: value for name, value in changed.items() if value is not None}
-        self.log_file = self.base / "server.log"
+        self.log_file, self.leash = log_file or self.base / "server.log", leash
 
     def __enter__(self) -> "ComfyServer":
         for folder in FOLDERS:
@@ -89,13 +177,15 @@ class ComfyServer:
         with socket.socket() as probe:
             probe.bind((ADDRESS, 0))
             self.port = probe.getsockname()[1]
+        super().__init__(f"http://{ADDRESS}:{self.port}")
         root = front_end(self.comfyui) or self.base / "temp"  # ComfyUI only wants a folder
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen", ADDRESS, "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--front-end-root", str(root), "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                command,
+                [*self.leash, *command],
+                stdin=subprocess.PIPE if self.leash else None,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.base,
@@ -113,7 +203,10 @@ class ComfyServer:
         self.stop()
 
     def stop(self) -> None:
-        self.process.terminate()
+        if self.process.stdin:
+            self.process.stdin.close()
+        else:
+            self.process.terminate()
         try:
             self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
@@ -147,41 +240,6 @@ class ComfyServer:
         """Folder name of each pack in custom_nodes -> how long ComfyUI says its import took."""
         return {Path(path).name: float(time) for time, path in re.findall(r"([\d.]+) seconds.*?: (.+)", self.log)}
 
-    # --- HTTP ---
-
-    def read(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://{ADDRESS}:{self.port}{path}", timeout=60) as answer:
-            return answer.read()
-
-    def get(self, path: str) -> dict:
-        return json.loads(self.read(path))
-
-    def object_info(self) -> dict:
-        return self.get("/object_info")
-
-    def picture(self, entry: dict) -> bytes:
-        """The bytes of a picture, given its entry in a node's output."""
-        return self.read(f"/view?{urllib.parse.urlencode(entry)}")
-
-    def run(self, prompt: dict, report: Report = lambda line: None) -> dict[str, dict]:
-        """Run a prompt to its end; node id -> what that node put out ("images": [...]).
-
-        Raises ServerError with the host's or the node's own message.
-        """
-        return asyncio.run(self._run(prompt, report))
-
-    async def _run(self, prompt: dict, report: Report) -> dict[str, dict]:
-        async with (
-            aiohttp.ClientSession(f"http://{ADDRESS}:{self.port}") as session,
-            session.ws_connect("/ws?clientId=pulid", max_msg_size=0) as socket,  # 0: previews come as long messages
-        ):
-            async with session.post("/prompt", json={"prompt": prompt, "client_id": "pulid"}) as answer:
-                queued = await answer.json()
-            # ComfyUI takes a prompt that is partly wrong too, and runs the rest of it.
-            if answer.status != 200 or queued["node_errors"]:
-                raise ServerError(refusal(queued, prompt))
-            return await follow(socket, queued["prompt_id"], prompt, report)
-
 
 async def follow(
     socket: aiohttp.ClientWebSocketResponse, prompt_id: str, prompt: dict, report: Report
@@ -201,11 +259,13 @@ async def follow(
             report(f"{title(prompt, data['node'])}: {data['value']} of {data['max']}")
         elif event["type"] == "execution_error":
             raise ServerError(f"{title(prompt, data['node_id'])} failed: {data['exception_message'].strip()}")
+        elif event["type"] == "execution_interrupted":
+            raise ServerError(f"{title(prompt, data['node_id'])} was interrupted.")
         elif event["type"] == "executed" and data["output"]:
             outputs[data["node"]] = data["output"]
         elif event["type"] == "execution_success":
             return outputs
-    raise ServerError("ComfyUI closed the connection before the picture was done.")
+    raise ServerGone("ComfyUI closed the connection before the picture was done.")
 
 
 def title(prompt: dict, node_id: str) -> str:

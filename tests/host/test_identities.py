@@ -31,13 +31,13 @@ from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, ServerError
 @pytest.fixture(autouse=True)
 def folders(tmp_path, monkeypatch):
     """Output, temporary and model folders of this test's own, known to ComfyUI as at a start."""
-    for kind in ("output", "temp"):
+    for kind in ("input", "output", "temp"):
         (tmp_path / kind).mkdir()
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(host, "OWN_FOLDERS", {host.IDENTITIES: {".safetensors"}})
+    monkeypatch.setattr(host, "OWN_FOLDERS", {host.IDENTITIES: {".safetensors", ".png"}})
     host.register_folders()
     return tmp_path
 
@@ -52,13 +52,12 @@ def save(prefix="anna", **options):
     return PulidSaveIdentity.execute(identity(**options), prefix)
 
 
-def load(name="anna_00001_.safetensors"):
-    return PulidLoadIdentity.execute(name)
+def load(name="anna_00001_.safetensors", image=""):
+    return PulidLoadIdentity.execute(name, image)
 
 
 def choices():
-    [combo] = PulidLoadIdentity.define_schema().inputs
-    return combo.options
+    return PulidLoadIdentity.define_schema().inputs[0].options
 
 
 def test_what_is_saved_is_listed_shown_and_loads_without_copying(folders):
@@ -116,6 +115,29 @@ def test_a_file_that_only_another_machine_has_is_named_with_what_to_do():
         load("bob.safetensors")
 
 
+def test_a_card_is_listed_shown_and_loads_from_either_place(folders):
+    out = PulidSaveIdentity.execute(identity(), "family/anna", "card")
+
+    assert out.args == (out.args[0],) and torch.equal(out.args[0].cond, identity().cond)  # handed on
+    place = {"subfolder": "pulid_identities/family", "type": "output"}
+    assert out.ui["images"] == [{"filename": "anna_00001_.png", **place}]
+    [listed] = choices()
+    card = folders / "output" / "pulid_identities" / listed
+    (folders / "input" / "uploaded.png").write_bytes(card.read_bytes())
+    assert PulidLoadIdentity.define_schema().inputs[1].options == ["", "uploaded.png"]
+    for chosen in ((listed,), ("", "uploaded.png"), ("not there", f"pulid_identities/{listed} [output]")):
+        assert torch.equal(PulidLoadIdentity.execute(*chosen).args[0].cond, identity().cond)
+        assert PulidLoadIdentity.fingerprint_inputs(*chosen)
+
+
+def test_an_uploaded_picture_that_is_no_card_or_lies_elsewhere_is_refused_in_words(folders):
+    Image.new("RGB", (8, 8)).save(folders / "input" / "holiday.png")
+    with pytest.raises(IdentityFileError, match=r"holiday\.png carries no identity"):
+        load("", "holiday.png")
+    with pytest.raises(InputError, match="cannot name an identity file"):
+        load("", "../holiday.png")
+
+
 # ---- Through the server ----
 
 
@@ -156,6 +178,24 @@ def test_a_workflow_saves_what_another_lists_and_loads(server):
     listed = options["options"] if kind == "COMBO" else kind  # older hosts give the list in place of the kind
     assert {first, second, "between_00001_.safetensors"} <= set(listed)
     server.run(average_and_save("between_00001_.safetensors", first, "again"))
+
+
+def test_a_card_goes_through_upload_and_a_pruned_graph_still_saves(server):
+    saved_by_hand(server, "ida")
+    loads = {"class_type": "PuLID_LoadIdentity", "inputs": {"identity_file": "ida_00001_.safetensors"}}
+    as_card = {"identity": ["1", 0], "filename_prefix": "ida", "save_as": "card"}
+    outputs = server.run({"1": loads, "2": {"class_type": "PuLID_SaveIdentity", "inputs": as_card}})
+    [entry] = outputs["2"]["images"]
+
+    (server.base / "input" / "sub").mkdir()
+    (server.base / "input" / "sub" / "card.png").write_bytes(server.picture(entry))
+    loads = {"class_type": "PuLID_LoadIdentity", "inputs": {"identity_file": "", "image": "sub/card.png"}}
+    saves = {"class_type": "PuLID_SaveIdentity", "inputs": {"identity": ["1", 0], "filename_prefix": "again"}}
+    mixed = {"identity_1": ["2", 0], "identity_2": ["1", 0], "mode": "average", "weight": 0.5}
+    combined = {"class_type": "PuLID_CombineIdentities", "inputs": mixed}
+    last = {"class_type": "PuLID_SaveIdentity", "inputs": {"identity": ["3", 0], "filename_prefix": "last"}}
+    outputs = server.run({"1": loads, "2": saves, "3": combined, "4": last})
+    assert outputs["4"]["text"] == ["Saved as last_00001_.safetensors"]
 
 
 def test_only_a_changed_file_is_loaded_again(server):

@@ -222,7 +222,7 @@ def test_the_folder_itself_may_be_a_link_and_a_pipe_does_not_hang(tmp_path):
 
 @pytest.mark.parametrize("there", ["anna_00007_.safetensors", "ANNA_00007_.SAFETENSORS", "anna_7_.safetensors"])
 def test_numbers_go_on_after_the_highest_and_nothing_is_overwritten(tmp_path, there):
-    for name in (there, "anna_b_00030_.safetensors", "anna_00031_.png"):
+    for name in (there, "anna_b_00030_.safetensors", "anna_00031_.jpg"):
         (tmp_path / name).write_bytes(b"mine")
 
     assert [keep(tmp_path).name, keep(tmp_path).name] == ["anna_00008_.safetensors", "anna_00009_.safetensors"]
