@@ -112,6 +112,7 @@ class Editor:
         self.page.reload()
         self.page.wait_for_function(READY)
         self.page.wait_for_load_state("networkidle")
+        self.page.wait_for_function("() => !!app.extensionManager.workflow.activeWorkflow")  # what was open before
 
     def settled(self, look: str):
         """What `look` finds once two looks in a row find the same: nodes grow in a few frames."""
@@ -126,8 +127,7 @@ class Editor:
 
     def speak(self, language: str) -> None:
         self.page.evaluate("language => app.extensionManager.setting.set('Comfy.Locale', language)", language)
-        self.page.reload()
-        self.page.wait_for_function(READY)
+        self.restart()
 
     def show(self, node_id: str) -> None:
         """A graph of that one node, whose title is then clicked."""
