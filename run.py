@@ -5,7 +5,7 @@
     python3 run.py test             all tests, those that need ComfyUI once on every ComfyUI given
     python3 run.py lint             ruff's and mypy's findings, none in what is submitted
     python3 run.py conformance DIR  this pack's numbers against the authors' reference vectors in DIR
-    python3 run.py bench            what the pack costs, as ratios; --quick within two minutes
+    python3 run.py bench            what the pack costs, as ratios; --quick for a first look
 
 These set up nothing and use what is there; start them with the Python that starts ComfyUI.
 

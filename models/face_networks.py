@@ -23,7 +23,7 @@ from ..pulid.networks import Bring, Managed, on_cpu
 from ..pulid.packages import describe, import_package
 from ..pulid.photo import Photo
 from .catalogue import GLINTR100, SCRFD
-from .locate import file_state
+from .locate import file_state, shown
 from .onnx_providers import LOG_ERRORS, PROVIDERS
 from .tensors import label, read_tensors, system_trouble, unread
 
@@ -79,7 +79,7 @@ class InsightFaceAnalyzer:
         self._bisenet_file = bisenet
         for file in (self._detector_file, self._recogniser_file, retinaface, bisenet):
             if not file.is_file():
-                raise MissingWeights(f"{file.name} was not found in {file.parent}. Put it there.")
+                raise MissingWeights(f"{file.name} was not found in {shown(file.parent)}. Put it there.")
         self._providers = list(providers)
         self._manage = manage
 

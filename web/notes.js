@@ -65,7 +65,11 @@ class Panel {
   }
 
   remove() {
-    this.node.removeWidget(this.widget);
+    if (this.node.removeWidget) this.node.removeWidget(this.widget);
+    else {
+      this.widget.onRemove?.(); // editors before 1.35
+      this.node.widgets.splice(this.node.widgets.indexOf(this.widget), 1);
+    }
     panels.delete(this.node);
     failures.delete(this.node);
   }

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from pulid_sdxl.tools import TOOLS
+from pulid_sdxl.tools import TOOLS, comfy_server, develop
 
 PARENT = """
 import subprocess, sys
@@ -38,3 +38,15 @@ def test_no_server_is_left_behind_by_what_is_killed():
     while runs(child) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not runs(child)
+
+
+def test_the_front_end_is_the_pinned_one_unless_another_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(develop, "FRONTENDS", tmp_path)
+    monkeypatch.delenv("COMFYUI_FRONTEND", raising=False)
+    (tmp_path / "requirements.txt").write_text("comfyui-frontend-package==1.2.3\ntorch\n")
+    assert comfy_server.front_end(tmp_path) is None  # not fetched yet
+    for version in ("1.2.3", "1.9.0"):
+        develop.frontend_root(version).mkdir(parents=True)
+    assert comfy_server.front_end(tmp_path) == develop.frontend_root("1.2.3")
+    monkeypatch.setenv("COMFYUI_FRONTEND", "1.9.0")
+    assert comfy_server.front_end(tmp_path) == develop.frontend_root("1.9.0")

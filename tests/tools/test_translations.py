@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 
 import pytest
+from pulid_sdxl.tools import ROOT
 from pulid_sdxl.tools.translations import LOCALES, flat, read
 
 # Codes of ComfyUI's editor. Its menu has no German (1.58), though it ships German texts; 1.27 takes the browser's.
@@ -98,3 +99,18 @@ def test_the_editor_reads_no_text_as_a_template(language):
     for path, text in flat(read(language)):
         assert not set(text) & set("{}@|"), path
         assert not any("." in key for key in path), "the editor splits keys at dots"
+
+
+PAGES = sorted((ROOT / "web" / "docs").glob("*/*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
+def test_a_translated_help_page_explains_the_same_inputs_and_options(page):
+    def said(path):
+        table = path.read_text(encoding="utf-8").partition("| input |")[2].partition("\n\n")[0]
+        rows = re.findall(r"^\| ([a-z_0-9, ]+) \| (.*) \|$", table, re.MULTILINE)
+        return {name: set(re.findall(r"`([^`]+)`", text)) for name, text in rows}
+
+    english = page.parent.with_suffix(".md")
+    assert page.stem in {folder.name for folder in LOCALES.iterdir()}
+    assert said(page) == said(english)
