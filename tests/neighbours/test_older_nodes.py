@@ -3,7 +3,8 @@
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -18,7 +19,6 @@ comfy_host.enter(os.environ["COMFYUI"])
 
 import nodes
 import numpy as np
-import server
 import skimage.data
 import torch
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer, SharedFaceAnalysis
@@ -72,10 +72,9 @@ def theirs(files):
 @pytest.fixture
 def older_nodes(monkeypatch, analyzer):
     """Our nodes registered, with stand-ins for what they load."""
-    monkeypatch.setattr(server.PromptServer, "instance", SimpleNamespace(
-        routes=SimpleNamespace(get=lambda path: lambda f: f, post=lambda path: lambda f: f), supports=[],
-        app=SimpleNamespace(router=None, add_routes=lambda routes: None, _client_max_size=0), loop=None, last_node_id=None,
-    ), raising=False)  # fmt: skip
+    stub = ModuleType("server")
+    stub.PromptServer = MagicMock()  # on which packs register whatever they like when they load
+    monkeypatch.setitem(sys.modules, "server", stub)
     monkeypatch.setattr(host, "say", lambda *_: None)
     weights = fakes.weights(sampling.projections())
     monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: Path(name)))
@@ -85,7 +84,7 @@ def older_nodes(monkeypatch, analyzer):
     monkeypatch.setattr(legacy, "load_face_networks", lambda providers, folders: (analyzer, []))
     monkeypatch.setattr(legacy, "_identify", lambda *_: (make_identity(), []))
     for one in legacy.NODES:
-        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, one.GET_SCHEMA().node_id, one)
+        monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, one.__name__, one)  # which is its id
 
 
 class TestEasyUse:
