@@ -420,7 +420,7 @@ class PulidHostedRequests(io.ComfyNode):
                 _choice("action", ["list", "fetch", "cancel", "forget"], optional=False),
             ],
             outputs=[
-                io.String.Output("report"),
+                io.String.Output("report", display_name="report"),
                 io.Image.Output("pictures", display_name="images", is_output_list=True),
             ],
             hidden=[io.Hidden.unique_id],
