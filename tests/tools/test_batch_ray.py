@@ -75,7 +75,8 @@ class Batch:
         command = [sys.executable, str(ROOT / "run.py"), "batch", "--comfyui", str(self.comfyui), "--ray", self.ray]
         command += ["--workflow", str(self.folder / "graph.json"), "--table", str(self.folder / "jobs.csv")]
         command += ["--out", str(self.out), *(() if "--server" in options else ("--workers", str(workers))), *options]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return self.process
 
     def run(self, *options: str, **more: int) -> tuple[int, str, str]:
         process = self.start(*options, **more)
@@ -89,7 +90,7 @@ class Batch:
     def wait_for(self, count: int, what: str = "begin") -> list[list[str]]:
         deadline = time.monotonic() + PATIENCE
         while len(self.events(what)) < count:
-            assert time.monotonic() < deadline, "the run does not get there"
+            assert time.monotonic() < deadline and self.process.poll() is None, "the run does not get there"
             time.sleep(0.02)
         return self.events(what)
 
@@ -235,10 +236,11 @@ def test_ctrl_c_ends_cleanly_says_how_to_go_on_and_the_same_command_does(batch):
 
 
 def test_what_costs_money_is_sent_once_whatever_happens(batch):
-    paid = {"1": node("PuLID_HostedSubmit", "Send", prompt="x"), **graph(seconds=0.5)}
-    del paid["2"], paid["3"]["inputs"]["identity"]
+    paid = graph(seconds=0.5) | {"7": node("PuLID_HostedSubmit", "Send", prompt="x")}
+    del paid["1"], paid["2"], paid["3"]["inputs"]["identity"]
     batch.write(paid, "Send.prompt\n" + "".join(f"p{n}\n" for n in range(6)))
-    assert batch.run()[0] == 2  # not without --allow-hosted
+    code, _, told = batch.run()
+    assert code == 2 and "cost money" in told
 
     process = batch.start("--allow-hosted")
     os.kill(parent(str(parent(batch.wait_for(2)[-1][1]))), signal.SIGKILL)
