@@ -270,8 +270,8 @@ def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:
     looked = f"was not found. Looked in: {_listed(folders)}."
     if record is None and FOREIGN_NAME.search(name):
         return (
-            f"{name} {looked} By its name it belongs to another pack's nodes, and this one reads PuLID's files for SDXL "
-            "alone. Choose one of the list, such as pulid_v1.1.safetensors."
+            f"{name} {looked} By its name it belongs to another pack's nodes, and this one reads PuLID's files for "
+            "SDXL alone. Choose one of the list, such as pulid_v1.1.safetensors."
         )
     if record is None:
         return f"{name} {looked} Put it in {shown(folders[0] if folders else Path('models'))}, or choose another file."

@@ -64,8 +64,8 @@ def _hollow(module: str, needed: str) -> str:
         commands = [pip_command("install", "--upgrade", "--force-reinstall", "--no-deps", name)]
     lines = "".join(f"    {command}\n" for command in commands)
     return (
-        f"The Python package {package!r} is installed, but hollow: {module}.{needed} is not there. {how} Put it right in "
-        f"the Python that runs here:\n{lines}then restart."
+        f"The Python package {package!r} is installed, but hollow: {module}.{needed} is not there. {how} Put it right "
+        f"in the Python that runs here:\n{lines}then restart."
     )
 
 

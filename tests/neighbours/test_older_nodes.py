@@ -17,7 +17,6 @@ from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
-import nodes
 import numpy as np
 import skimage.data
 import torch
@@ -25,6 +24,8 @@ from pulid_sdxl.models.face_networks import InsightFaceAnalyzer, SharedFaceAnaly
 from pulid_sdxl.nodes import host, legacy
 from pulid_sdxl.pulid.networks import on_cpu
 from pulid_sdxl.tools.fakes import networks as fakes
+
+import nodes
 
 from ..host import sampling
 from ..host.sampling import MODEL_CHANNELS, make_identity
