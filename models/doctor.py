@@ -170,7 +170,9 @@ def try_package(package: str) -> list[Finding]:
         more = MORE.get(package, lambda: [])()
     except MissingPackage as error:
         message = str(error)
-        state = "not installed" if "is not installed" in message else f"{version_of(package) or ''} cannot be imported"
+        states = {"is not installed": "not installed", "but hollow": f"{version_of(package) or ''} hollow"}
+        cannot = f"{version_of(package) or ''} cannot be imported"
+        state = next((state for words, state in states.items() if words in message), cannot)
         return [Finding(package, state.strip(), " ".join(message.split()))]
     return [Finding(package, version_of(package) or "of unknown version"), *more]
 

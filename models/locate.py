@@ -101,9 +101,16 @@ def find(file: WeightFile | str, folders: Iterable[Path | str], elsewhere: Itera
     if relative.anchor or ".." in relative.parts or not relative.parts:
         raise InputError(f"Expected a file name inside the model folders, found {name!r}. Choose a file from the list.")
     record = BY_NAME.get(relative.name)
-    for candidate in _candidates(Path(*relative.parts), record, places, elsewhere):
+    candidates = [*_candidates(Path(*relative.parts), record, places, elsewhere)]
+    candidates += [place / relative.name for place in places]  # a folder of another machine, while it lies flat here
+    for candidate in candidates:
         if _is_file(candidate):
             return candidate
+    if broken := next((candidate for candidate in candidates if _is_broken_link(candidate)), None):
+        raise MissingWeights(
+            f"{shown(broken)} is a link that leads nowhere: to {shown(Path(os.readlink(broken)))}. Put the file there, "
+            "or delete the link and put the file itself in its place."
+        )
     raise MissingWeights(_missing(name, record, places))
 
 
@@ -248,9 +255,24 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _is_broken_link(path: Path) -> bool:
+    try:
+        return path.is_symlink() and not path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+FOREIGN_NAME = re.compile(r"flux|instantid|ip[-_]?adapter(?!_pulid)", re.IGNORECASE)
+
+
 def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:
     """What to tell somebody whose file is in none of the folders."""
     looked = f"was not found. Looked in: {_listed(folders)}."
+    if record is None and FOREIGN_NAME.search(name):
+        return (
+            f"{name} {looked} By its name it belongs to another pack's nodes, and this one reads PuLID's files for "
+            "SDXL alone. Choose one of the list, such as pulid_v1.1.safetensors."
+        )
     if record is None:
         return f"{name} {looked} Put it in {shown(folders[0] if folders else Path('models'))}, or choose another file."
     target = folders[0] if folders else Path("models", record.folders[0])

@@ -133,6 +133,12 @@ class PulidApplyAdvanced(io.ComfyNode):
 PROJECTIONS = {Fusion.ORTHOGONAL_V2: "fidelity", Fusion.ORTHOGONAL: "extreme style", Fusion.PLAIN: "neutral"}
 
 
+EMPTY_MASK = (
+    "PuLID has no effect: its mask is empty. Load Image gives an empty mask for a picture without transparency; paint "
+    "one, or take the mask away for the whole picture."
+)
+
+
 @dataclass(frozen=True, eq=False)
 class Application:
     """How an identity goes into a model.
@@ -161,6 +167,9 @@ def apply(model: ModelPatcher, weights: PulidWeights, identity: IdEmbedding, how
             f"start_at ({how.start_at}) lies after end_at ({how.end_at}), so PuLID would never act. Swap them."
         )
     mask = None if how.attn_mask is None else TokenMask(read_mask(how.attn_mask), how.mask_sampling)
+    if mask is not None and not mask.mask.any():
+        host.say(EMPTY_MASK)
+        return model
     if not any(how.site_weights):
         return model
     percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
@@ -178,8 +187,12 @@ def check_pair(weights: PulidWeights, identity: IdEmbedding) -> None:
         )
 
 
-def read_mask(mask: Tensor) -> Tensor:
-    """A MASK as (M, H, W) float32 on the CPU, 0..1. Raises InputError for another shape, an empty mask and NaN."""
+def read_mask(mask: object) -> Tensor:
+    """A MASK as (M, H, W) float32 on the CPU, 0..1. Raises InputError for another shape or type, no mask, and NaN."""
+    if not isinstance(mask, Tensor):
+        raise InputError(
+            f"attn_mask must be a mask, found {type(mask).__qualname__}. Connect a node that gives a MASK."
+        )
     mask = mask.detach().float().cpu()
     if mask.ndim == 2:
         mask = mask.unsqueeze(0)

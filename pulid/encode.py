@@ -6,12 +6,14 @@ Pixels are handled on the CPU in float32, so that every machine gives the same n
 different on some devices). Source: https://github.com/ToTheBeginning/PuLID/blob/main/pulid/pipeline_v1_1.py
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .cache import ResultCache
@@ -212,20 +214,51 @@ def see(
             step(number)
             if seen[number] is not None:
                 continue
+            heard = _Heard(networks.analyzer, partial(step, number))
             try:
-                found[number] = settings.choice.find(taken[number], networks.analyzer)
+                found[number] = settings.choice.find(taken[number], cast(FaceAnalyzer, heard))
             except NoFaceError as error:
                 seen[number] = faceless = NoFace(str(error))
                 cache.put(keys[number], faceless)
             except InputError as error:
                 raise InputError(f"Photograph {number + 1} of {len(taken)}: {error}") from error
         if found:
-            faces = _through_networks(list(found.values()), weights, networks, settings.choice, together)
+            with _heard_within(networks.tower.module, partial(step, max(found))):
+                faces = _through_networks(list(found.values()), weights, networks, settings.choice, together)
             for number, face in zip(found, faces, strict=True):
                 seen[number] = face
                 cache.put(keys[number], face, face.tensors)
     step(len(taken))
     return [one for one in seen if one is not None]
+
+
+class _Heard:
+    """An analyzer that lets the user interrupt before each look at a photograph: on a CPU one may take a second."""
+
+    def __init__(self, analyzer: FaceAnalyzer, step: Callable[[], None]):
+        self._analyzer, self._step = analyzer, step
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._analyzer, name)
+        if not callable(found):
+            return found
+
+        def look(*args: Any) -> Any:
+            self._step()
+            return found(*args)
+
+        return look
+
+
+@contextmanager
+def _heard_within(tower: nn.Module, step: Callable[[], None]) -> Iterator[None]:
+    """The same before each block of the vision tower."""
+    hooks = [block.register_forward_pre_hook(lambda *_: step()) for block in getattr(tower, "blocks", ())]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _through_networks(

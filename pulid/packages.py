@@ -9,6 +9,22 @@ from .errors import MissingPackage
 # Where the name that pip knows is not the name that Python imports.
 PIP_NAMES = {"cv2": "opencv-python", "skimage": "scikit-image", "PIL": "Pillow", "google": "protobuf"}
 
+# What each module must have, since a package that was half removed, or mixed with another build, can still be imported.
+NEEDED = {
+    "cv2": "resize",
+    "onnxruntime": "InferenceSession",
+    "insightface.model_zoo": "get_model",
+    "insightface.app.common": "Face",
+    "facexlib.detection.retinaface": "RetinaFace",
+    "facexlib.parsing.bisenet": "BiSeNet",
+    "torchvision": "transforms",
+}
+# Builds of one package that share a folder, so that removing one leaves the other hollow.
+BUILDS = {
+    "cv2": ("opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino"),
+}
+
 
 def import_package(module: str) -> ModuleType:
     """Import `module` (dotted names allowed), or raise MissingPackage with the pip line for the Python that runs.
@@ -17,7 +33,7 @@ def import_package(module: str) -> ModuleType:
     there and fails in any other way, it is `module`'s own.
     """
     try:
-        return importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = (error.name or module).partition(".")[0]
         raise MissingPackage(
@@ -32,6 +48,25 @@ def import_package(module: str) -> ModuleType:
             f"The Python package {package!r} is installed, but cannot be imported ({describe(error)}). Install it anew "
             f"into the Python that runs here, other packages left as they are:\n    {anew}\nthen restart."
         ) from error
+    if (needed := NEEDED.get(module)) and not hasattr(imported, needed):
+        raise MissingPackage(_hollow(module, needed))
+    return imported
+
+
+def _hollow(module: str, needed: str) -> str:
+    package = module.partition(".")[0]
+    name = PIP_NAMES.get(package, package)
+    if package in BUILDS:
+        how = f"Several builds of it ({', '.join(BUILDS[package])}) were mixed, or one of them was removed."
+        commands = [pip_command("uninstall", "-y", *BUILDS[package]), pip_command("install", name)]
+    else:
+        how = "It was removed in part, or a folder of the same name stands in its place."
+        commands = [pip_command("install", "--upgrade", "--force-reinstall", "--no-deps", name)]
+    lines = "".join(f"    {command}\n" for command in commands)
+    return (
+        f"The Python package {package!r} is installed, but hollow: {module}.{needed} is not there. {how} Put it right "
+        f"in the Python that runs here:\n{lines}then restart."
+    )
 
 
 def describe(error: BaseException) -> str:

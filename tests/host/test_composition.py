@@ -21,6 +21,7 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 from pulid_sdxl.nodes import host
 from pulid_sdxl.pulid.attention import fuse
+from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools.fakes import networks as fakes
 from torch._dynamo.utils import counters
 
@@ -228,6 +229,18 @@ class TestMaskOfATile:
     def test_one_of_its_shape_is_not(self, model, pulid, identity, said, size):
         sample(apply(model, pulid, identity, attn_mask=torch.ones(1, *size)))
         assert said == []
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(1, 64, 64), torch.zeros(2, 16, 24)])
+def test_an_empty_mask_has_no_effect_and_says_so(model, pulid, identity, said, mask):
+    assert apply(model, pulid, identity, attn_mask=mask) is model
+    assert "mask is empty" in said[0][1]
+
+
+@pytest.mark.parametrize("mask", [[[1.0]], "white", 1.0])
+def test_what_is_no_mask_is_told_in_words(model, pulid, identity, mask):
+    with pytest.raises(InputError, match="attn_mask must be a mask, found"):
+        apply(model, pulid, identity, attn_mask=mask)
 
 
 def test_equal_prompts_are_told_apart_by_comfyuis_order(model, pulid, identity):

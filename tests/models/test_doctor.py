@@ -37,12 +37,41 @@ def package(tmp_path, monkeypatch):
     """Puts a package of any name and content in front of all others."""
     monkeypatch.syspath_prepend(tmp_path / "packages")
 
+    tops = set()
+
+    def loaded():
+        return [key for key in sys.modules if key.partition(".")[0] in tops]
+
     def put(name, source):
         write(tmp_path / "packages" / name / "__init__.py", source)
-        for loaded in [key for key in sys.modules if key.partition(".")[0] == name]:
-            monkeypatch.delitem(sys.modules, loaded)
+        tops.add(name.partition("/")[0])
+        for key in loaded():
+            monkeypatch.delitem(sys.modules, key)
 
-    return put
+    yield put
+    for key in loaded():
+        del sys.modules[key]
+
+
+HOLLOW = ["cv2", "onnxruntime", "insightface.model_zoo", "facexlib.detection.retinaface", "facexlib.parsing.bisenet"]
+
+
+@pytest.mark.parametrize("module", [*HOLLOW, "torchvision"])
+def test_a_hollow_package_is_named_with_how_it_got_so_and_the_command(package, module):
+    top, *below = module.split(".")
+    for number in range(len(below) + 1):
+        package("/".join([top, *below[:number]]), "")
+    name = {"cv2": "opencv-python"}.get(top, top)
+
+    with pytest.raises(MissingPackage) as caught:
+        import_package(module)
+
+    for words in (repr(top), "hollow", "mixed" if top in ("cv2", "onnxruntime") else "removed in part", f"{name}\n"):
+        assert words in str(caught.value)
+    if top not in ("facexlib",) or "detection" in module:  # what the doctor tries
+        [finding] = doctor.try_package(top)
+        assert "hollow" in finding.text
+        assert "pip" in finding.remedy
 
 
 @pytest.mark.parametrize(
@@ -354,7 +383,7 @@ def test_models_looks_where_the_yaml_points(run, tmp_path, capsys):
 
 def test_doctor_asks_each_package_in_a_process_of_its_own(run, package, monkeypatch, tmp_path):
     package("insightface", "import os; os.abort()")
-    package("cv2", "print('a greeting'); __version__ = '1'")
+    package("cv2", "print('a greeting'); __version__, resize = '1', print")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
 
     [crashed], fine = run.ask("insightface"), run.ask("cv2")

@@ -146,10 +146,26 @@ def test_steps_count_the_photographs_and_may_stop_before_the_next():
 
     with pytest.raises(InterruptedError):
         run(images(5), fakes.weights(), fakes.photo_networks(analyzer), step=step)
-    assert heard == [0, 1, 2] and len(analyzer.lefts) == 2
+    assert sorted({*heard}) == [0, 1, 2] and len(analyzer.lefts) == 2
     heard.clear()
     run(images(2), fakes.weights(), fakes.photo_networks(), step=lambda done: heard.append(done))
-    assert heard == [0, 1, 2]
+    assert sorted({*heard}) == [0, 1, 2] and heard == sorted(heard)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_an_interrupt_is_heard_before_every_network_and_within_the_vision_tower(nth):
+    heard, tower = [], fakes.small_tower()
+
+    def step(done):
+        heard.append(done)
+        if len(heard) == nth:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run(images(1), fakes.weights(), fakes.photo_networks(fakes.SpotAnalyzer(), tower), step=step)
+    assert len(heard) == nth
+    assert not any(block._forward_pre_hooks for block in tower.blocks)
 
 
 @torch.inference_mode()
