@@ -89,8 +89,9 @@ def images(count):
     return made
 
 
-def run(images, weights, networks, cache=None, step=lambda done: None, **settings):
-    return encode(photographs(images), weights, networks, EncodeSettings(**settings), cache or ResultCache(2**30), step)
+def run(images, weights, networks, cache=None, step=lambda done: None, counts=(), **settings):
+    chosen = EncodeSettings(weights=counts, **settings)
+    return encode(photographs(images), weights, networks, chosen, cache or ResultCache(2**30), step)
 
 
 @pytest.mark.parametrize("photos", ["one person", "average", "one identity per photo"])
@@ -223,11 +224,11 @@ def test_each_mask_serves_its_photograph_and_the_last_one_all_that_follow():
 def test_an_average_counts_each_photograph_as_its_weight_says(weights, tower, version):
     networks, cache = fakes.photo_networks(tower=tower), ResultCache(2**30)
     alone = [run([image], weights, networks, cache, photos="average").identity for image in images(3)]
-    made = run(images(3), weights, networks, cache, photos="average", weights=(1.0, 0.5, 0.5)).identity
+    made = run(images(3), weights, networks, cache, photos="average", counts=(1.0, 0.5, 0.5)).identity
     expected = 0.5 * alone[0].cond + 0.25 * alone[1].cond + 0.25 * alone[2].cond
     assert torch.allclose(made.cond, expected, atol=1e-5)
     equal = run(images(3), weights, networks, cache, photos="average").identity
-    same = run(images(3), weights, networks, cache, photos="average", weights=(2.0, 2.0, 2.0)).identity
+    same = run(images(3), weights, networks, cache, photos="average", counts=(2.0, 2.0, 2.0)).identity
     assert torch.allclose(same.cond, equal.cond, atol=1e-5)
     directions = torch.cat([one.arcface for one in alone])
     middle = torch.nn.functional.normalize((directions * torch.tensor([[1.0], [0.5], [0.5]])).mean(0), dim=0)
@@ -239,7 +240,7 @@ def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
     taken = [images(1)[0], torch.zeros(64, 64, 3), images(2)[1]]
     alone = [run([taken[row]], fakes.weights(), fakes.photo_networks()).identity.cond for row in (0, 2)]
     made = run(
-        taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, weights=(3.0, 9.0, 1.0)
+        taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, counts=(3.0, 9.0, 1.0)
     ).identity
     assert torch.allclose(made.cond, 0.75 * alone[0] + 0.25 * alone[1])
 
@@ -247,9 +248,9 @@ def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"photos": "one person", "weights": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
-        ({"photos": "average", "weights": (1.0, -1.0)}, "0 or more"),
-        ({"photos": "average", "weights": (0.0, 0.0)}, "not all 0"),
+        ({"photos": "one person", "counts": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
+        ({"photos": "average", "counts": (1.0, -1.0)}, "0 or more"),
+        ({"photos": "average", "counts": (0.0, 0.0)}, "not all 0"),
     ],
 )
 @torch.inference_mode()
