@@ -89,8 +89,9 @@ def images(count):
     return made
 
 
-def run(images, of, networks, cache=None, step=lambda done: None, **settings):
-    return encode(photographs(images), of, networks, EncodeSettings(**settings), cache or ResultCache(2**30), step)
+def run(images, weights, networks, cache=None, step=lambda done: None, counts=(), **settings):
+    chosen = EncodeSettings(weights=counts, **settings)
+    return encode(photographs(images), weights, networks, chosen, cache or ResultCache(2**30), step)
 
 
 @pytest.mark.parametrize("photos", ["one person", "average", "one identity per photo"])
@@ -194,12 +195,12 @@ def test_the_cache_is_asked_before_anybody_looks_and_knows_the_circumstances():
         run(images(3), of, fakes.photo_networks(analyzer), cache)
     assert (first.looks, second.looks) == (3, 0)
     for circumstances in (
-        {"of": fakes.weights(source="another file")},
+        {"weights": fakes.weights(source="another file")},
         {"networks": fakes.photo_networks(fakes.SpotAnalyzer("other networks"))},
         {"networks": fakes.photo_networks(source="another tower")},
         {"choice": FaceChoice("center")},
     ):
-        given = {"of": of, "networks": fakes.photo_networks(), **circumstances}
+        given = {"weights": of, "networks": fakes.photo_networks(), **circumstances}
         run(images(3), cache=cache, **given)
         assert given["networks"].analyzer.looks == 3
 
@@ -239,11 +240,11 @@ def test_each_mask_serves_its_photograph_and_the_last_one_all_that_follow():
 def test_an_average_counts_each_photograph_as_its_weight_says(weights, tower, version):
     networks, cache = fakes.photo_networks(tower=tower), ResultCache(2**30)
     alone = [run([image], weights, networks, cache, photos="average").identity for image in images(3)]
-    made = run(images(3), weights, networks, cache, photos="average", weights=(1.0, 0.5, 0.5)).identity
+    made = run(images(3), weights, networks, cache, photos="average", counts=(1.0, 0.5, 0.5)).identity
     expected = 0.5 * alone[0].cond + 0.25 * alone[1].cond + 0.25 * alone[2].cond
     assert torch.allclose(made.cond, expected, atol=1e-5)
     equal = run(images(3), weights, networks, cache, photos="average").identity
-    same = run(images(3), weights, networks, cache, photos="average", weights=(2.0, 2.0, 2.0)).identity
+    same = run(images(3), weights, networks, cache, photos="average", counts=(2.0, 2.0, 2.0)).identity
     assert torch.allclose(same.cond, equal.cond, atol=1e-5)
     directions = torch.cat([one.arcface for one in alone])
     middle = torch.nn.functional.normalize((directions * torch.tensor([[1.0], [0.5], [0.5]])).mean(0), dim=0)
@@ -255,7 +256,7 @@ def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
     taken = [images(1)[0], torch.zeros(64, 64, 3), images(2)[1]]
     alone = [run([taken[row]], fakes.weights(), fakes.photo_networks()).identity.cond for row in (0, 2)]
     made = run(
-        taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, weights=(3.0, 9.0, 1.0)
+        taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, counts=(3.0, 9.0, 1.0)
     ).identity
     assert torch.allclose(made.cond, 0.75 * alone[0] + 0.25 * alone[1])
 
@@ -263,9 +264,9 @@ def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"photos": "one person", "weights": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
-        ({"photos": "average", "weights": (1.0, -1.0)}, "0 or more"),
-        ({"photos": "average", "weights": (0.0, 0.0)}, "not all 0"),
+        ({"photos": "one person", "counts": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
+        ({"photos": "average", "counts": (1.0, -1.0)}, "0 or more"),
+        ({"photos": "average", "counts": (0.0, 0.0)}, "not all 0"),
     ],
 )
 @torch.inference_mode()
