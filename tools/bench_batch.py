@@ -66,7 +66,8 @@ def by_hand(comfyui: Path, folder: Path, seconds: float) -> float:
 def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         comfyui = make_comfyui(Path(name, "comfy"))
-        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+        small = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 200 << 20}
+        ray.init("local", **small, log_to_driver=False, _node_ip_address="127.0.0.1")
         try:
             one, two = (by_ray(comfyui, Path(name), workers, SECONDS) for workers in (1, 2))
             pairs = [(by_ray(comfyui, Path(name), 1, 0), by_hand(comfyui, Path(name), 0)) for _ in range(3)]

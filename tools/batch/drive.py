@@ -40,6 +40,7 @@ def start_ray(address: str | None, cpus: int | None) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # says nothing to Ray's makers
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     local: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": True}
+    local["_node_ip_address"] = "127.0.0.1"  # nobody else's
     try:
         context = ray.init(address, **quiet) if address else ray.init("local", **local, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
