@@ -132,7 +132,7 @@ def test_functions_take_few_parameters():
 
 def test_the_house_stays_small():
     assert lines(*PACK) <= 12_500
-    assert lines(*TOOLS_AND_TESTS) <= 23_000
+    assert lines(*TOOLS_AND_TESTS) <= 24_500
 
 
 def in_a_process(code: str, *options: str) -> str:

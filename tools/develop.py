@@ -83,7 +83,9 @@ def host_requirements(host: Path) -> list[str]:
 
 
 def pinned_frontend(host: Path) -> str | None:
-    """The version of the front end that this ComfyUI asks for."""
+    """The version of the front end that this ComfyUI asks for, None where it does not say."""
+    if not (host / "requirements.txt").is_file():
+        return None
     return next((line.partition("==")[2] for line in _lines(host) if _package(line) == FRONTEND), None)
 
 
