@@ -11,14 +11,18 @@ from torch import Tensor
 
 from ..pulid.cache import ResultCache
 from ..pulid.encode import Encoded, EncodeSettings, FaceChoice, NoFace, Photograph, Step, encode, photographs
-from ..pulid.faces import ORDERS
+from ..pulid.faces import ORDERS, Selection
 from ..pulid.identity import IdEmbedding
-from ..pulid.photo import read_photo
+from ..pulid.photo import read_photo, read_size
 from ..pulid.preview import draw_selection, on_one_size
 from ..pulid.tokens import Photos, read_numbers
 from .lists import only, rows
 from .texts import described
 from .types import IdentitySocket, LoadedPulid, PulidSocket
+
+AS_THE_AUTHORS = "as the authors"
+RESOLUTIONS = {AS_THE_AUTHORS: False, "full photograph": True}  # whether the face is cut out of the full one
+SMALL_FACE = 128  # px: below it, the face that the vision tower sees was enlarged to more than twice its size
 
 CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 reads photographs together
 
@@ -43,6 +47,7 @@ class PulidEncode(io.ComfyNode):
                 io.Combo.Input("no_face", options=["stop", "skip photo"], default="stop"),
                 io.Mask.Input("mask", optional=True),
                 io.String.Input("weights", default="", optional=True),
+                io.Combo.Input("resolution", options=list(RESOLUTIONS), default=AS_THE_AUTHORS, optional=True),
             ],
             outputs=[
                 IdentitySocket.Output("encoded", display_name="identity"),
@@ -57,12 +62,16 @@ class PulidEncode(io.ComfyNode):
     def execute(
         cls, pulid: list[LoadedPulid], image: list[Tensor], face: list[str], face_index: list[int],
         photos: list[Photos], id_mix: list[bool], no_face: list[str], mask: list[Tensor] | None = None,
-        weights: list[str] | None = None,
+        weights: list[str] | None = None, resolution: list[str] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
         taken = photographs(rows(image), rows(mask) or None)
         loaded, text = only(pulid, "pulid"), only(weights or [""], "weights")
         settings = EncodeSettings(
-            FaceChoice(only(face, "face"), only(face_index, "face_index")),
+            FaceChoice(
+                only(face, "face"),
+                only(face_index, "face_index"),
+                full=RESOLUTIONS[only(resolution or [AS_THE_AUTHORS], "resolution")],
+            ),
             only(photos, "photos"),
             only(id_mix, "id_mix"),
             skip=only(no_face, "no_face") == "skip photo",
@@ -75,6 +84,21 @@ class PulidEncode(io.ComfyNode):
             shown = Shown.of(encoded, taken, settings)
             CACHE.put(key, shown, shown.tensors)
         return io.NodeOutput(shown.identity, shown.faces, shown.detections, ui=shown.ui)
+
+
+def size_note(pixels: Tensor, found: Selection) -> str:
+    """How large the face was as it was encoded, and whether the photograph has more of it."""
+    height, width = pixels.shape[:2]
+    photo = read_size(pixels)
+    cut_from = found.cut_from or photo
+    x0, y0, x1, y1 = found.faces[found.index].box
+    face = [round(side * cut_from[0] / photo[0]) for side in (x1 - x0, y1 - y0)]
+    text = f" The face was {face[0]} x {face[1]} px as it was encoded."
+    if cut_from[0] < width:
+        text += f" The photograph was shrunk from {width} x {height} to {cut_from[0]} x {cut_from[1]} px."
+        if min(face) < SMALL_FACE:
+            text += ' There is more of the face in it: set resolution to "full photograph".'
+    return text
 
 
 def step_of(count: int) -> Step:
@@ -106,6 +130,7 @@ class Shown:
             note = f"skipped. {seen.reason}" if isinstance(seen, NoFace) else ""
             if found:
                 note = f"face {found.index} of {len(found.faces)}, {settings.choice.order}; {found.how}."
+                note += size_note(photograph.pixels, found)
             notes.append(f"Photograph {number} of {len(taken)}: {note}")
         identity = encoded.identity
         notes.append(

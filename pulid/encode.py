@@ -67,10 +67,13 @@ class FaceChoice:
     order: str = "largest"
     index: int = 0
     antialias: bool = False  # when the face is shrunk for the vision tower
+    full: bool = False  # cut out of the full photograph, not of one of 1024 px as the authors do
 
     def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
         """Raises NoFaceError, InputError."""
-        return find_face(read_photo(photograph.pixels), analyzer, self.order, self.index, photograph.mask)
+        larger = partial(read_photo, photograph.pixels) if self.full else None
+        photo = read_photo(photograph.pixels)
+        return find_face(photo, analyzer, self.order, self.index, photograph.mask, larger)
 
 
 @dataclass(frozen=True)

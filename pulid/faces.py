@@ -59,6 +59,11 @@ class Face:
         x0, y0, x1, y1 = self.box
         return (x0 + x1) / 2, (y0 + y1) / 2
 
+    def on(self, to: Photo, of: Photo) -> "Face":
+        """The same face, found in the photograph `of`, where it lies in `to`, which is that at another size."""
+        (x0, y0), (x1, y1) = scaled(np.reshape(self.box, (2, 2)), to, of).tolist()
+        return Face((x0, y0, x1, y1), scaled(self.landmarks, to, of), self.score)
+
     @property
     def area(self) -> float:
         x0, y0, x1, y1 = self.box
@@ -178,28 +183,53 @@ class Selection:
     faces: list[Face]
     index: int
     how: str  # what found them, for the user
+    cut_from: Size | None = None  # of the photograph that the chosen face was cut out of, for the user
 
 
 def find_face(
-    photo: Photo, analyzer: FaceAnalyzer, order: str = "largest", index: int = 0, mask: Tensor | None = None
+    photo: Photo,
+    analyzer: FaceAnalyzer,
+    order: str = "largest",
+    index: int = 0,
+    mask: Tensor | None = None,
+    larger: Callable[[float], Photo] | None = None,
 ) -> tuple[Selection, FaceCrop]:
     """All faces of a photograph, and the chosen one of them, aligned and recognised.
 
     InsightFace's faces are chosen from; where it sees none, RetinaFace's are, and the recogniser looks at the crop.
-    mask  (H, W) 0..1 of any size, spread over the photograph: only faces it touches count, the best covered first
+    mask    (H, W) 0..1 of any size, spread over the photograph: only faces it touches count, the best covered first
+    larger  the same photograph with at most so many px at its long edge; the face is then cut out of that, as large as
+            the crop can use
     Raises NoFaceError if neither sees a face, InputError if there is no face with that index or under the mask.
     """
     found = find_faces(photo, analyzer)
     size = photo.shape[1], photo.shape[0]
+    if not found.faces and (shade := int(photo.min())) == photo.max():
+        raise NoFaceError(
+            f"No face: the photograph is one colour all over (level {shade} of 255). A 16-bit grey picture is read as "
+            "all white: save it with 8 bits a channel. Else look at the node that made it."
+        )
     faces = in_order(found.faces, order, size)
     if mask is not None:
         faces = under_mask(faces, mask, size)
     face = pick(faces, index)
     twin = same_face(face, found.for_alignment) if found.detected else None
     landmarks = (twin or face).landmarks
-    crop = align(photo, landmarks)
-    arcface = found.embedding(face, photo, analyzer)
-    return Selection(faces, index, found.how), _face_crop(crop, arcface, face, landmarks)
+    source, there, points = photo, face, landmarks
+    if larger is not None:
+        stretch = float(np.hypot(*alignment(landmarks)[0, :2]))  # crop pixels for one of the photograph
+        source = larger(max(size) * max(stretch, 1.0))
+        there, points = face.on(source, photo), scaled(landmarks, source, photo)
+    crop = align(source, points)
+    arcface = found.embedding(there, source, analyzer)
+    cut_from = source.shape[1], source.shape[0]
+    return Selection(faces, index, found.how, cut_from), _face_crop(crop, arcface, face, landmarks)
+
+
+def scaled(points: np.ndarray, to: Photo, of: Photo) -> np.ndarray:
+    """Points (n, 2) of a photograph where they lie in the same at another size."""
+    factor = np.array((to.shape[1] / of.shape[1], to.shape[0] / of.shape[0]))
+    return (points + 0.5) * factor - 0.5  # pixels are counted by their corners, points lie at their middles
 
 
 def find_largest_and_central(photo: Photo, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
@@ -259,6 +289,11 @@ def in_order(faces: Iterable[Face], order: str, size: Size) -> list[Face]:
 def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
     """The faces whose box the mask (H, W) touches, best covered first. InputError if it touches none of them."""
     height, width = mask.shape
+    if not mask.any():
+        raise InputError(
+            "The mask is empty. LoadImage gives an empty mask for a picture without transparency: disconnect it, or "
+            "draw over the face to take."
+        )
     covered = []
     for face in faces:
         x0, x1 = (int(x / size[0] * width) for x in face.box[::2])
@@ -268,7 +303,8 @@ def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
     touched = [index for index in range(len(faces)) if covered[index] > 0]
     if faces and not touched:
         raise InputError(
-            f"The mask touches no face; the photograph shows {_count(faces)}. Draw it over the one to take."
+            f"The mask touches no face; the photograph shows {_count(faces)}. Draw it over the one to take, or "
+            "invert it (InvertMask) if it was cut out the other way round."
         )
     return [faces[index] for index in sorted(touched, key=lambda index: -covered[index])]
 

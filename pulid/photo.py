@@ -16,6 +16,7 @@ Photo = np.ndarray  # (H, W, 3) uint8 RGB
 Size = tuple[int, int]  # width, height in pixels
 
 LONG_EDGE = 1024  # the authors shrink larger photographs to this
+BRIGHTEST = 16.0  # beyond it, pixels were meant as 0..255; a little above 1 is what upscalers leave
 SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors' own resizing rounds to nothing
 
 
@@ -40,14 +41,23 @@ def read_photo(image: Tensor, long_edge: float = LONG_EDGE) -> Photo:
     image = image.cpu().float()
     if not image.isfinite().all():
         raise InputError("The photograph holds NaN or infinite pixels. Check the node that made it.")
+    if (most := image.max().item()) > BRIGHTEST:
+        raise InputError(f"The photograph has pixels up to {most:g}; expected 0 to 1. Divide it by 255.")
     if channels == 4:
         opacity = image[..., 3:].clamp(0, 1)
         image = image[..., :3] * opacity + (1 - opacity)
     photo = (image.clamp(0, 1) * 255).round().byte().expand(-1, -1, 3).contiguous().numpy()
     if scale < 1:
         cv2 = import_package("cv2")
-        photo = cv2.resize(photo, (int(width * scale), int(height * scale)), interpolation=cv2.INTER_LANCZOS4)
+        photo = cv2.resize(photo, read_size(image, long_edge), interpolation=cv2.INTER_LANCZOS4)
     return photo
+
+
+def read_size(image: Tensor, long_edge: float = LONG_EDGE) -> Size:
+    """Width and height of what `read_photo` gives."""
+    height, width = image.shape[:2]
+    scale = min(long_edge / max(height, width, 1), 1)
+    return int(width * scale), int(height * scale)
 
 
 def digest(tensor: Tensor) -> bytes:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pulid_sdxl.pulid import faces
+from pulid_sdxl.pulid.encode import FaceChoice, Photograph
 from pulid_sdxl.pulid.errors import InputError, MissingPackage, NoFaceError
 from pulid_sdxl.tools.conformance import FOLDER
 from safetensors.torch import load_file
@@ -310,3 +311,55 @@ def test_alignment_is_the_authors_to_the_last_bit():
 
     assert np.array_equal(faces.alignment(landmarks), reference["affine"].numpy())
     assert np.array_equal(faces.align(photo, landmarks)[..., ::-1], reference["crop_bgr_u8"].numpy())
+
+
+class LargePhotograph(FakeAnalyzer):
+    """A photograph of 4096 px that shows a face of 256 px, wherever it is asked to find it."""
+
+    face = face_at(2000, 2000, 256, 256)
+    full = np.zeros((4096, 4096, 3), np.uint8)
+
+    def detect(self, photo, side):
+        return [self.face.on(photo, self.full)]
+
+    def recognise(self, photo, face):
+        self.asked = photo.shape[0], face.landmarks
+        return torch.zeros(512)
+
+
+def test_a_small_face_in_a_large_photograph_can_be_cut_out_of_the_full_one():
+    marked = torch.rand(4096, 4096, 1, generator=torch.Generator().manual_seed(0)) * 0.2
+    for x, y in LargePhotograph.face.landmarks.round().astype(int):
+        marked[y - 2 : y + 3, x - 2 : x + 3] = 1
+    crops, asked = {}, {}
+    for full in (False, True):
+        analyzer = LargePhotograph()
+        selection, crop = FaceChoice(full=full).find(Photograph(marked), analyzer)
+        crops[full], asked[full] = crop.pixels[0], analyzer.asked
+        assert selection.cut_from == (analyzer.asked[0],) * 2
+        for x, y in faces.CROP_LANDMARKS.round().astype(int):  # the marks lie where an aligned face has its landmarks
+            assert crops[full][y, x] > crops[full].median() + 0.2
+    assert asked[False][0] == 1024 and asked[True][0] == 4096  # the crop could use 8192 px, and there are 4096
+    assert np.allclose((asked[False][1] + 0.5) * 4 - 0.5, asked[True][1])
+    assert crops[True].std() > 1.3 * crops[False].std()  # the grain is still there
+
+
+def test_a_face_that_fills_the_crop_already_is_cut_out_of_what_the_authors_look_at():
+    large = face_at(512, 512, 600, 600)
+    photo = torch.zeros(3000, 3000, 3)
+    photo[0] = 1
+    for full in (False, True):
+        analyzer = FakeAnalyzer([large])
+        selection, _ = FaceChoice(full=full).find(Photograph(photo), analyzer)
+        assert selection.cut_from == (1024, 1024)
+
+
+@pytest.mark.parametrize(("shade", "words"), [(1.0, "level 255"), (0.0, "level 0")])
+def test_a_photograph_of_one_colour_is_told_as_that(shade, words):
+    with pytest.raises(NoFaceError, match=rf"one colour all over .{words}.*16-bit"):
+        FaceChoice().find(Photograph(torch.full((64, 64, 3), shade)), FakeAnalyzer())
+
+
+def test_an_empty_mask_is_told_as_that():
+    with pytest.raises(InputError, match="mask is empty"):
+        faces.under_mask([face_at(20, 20)], torch.zeros(64, 64), (64, 64))

@@ -84,3 +84,9 @@ def test_a_digest_follows_content_shape_and_type():
     others = zeros + 1e-7, zeros.view(6, 4), zeros.half(), zeros.to(torch.int32)
     assert digest(zeros) == digest(torch.zeros(6, 4).T)
     assert len({digest(zeros), *map(digest, others)}) == 5
+
+
+def test_pixels_of_0_to_255_are_told_as_that():
+    with pytest.raises(InputError, match="up to 255; expected 0 to 1"):
+        read_photo(torch.full((64, 64, 3), 255.0))
+    read_photo(torch.full((64, 64, 3), 1.2))  # as upscalers leave it
