@@ -11,10 +11,13 @@ from pulid_sdxl.tools import ROOT
 from pulid_sdxl.tools.translations import LOCALES, flat, read
 
 # Codes of ComfyUI's editor. Its menu has no German (1.58), though it ships German texts; 1.27 takes the browser's.
-LANGUAGES = ("de", "es", "fr", "ja", "ko", "pt-BR", "ru", "zh", "zh-TW")
+LANGUAGES = ("ar", "de", "es", "fa", "fr", "he", "it", "ja", "ko", "pt-BR", "ru", "tr", "zh", "zh-TW")
 ENGLISH = {path: text for path, text in flat(read("en")) if path[0].startswith("PuLID_")}  # older nodes stay English
 SENTENCES = [path for path in ENGLISH if path[-1] in ("tooltip", "description")]
 SCRIPTS = {  # of letters that are not Latin
+    "ar": r"[\u0621-\u064a]",
+    "fa": r"[\u067e\u0686\u06a9\u06af\u06cc]",  # letters that Arabic writes otherwise or not at all
+    "he": r"[\u05d0-\u05ea]",
     "ja": r"[\u3040-\u30ff]",
     "ko": r"[\uac00-\ud7a3]",
     "ru": r"[\u0430-\u044f]",
