@@ -36,7 +36,7 @@ from pulid_sdxl.tools.workflow import FRONTEND_ONLY, declared_inputs, to_prompt,
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SUBGRAPHS = sorted((ROOT / "subgraphs").glob("*.json"))
 PACK = "pulid-sdxl"
-SECONDS = 10
+SECONDS = 60  # for anything in the browser: only against what hangs
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "LiteGraph.Node.TooltipDelay": 0}
 READY = "() => !!(window.app?.graph && window.LiteGraph?.registered_node_types.PuLID_Apply)"
 LOOK = """() => ({
