@@ -67,7 +67,7 @@ def encode(pulid, photos: np.ndarray) -> None:
     from ..nodes.encode import PulidEncode
 
     image = torch.from_numpy(photos).float().div_(255)
-    PulidEncode.execute(pulid, image, "largest", 0, "one person", False, "stop")
+    PulidEncode.execute([pulid], [image], ["largest"], [0], ["one person"], [False], ["stop"])
 
 
 def ours(folder: Path, comfyui: str) -> Encode:

@@ -53,13 +53,13 @@ def photograph(*spots, height=200, width=300, channels=3):
 
 def encode(
     image, pulid=None, face="largest", face_index=0, photos="one person", id_mix=False, no_face="stop", mask=None,
-    weights="",
+    weights="", resolution="as the authors",
 ):  # fmt: skip
     """As ComfyUI calls a node that takes lists: a batch, or several, and lists of one of everything else."""
     pulid, images = pulid or Noting(), image if isinstance(image, list) else [image]
     choices = ([one] for one in (face, face_index, photos, id_mix, no_face))
     masks = mask if mask is None or isinstance(mask, list) else [mask]
-    return pulid, PulidEncode.execute([pulid.loaded], images, *choices, masks, [weights])
+    return pulid, PulidEncode.execute([pulid.loaded], images, *choices, masks, [weights], [resolution])
 
 
 def test_one_photograph_gives_an_identity_and_both_previews():
@@ -70,7 +70,7 @@ def test_one_photograph_gives_an_identity_and_both_previews():
     assert detections.shape == (1, 200, 300, 3)
     assert not torch.equal(detections, photograph((100, 100)))  # the box is drawn
     assert out.ui["text"] == [
-        "Photograph 1 of 1: face 0 of 1, largest; InsightFace at 640 px.",
+        "Photograph 1 of 1: face 0 of 1, largest; InsightFace at 640 px. The face was 40 x 40 px as it was encoded.",
         "1 of 1 photographs used, PuLID v1, 10 ID tokens.",
     ]
     assert len(out.ui["images"]) == 2
@@ -93,6 +93,16 @@ def test_a_mask_chooses_the_face_it_covers():
         encode(photograph((40, 60)), mask=mask)
 
 
+def test_a_small_face_of_a_large_photograph_is_said_and_can_be_had_in_full():
+    large = torch.zeros(1, 2048, 2048, 3)
+    large[0, 1000:1008, 1000:1008] = 1
+    _, out = encode(large, face="center")
+    note = out.ui["text"][0]
+    assert "The photograph was shrunk from 2048 x 2048 to 1024 x 1024 px. There is more of the face in it" in note
+    _, full = encode(large, face="center", resolution="full photograph")
+    assert "80 x 80 px as it was encoded." in full.ui["text"][0] and "shrunk" not in full.ui["text"][0]
+
+
 def test_no_face_can_be_skipped_and_is_said():
     batch = torch.cat((photograph(), photograph((100, 100)), photograph()))
     pulid, out = encode(batch, no_face="skip photo")
@@ -101,7 +111,7 @@ def test_no_face_can_be_skipped_and_is_said():
         "Photograph 1 of 3: skipped. ", "Photograph 2 of 3: face 0 of", "Photograph 3 of 3: skipped. ",
         "1 of 3 photographs used, PuL",
     ]  # fmt: skip
-    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1: No face found"):
+    with pytest.raises(NoFaceError, match=r"(?s)No photograph was left.*Photograph 1 of 1: No face"):
         encode(photograph(), no_face="skip photo")
 
 

@@ -302,7 +302,9 @@ def test_without_face_networks_saved_identities_work_and_photographs_are_refused
     assert pulid.weights.version == "v1.1"
     assert output.ui["text"][1].startswith("Only saved identities can be used, no photographs. Missing: scrfd_10g")
     with pytest.raises(MissingWeights, match=r"(?s)^Missing: scrfd_10g_bnkps.onnx.*non-commercial"):
-        PulidEncode.execute(pulid, torch.rand(1, 64, 64, 3), "largest", 0, "one person", False, "stop")
+        PulidEncode.execute(
+            *[[one] for one in (pulid, torch.rand(1, 64, 64, 3), "largest", 0, "one person", False, "stop")]
+        )
 
 
 def test_face_networks_that_arrive_later_make_the_loader_run_again(models, comfyui):

@@ -65,7 +65,7 @@ PLACE = ["pulid", "people", "order", "reach", "feather", "width", "height", "box
 # Public API: saved workflows depend on these names and their order.
 NODES = {
     "PuLID_Loader": (["pulid_file", "eva_clip", "face_analysis", "provider", "missing_files"], [], ["pulid"]),
-    "PuLID_Encode": (ENCODE, ["mask", "weights"], ["identity", "faces", "detections"]),
+    "PuLID_Encode": (ENCODE, ["mask", "weights", "resolution"], ["identity", "faces", "detections"]),
     "PuLID_CombineIdentities": (["identity_1", "identity_2", "mode", "weight"], [], ["identity"]),
     "PuLID_SaveIdentity": (["identity", "filename_prefix"], ["save_as"], ["identity"]),
     "PuLID_LoadIdentity": (["identity_file"], ["image"], ["identity"]),
