@@ -99,7 +99,8 @@ with torch.inference_mode():
     [pulid] = by_id["PuLID_Loader"].execute(
         "pulid_v1.1.safetensors", "EVA02_CLIP_L_336_psz14_s6B.pt", "antelopev2", "auto", "stop").result
     photo = torch.from_numpy(skimage.data.astronaut().copy())[None].float() / 255
-    identity = by_id["PuLID_Encode"].execute(*([one] for one in (pulid, photo, "largest", 0, "one person", False, "stop"))).result[0]
+    inputs = pulid, photo, "largest", 0, "one person", False, "stop"
+    identity = by_id["PuLID_Encode"].execute(*([one] for one in inputs)).result[0]
 print("TOKENS", *identity.cond.shape, bool(identity.cond.isfinite().all()))
 """
 )
