@@ -178,7 +178,10 @@ class ComfyServer(ComfyClient):
             probe.bind((ADDRESS, 0))
             self.port = probe.getsockname()[1]
         super().__init__(f"http://{ADDRESS}:{self.port}")
-        root = front_end(self.comfyui) or self.base / "temp"  # ComfyUI only wants a folder
+        root = front_end(self.comfyui)
+        if root is None:  # ComfyUI wants a folder, and empties its own `temp`
+            root = self.base / "no_front_end"
+            root.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen", ADDRESS, "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--front-end-root", str(root), "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
