@@ -59,6 +59,13 @@ def front_end(comfyui: Path) -> Path | None:
     return root if root and root.is_dir() else None
 
 
+def nothing_to_serve(base: Path) -> Path:
+    """An empty folder in the place of a front end: ComfyUI wants one that is there, and clears its own `temp` away."""
+    root = base / "no_front_end"
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
 def as_child() -> None:
     """In a new process: it ends when its parent does, however that ends; and Ctrl-C counts, even where a shell started
     all of this in the background and ignores it."""
@@ -178,10 +185,7 @@ class ComfyServer(ComfyClient):
             probe.bind((ADDRESS, 0))
             self.port = probe.getsockname()[1]
         super().__init__(f"http://{ADDRESS}:{self.port}")
-        root = front_end(self.comfyui)
-        if root is None:  # ComfyUI wants a folder, and empties its own `temp`
-            root = self.base / "no_front_end"
-            root.mkdir(parents=True, exist_ok=True)
+        root = front_end(self.comfyui) or nothing_to_serve(self.base)
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen", ADDRESS, "--port", str(self.port)]
         command += ["--base-directory", str(self.base), "--database-url", "sqlite:///:memory:"]
         command += ["--front-end-root", str(root), "--disable-auto-launch", "--disable-api-nodes", *self.arguments]

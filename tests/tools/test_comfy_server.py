@@ -50,3 +50,10 @@ def test_the_front_end_is_the_pinned_one_unless_another_is_named(tmp_path, monke
     assert comfy_server.front_end(tmp_path) == develop.frontend_root("1.2.3")
     monkeypatch.setenv("COMFYUI_FRONTEND", "1.9.0")
     assert comfy_server.front_end(tmp_path) == develop.frontend_root("1.9.0")
+
+
+def test_where_no_front_end_was_fetched_an_empty_folder_outside_of_temp_is_served(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_FRONTEND", raising=False)
+    assert comfy_server.front_end(tmp_path) is None
+    root = comfy_server.nothing_to_serve(tmp_path / "base")
+    assert root.is_dir() and root.parent == tmp_path / "base" and root.name != "temp"
