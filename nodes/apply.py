@@ -174,7 +174,7 @@ def apply(model: ModelPatcher, weights: PulidWeights, identity: IdEmbedding, how
         return model
     percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
     schedule = Schedule.make(percent_to_sigma, how.start_at, how.end_at, how.curve, model.load_device)
-    site_kvs = weights.project(identity, model.load_device, host.sampling_dtype(model))
+    site_kvs = weights.project(identity, model.load_device)
     return patch_model(model, site_kvs, how.fusion, how.zero_tokens, how.site_weights, schedule, mask)
 
 

@@ -342,7 +342,7 @@ def patch_model(
         base = _own_copy(existing.get(site.key, existing.get(site.key[:2])))
         attention = cross_attention(model, site)
         assert attention is not None, "check_layout has looked at every site"
-        prepared = kv.prepare(attention.heads, zero_tokens, weight)
+        prepared = kv.prepare(attention.heads, zero_tokens, weight, host.sampling_dtype(model))
         patch = AttentionPatch(prepared, fusion, installed, schedule, mask, base)
         clone.set_model_attn2_replace(patch, site.part, site.number, site.block)
     wrapper, callback = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, comfy.patcher_extension.CallbacksMP.ON_CLONE

@@ -61,9 +61,15 @@ class SiteKV:
     keys: Tensor
     values: Tensor
 
-    def prepare(self, heads: int, zero_tokens: int = 0, weight: float = 1.0) -> "HeadKV":
-        """Split into heads, with `zero_tokens` tokens of key and value zero, and what is added times `weight`."""
-        keys, values, counts = self.keys, self.values * weight, self.keys.new_zeros(self.keys.shape[1])
+    def prepare(
+        self, heads: int, zero_tokens: int = 0, weight: float = 1.0, dtype: torch.dtype | None = None
+    ) -> "HeadKV":
+        """Split into heads, with `zero_tokens` tokens of key and value zero, and what is added times `weight`.
+
+        dtype  that of sampling; weighted values are rounded to it once
+        """
+        keys, values = self.keys.to(dtype), (self.values * weight).to(dtype)
+        counts = keys.new_zeros(keys.shape[1])
         if zero_tokens:
             keys, values = F.pad(keys, (0, 0, 0, 1)), F.pad(values, (0, 0, 0, 1))
             counts = F.pad(counts, (0, 1), value=math.log(zero_tokens))
@@ -123,13 +129,9 @@ class IdProjections(nn.Module):
         self.to_k = nn.ModuleList(operations.Linear(token_width, width, **factory) for width in widths)
         self.to_v = nn.ModuleList(operations.Linear(token_width, width, **factory) for width in widths)
 
-    def project(self, tokens: Tensor, dtype: torch.dtype | None = None) -> tuple[SiteKV, ...]:
-        """tokens (rows, T, D) -> keys and values of every site, kept in `dtype` (that of sampling)."""
-        dtype = dtype or tokens.dtype
-        return tuple(
-            SiteKV(to_k(tokens).to(dtype), to_v(tokens).to(dtype))
-            for to_k, to_v in zip(self.to_k, self.to_v, strict=True)
-        )
+    def project(self, tokens: Tensor) -> tuple[SiteKV, ...]:
+        """tokens (rows, T, D) -> keys and values of every site, in the dtype of the tokens."""
+        return tuple(SiteKV(to_k(tokens), to_v(tokens)) for to_k, to_v in zip(self.to_k, self.to_v, strict=True))
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:

@@ -72,14 +72,14 @@ class PulidWeights:
             kept[noise, seed] = with_noise(identity, self.zeros, self._uncond_tokens(noise, seed))
         return kept[noise, seed]
 
-    def project(self, identity: IdEmbedding, device: torch.device, dtype: torch.dtype) -> tuple[SiteKV, ...]:
+    def project(self, identity: IdEmbedding, device: torch.device) -> tuple[SiteKV, ...]:
         """Keys and values of every site: one row per identity, then the negative branch's. Made once per identity."""
         kept = self._projected.setdefault(identity, {})
-        if (device, dtype) not in kept:
+        if device not in kept:
             tokens = torch.cat((identity.cond, identity.uncond)).to(self.projections.load())
-            projected = self.projections.module.project(tokens, dtype)
-            kept[device, dtype] = tuple(SiteKV(kv.keys.to(device), kv.values.to(device)) for kv in projected)
-        return kept[device, dtype]
+            projected = self.projections.module.project(tokens)
+            kept[device] = tuple(SiteKV(kv.keys.to(device), kv.values.to(device)) for kv in projected)
+        return kept[device]
 
     def _uncond_tokens(self, noise: float = 0.0, seed: int = 0) -> Tensor:
         device = self.encoder.load()

@@ -317,18 +317,20 @@ class Site:
 
     def out(self, fusion: Fusion | None) -> Tensor:
         heads = self.x.shape[-1] // HEAD
-        q, k, v, id_k, id_v = (
+        q, k, v = (
             torch.nn.functional.linear(of, self.weights[name])
-            for name, of in zip(
-                ("q", "k", "v", "id_k", "id_v"),
-                (self.x, self.context, self.context, self.tokens, self.tokens),
-                strict=True,
-            )
+            for name, of in (("q", self.x), ("k", self.context), ("v", self.context))
         )
         split = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         attended = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
         if fusion is not None:
-            kv = SiteKV(id_k, id_v).prepare(heads, 8, WEIGHT)
+            wide = torch.promote_types(
+                q.dtype, torch.float32
+            )  # as the projections compute, whatever they are stored in
+            id_kv = (
+                torch.nn.functional.linear(self.tokens.to(wide), self.weights[of].to(wide)) for of in ("id_k", "id_v")
+            )
+            kv = SiteKV(*id_kv).prepare(heads, 8, WEIGHT, q.dtype)
             attended = fuse_for(kv)(q, attended, kv, [1, 0], fusion)
         return torch.nn.functional.linear(attended, self.weights["out"])
 

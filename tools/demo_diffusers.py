@@ -79,7 +79,7 @@ def encode(photo: Path, files: dict[str, Path]) -> tuple[Tensor, Version, tuple[
     )
     networks = PhotoNetworks(on_cpu(tower), analyzer)
     encoded = encode_photographs(photographs([pixels]), weights, networks, EncodeSettings(), ResultCache(0))
-    site_kvs = weights.project(encoded.identity, torch.device("cpu"), torch.float32)
+    site_kvs = weights.project(encoded.identity, torch.device("cpu"))
     return encoded.faces[0].grey.movedim(-1, 0), weights.version, site_kvs
 
 

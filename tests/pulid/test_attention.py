@@ -173,13 +173,21 @@ def test_zero_tokens_cost_one_row_however_many_they_are():
     assert kv_of(keys, values, 2, 0).values.shape == (2, 2, 10, 4)
 
 
-def test_projections_take_their_widths_and_are_computed_in_the_dtype_asked_for():
+def test_projections_take_their_widths():
     projections = IdProjections([4, 6], token_width=3)
     tokens = torch.randn(2, 5, 3)
-    first, second = projections.project(tokens, torch.bfloat16)
+    first, second = projections.project(tokens)
     assert (first.keys.shape, second.values.shape) == ((2, 5, 4), (2, 5, 6))
-    assert first.keys.dtype == second.values.dtype == torch.bfloat16
-    assert torch.equal(second.values, (tokens @ projections.to_v[1].weight.T).bfloat16())
+    assert torch.equal(second.values, tokens @ projections.to_v[1].weight.T)
+
+
+def test_weighted_values_are_rounded_once():
+    keys, values = torch.randn(2, 2, 10, 8)
+    kv = SiteKV(keys, values).prepare(2, 3, 0.8, torch.bfloat16)
+    assert all(t.dtype == torch.bfloat16 for t in (kv.keys, kv.values, kv.log_counts, kv.unscaling))
+    rounded = (values * 0.8).bfloat16()
+    assert torch.equal(kv.values[:, :, :10].transpose(1, 2).flatten(2), rounded)
+    assert not torch.equal(values.bfloat16() * 0.8, rounded)
 
 
 @pytest.mark.parametrize(
