@@ -19,14 +19,21 @@ class Launch:
     def __call__(
         self, grid: tuple[int, int, int], tensors: Sequence[Tensor | None], numbers: tuple, warps: int
     ) -> None:
-        """tensors and numbers are the kernel's arguments, in order; it is specialised for all of the numbers."""
-        given = [tensor for tensor in tensors if tensor is not None]
-        if torch.compiler.is_compiling() or any(tensor.data_ptr() % ALIGNMENT for tensor in given):
+        """tensors and numbers are the kernel's arguments, in order; it is specialised for all of the numbers.
+
+        Raises ValueError for tensors on several devices.
+        """
+        if torch.compiler.is_compiling():
             self._kernel[grid](*tensors, *numbers, num_warps=warps)
             return
-        key = given[0].device, warps, numbers, *(tensor is not None and tensor.dtype for tensor in tensors)
+        [device] = {tensor.get_device() for tensor in tensors if tensor is not None}
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if any(pointer and pointer % ALIGNMENT for pointer in pointers):
+            self._kernel[grid](*tensors, *numbers, num_warps=warps)
+            return
+        key = device, warps, numbers, *(tensor is not None and tensor.dtype for tensor in tensors)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            compiled[grid](*tensors, *numbers)
+            compiled[grid](*pointers, *numbers)  # of a tensor, Triton would ask the driver where it lies
         elif (compiled := self._kernel[grid](*tensors, *numbers, num_warps=warps)) is not None:
             self._compiled[key] = compiled  # Triton's interpreter has none

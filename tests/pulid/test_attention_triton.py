@@ -10,6 +10,7 @@ from pulid_sdxl.tools import conformance
 
 pytest.importorskip("triton")
 from pulid_sdxl.pulid import attention_triton
+from pulid_sdxl.pulid.triton_launch import Launch
 
 
 def drawn(seed, batch, positions, heads, width, tokens, rows, zero_tokens):
@@ -93,3 +94,58 @@ def test_the_user_can_keep_to_the_eager_way(monkeypatch):
     monkeypatch.setenv("PULID_ATTENTION", "eager")
     monkeypatch.setattr(torch, "Generator", None)
     assert attention._kernels(torch.device("cuda", 8), torch.float16) is None
+
+
+class Kernel:
+    """In the place of Triton's: what it is asked to compile, and what of that is launched."""
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*arguments, num_warps):
+            self.compiled.append((grid, num_warps, arguments))
+            return Launched(self)
+
+        return compile_and_launch
+
+
+class Launched:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.kernel.launched.append((grid, arguments))
+
+
+def test_a_kernel_is_asked_for_once_for_each_set_of_sizes_and_then_launched_by_addresses():
+    kernel, x = Kernel(), torch.zeros(8)
+    launch = Launch(kernel)
+    for numbers, tensors in (
+        ((8, "sum"), (x, None)),
+        ((8, "sum"), (x, None)),
+        ((8, "max"), (x, None)),
+        ((8, "sum"), (x, x)),
+    ):
+        launch((1, 2, 1), tensors, numbers, 4)
+    assert [arguments for _, _, arguments in kernel.compiled] == [
+        (x, None, 8, "sum"),
+        (x, None, 8, "max"),
+        (x, x, 8, "sum"),
+    ]
+    assert kernel.launched == [((1, 2, 1), (x.data_ptr(), None, 8, "sum"))]
+
+
+def test_a_tensor_that_begins_elsewhere_than_kernels_expect_is_left_to_triton():
+    kernel, x = Kernel(), torch.zeros(8)
+    launch = Launch(kernel)
+    for tensor in (x, x[1:], x[1:], x[4:]):
+        launch((1, 1, 1), (tensor,), (), 4)
+    assert len(kernel.compiled) == 3 and kernel.launched == [((1, 1, 1), (x[4:].data_ptr(),))]
+
+
+def test_tensors_on_several_devices_are_refused(monkeypatch):
+    here, there = torch.zeros(8), torch.zeros(8)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0 if tensor is there else -1)
+    with pytest.raises(ValueError, match="unpack"):
+        Launch(Kernel())((1, 1, 1), (here, there), (), 4)
