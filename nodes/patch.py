@@ -17,7 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
-from ..pulid.attention import Fuse, Fusion, HeadKV, Sampling, SiteKV, fuse_for, mask_to_tokens
+from ..pulid.attention import Fusion, HeadKV, Sampling, SiteKV, mask_to_tokens
+from ..pulid.kernels import Fuse, fuse_for
 from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from . import host

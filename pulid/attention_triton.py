@@ -4,7 +4,7 @@ q and base are read twice and the output is written once; nothing as large as an
 Both kernels compute the attention, since reading q again costs less than keeping what came of it. Sums go through a
 small table and from there in a fixed order: the same input gives the same picture to the bit.
 
-`fuse` in attention.py is the definition; `fuse_for` there says where this one stands in for it.
+`fuse` in attention.py is the definition; `fuse_for` in kernels.py says where this one stands in for it.
 """
 
 from collections.abc import Sequence

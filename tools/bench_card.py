@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pulid import attention
-from ..pulid.attention import METHODS, Fusion, IdProjections, SiteKV, fuse, fuse_for
+from ..pulid import kernels
+from ..pulid.attention import METHODS, Fusion, IdProjections, SiteKV, fuse
 from ..pulid.identity import IdEmbedding
+from ..pulid.kernels import fuse_for
 from ..pulid.networks import Managed, PulidWeights, on_cpu
 from ..pulid.sites import SITES
 from . import TOOLS, comfy_host
@@ -252,12 +253,12 @@ def eager(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Inside, patches are made, and act, without the fused kernels."""
-    kernels = attention._kernels
-    attention._kernels = lambda device, dtype: None
+    quickest = kernels._kernels
+    kernels._kernels = lambda device, dtype: None
     try:
         yield
     finally:
-        attention._kernels = kernels
+        kernels._kernels = quickest
 
 
 # --- Sections: what they yield is printed as it comes ---

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pulid_sdxl.pulid import attention
-from pulid_sdxl.pulid.attention import Fusion, SiteKV, fuse, fuse_for
+from pulid_sdxl.pulid import kernels
+from pulid_sdxl.pulid.attention import Fusion, SiteKV, fuse
+from pulid_sdxl.pulid.kernels import fuse_for
 from pulid_sdxl.tools import conformance
 
 pytest.importorskip("triton")
@@ -86,14 +87,14 @@ def test_a_card_on_which_the_kernels_fail_is_told_once_and_served_by_the_eager_w
 
     monkeypatch.setattr(torch, "Generator", broken)  # the first that asks the card for anything
     tried = torch.device("cuda", 7), torch.float16
-    assert [attention._kernels(*tried), attention._kernels(*tried)] == [None, None]
+    assert [kernels._kernels(*tried), kernels._kernels(*tried)] == [None, None]
     assert len(caplog.records) == 1 and "no C compiler found" in caplog.text
 
 
 def test_the_user_can_keep_to_the_eager_way(monkeypatch):
     monkeypatch.setenv("PULID_ATTENTION", "eager")
     monkeypatch.setattr(torch, "Generator", None)
-    assert attention._kernels(torch.device("cuda", 8), torch.float16) is None
+    assert kernels._kernels(torch.device("cuda", 8), torch.float16) is None
 
 
 class Kernel:
