@@ -8,6 +8,7 @@ from .closeup import PulidFaceCrop, PulidFacePaste
 from .combine import PulidCombineIdentities
 from .encode import PulidEncode
 from .hosted import NODES as HOSTED
+from .lists import PulidPhotoList
 from .load import PulidLoader
 from .people import PulidApplyPeople, PulidBestPhotos, PulidLikenessGate, PulidPlacePeople
 from .save_load import PulidLoadIdentity, PulidSaveIdentity
@@ -21,6 +22,7 @@ class PulidExtension(ComfyExtension):
         return [
             PulidLoader,
             PulidEncode,
+            PulidPhotoList,
             PulidCombineIdentities,
             PulidSaveIdentity,
             PulidLoadIdentity,

@@ -1,11 +1,13 @@
-"""What a node gets that takes lists: pictures of any size, as batches or lists, and everything else as a list too."""
+"""Lists: what a node gets that takes them, pictures of any size and everything else too; and a node that makes one."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..pulid.errors import InputError
+from .texts import described
 
 Value = TypeVar("Value")
 
@@ -35,3 +37,29 @@ def by_size(pictures: Iterable[Tensor]) -> list[list[Tensor]]:
     for picture in pictures:
         groups.setdefault(tuple(picture.shape), []).append(picture)
     return list(groups.values())
+
+
+@described
+class PulidPhotoList(io.ComfyNode):
+    """In place of ComfyUI's Batch Images, which cuts every picture to the size of the first."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PuLID_PhotoList",
+            display_name="PuLID Photo List",
+            category="PuLID",
+            inputs=[
+                io.Image.Input("photo_1"),
+                io.Image.Input("photo_2", optional=True),
+                io.Image.Input("photo_3", optional=True),
+                io.Image.Input("photo_4", optional=True),
+                io.Image.Input("photo_5", optional=True),
+                io.Image.Input("photo_6", optional=True),
+            ],
+            outputs=[io.Image.Output("photos", display_name="photos", is_output_list=True)],
+        )
+
+    @classmethod
+    def execute(cls, **photos: Tensor | None) -> io.NodeOutput:
+        return io.NodeOutput([photos[name] for name in sorted(photos) if photos[name] is not None])

@@ -409,14 +409,21 @@ def test_no_run_changes_the_noise_of_a_patched_model_by_itself(editor):
     assert "noise_seed" in widgets and "control_after_generate" not in widgets
 
 
-def test_every_help_page_opens_on_its_node(editor):
+@pytest.mark.parametrize("language", ["en", "ja", "zh"])
+def test_every_help_page_opens_on_its_node_in_the_language_of_the_editor(editor, language):
+    if language != "en":
+        editor.speak(language)
     pages = sorted((ROOT / "web" / "docs").glob("*.md"))
     assert pages
     for page in pages:
-        heading = page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        text = page if language == "en" else page.with_suffix("") / f"{language}.md"
+        heading = text.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
         editor.show(page.stem)
         editor.page.get_by_test_id("info-button").click()
-        editor.page.locator(".node-help-content").get_by_role("heading", name=heading, exact=True).wait_for()
+        shown = editor.page.locator(".node-help-content")
+        shown.get_by_role("heading", name=heading, exact=True).wait_for()
+        if row := re.search(r"^\| [^|]+ \([a-z_0-9]+\)", text.read_text(encoding="utf-8"), re.MULTILINE):
+            shown.get_by_role("cell", name=row[0].removeprefix("| ")).first.wait_for()
 
 
 @pytest.mark.parametrize("language", ["zh", "zh-TW", "fr"])

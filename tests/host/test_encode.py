@@ -18,6 +18,7 @@ from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
 from pulid_sdxl.nodes import encode as encode_node
 from pulid_sdxl.nodes import host
 from pulid_sdxl.nodes.encode import PulidEncode
+from pulid_sdxl.nodes.lists import PulidPhotoList
 from pulid_sdxl.pulid.cache import ResultCache
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.tools.fakes import networks as fakes
@@ -155,6 +156,13 @@ def test_a_list_of_photographs_is_the_batch_of_them():
     batch, listed = encode(torch.cat((one, other)))[1].args, encode([one, other])[1].args
     assert torch.equal(batch[0].cond, listed[0].cond)
     assert all(torch.equal(*pair) for pair in zip(batch[1:], listed[1:], strict=True))
+
+
+def test_a_photo_list_keeps_each_photographs_size_and_leaves_out_what_is_not_connected():
+    first, third = photograph((100, 100)), photograph((60, 50), height=120, width=90)
+    [photos] = PulidPhotoList.execute(photo_1=first, photo_3=third, photo_2=None).args
+    assert [photo is wanted for photo, wanted in zip(photos, (first, third), strict=True)] == [True, True]
+    assert encode(photos)[1].args[0].tokens == 15
 
 
 def test_masks_in_a_list_go_to_their_photographs():

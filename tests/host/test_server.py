@@ -66,6 +66,7 @@ PLACE = ["pulid", "people", "order", "reach", "feather", "width", "height", "box
 NODES = {
     "PuLID_Loader": (["pulid_file", "eva_clip", "face_analysis", "provider", "missing_files"], [], ["pulid"]),
     "PuLID_Encode": (ENCODE, ["mask", "weights", "resolution"], ["identity", "faces", "detections"]),
+    "PuLID_PhotoList": (["photo_1"], [f"photo_{number}" for number in range(2, 7)], ["photos"]),
     "PuLID_CombineIdentities": (["identity_1", "identity_2", "mode", "weight"], [], ["identity"]),
     "PuLID_SaveIdentity": (["identity", "filename_prefix"], ["save_as"], ["identity"]),
     "PuLID_LoadIdentity": (["identity_file"], ["image"], ["identity"]),
@@ -242,6 +243,17 @@ def test_nodes_are_found_by_what_people_look_for(info):
         pytest.skip("this ComfyUI knows no aliases")
     for word in ("face", "portrait", "likeness", "faceid", "ipadapter", "instantid", "consistent character"):
         assert word in info["PuLID_Apply"]["search_aliases"]
+
+
+SUBGRAPHS = sorted((WORKFLOWS[0].parents[1] / "subgraphs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", [*WORKFLOWS, *SUBGRAPHS], ids=lambda path: path.stem)
+def test_what_is_shipped_uses_no_deprecated_node(info, path):
+    flow = json.loads(path.read_text(encoding="utf-8"))
+    graphs = [flow, *flow.get("definitions", {}).get("subgraphs", [])]
+    used = {node["type"] for graph in graphs for node in graph["nodes"]}
+    assert [name for name in used if info.get(name, {}).get("deprecated")] == []
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
