@@ -130,7 +130,8 @@ def models(hosts: list[Path], rest: list[str], needs: tuple[Need, ...] | None = 
         failed = [file for file in wanted if file not in whole and not download(file, folders, known.accept_licence)]
         if failed:
             return 1
-        entries = checked()
+        fetched = {entry.file: entry for entry in checked(checking, files=wanted)}
+        entries = [fetched.get(entry.file, entry) for entry in entries]
     print(inventory.table(entries))
     lacking = inventory.lacking(entries, needs)
     if lacking:
@@ -311,8 +312,9 @@ def main(arguments: list[str] | None = None) -> int:
     known, rest = parser.parse_known_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in order with what the processes started from here print
+    asks = known.command == "lint" or {"-h", "--help"} & {*rest}  # these are answered whatever a ComfyUI is like
     try:
-        return COMMANDS[known.command][0](find_hosts(known.comfyui), rest)
+        return COMMANDS[known.command][0]([] if asks else find_hosts(known.comfyui), rest)
     except Failure as failure:
         print(failure, file=sys.stderr)
         return 2

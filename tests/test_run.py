@@ -1,5 +1,6 @@
 """run.py: finding ComfyUI, what is installed and when, and what becomes of the arguments. Nothing is installed here."""
 
+import ast
 import json
 import os
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from pulid_sdxl import run
-from pulid_sdxl.tools import ROOT, TOOLS, develop
+from pulid_sdxl.pulid.errors import InputError
+from pulid_sdxl.tools import ROOT, TOOLS, arguments, demo, develop
 
 
 class Recorder(develop.Environment):
@@ -125,7 +127,8 @@ class TestEnvironment:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         extras = project["optional-dependencies"]
         assert develop.own_requirements(["demo"]) == project["dependencies"] + extras["demo"]
-        assert develop.own_requirements() == project["dependencies"] + extras["demo"] + extras["test"]
+        both = extras["demo"] + extras["standalone"]
+        assert develop.own_requirements() == project["dependencies"] + both + extras["test"]
 
     def test_requirements_txt_is_the_list_of_dependencies(self):
         listed = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
@@ -196,7 +199,7 @@ class TestEnvironment:
                 develop.Environment.install(self, ["--no-index", "no-such-package-pulid"])
 
         (tmp_path / "venv").mkdir()
-        with pytest.raises(run.Failure, match=r"(?s)Could not install.*no-such-package-pulid"):
+        with pytest.raises(run.Failure, match=r"(?s)could not install.*no-such-package-pulid.*goes on from here"):
             Fails(tmp_path / "venv").prepare([])
         environment = Recorder(tmp_path / "venv")
         environment.prepare([])
@@ -219,7 +222,24 @@ class TestTestCommand:
             ),
         ]
         assert environment.frontends == ["1.2", "1.9", "1.3", develop.NEWEST_FRONTEND]
-        assert capsys.readouterr().out.endswith("\n10 passed, 0 failed, 0 skipped\n")
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()[-7:]]
+        assert [row[:-1] for row in rows] == [
+            ["host", "editor", "passed", "failed", "skipped"],
+            ["no", "ComfyUI", "2", "0", "0"],
+            ["ComfyUI", "0.3.64", "1.2", "2", "0", "0"],
+            ["ComfyUI", "0.33.0", "1.9", "2", "0", "0"],
+            ["ComfyUI", "0.4.0", "1.3", "2", "0", "0"],
+            ["ComfyUI", "0.33.0", develop.NEWEST_FRONTEND, "2", "0", "0"],
+            ["all", "10", "0", "0"],
+        ]
+
+    @pytest.mark.parametrize(("version", "pin"), [("0.3.64", "1.27.10"), ("0.46.0", develop.NEWEST_FRONTEND)])
+    def test_the_newest_editor_is_left_out_where_nobody_has_it_or_it_is_the_pinned_one(
+        self, environment, tmp_path, version, pin
+    ):
+        host = make_comfyui(tmp_path / "host", version, f"{develop.FRONTEND}=={pin}")
+        assert develop.test(environment, [host], []) == 0
+        assert len(environment.calls) == 2 and environment.frontends == [pin]
 
     def test_without_a_host_it_says_so_loudly_and_succeeds(self, environment, capsys):
         assert develop.test(environment, [], []) == 0
@@ -229,21 +249,21 @@ class TestTestCommand:
     def test_a_path_narrows_both_parts_down(self, environment, tmp_path):
         host = make_comfyui(tmp_path / "host")
         this, on_host = f"{__file__}::TestTestCommand", f"{self.TESTS}/host/conftest.py"
-        assert develop.test(environment, [host], [this, "-k", "host"]) == 0
+        assert develop.test(environment, [host], [this, "-k", "host", "--", "--setup-show"]) == 0
         assert develop.test(environment, [host], [on_host]) == 0
         assert [(arguments[2:], variables) for arguments, variables in environment.calls] == [
-            ([this, "-k", "host"], {}), ([on_host], {"COMFYUI": str(host)})
+            ([this, "-k", "host", "--setup-show"], {}), ([on_host], {"COMFYUI": str(host)})
         ]  # fmt: skip
 
-    @pytest.mark.parametrize(("results", "code", "line"), [
-        ([(0, (3, 0, 0, 0)), (1, (3, 1, 0, 1)), (0, (1, 0, 0, 0))], 1, "5 passed, 1 failed, 1 skipped"),
-        ([(2, (0, 0, 0, 0)), (0, (1, 0, 0, 0)), (0, (1, 0, 0, 0))], 2, "2 passed, 0 failed, 0 skipped"),
-        ([(0, (3, 0, 0, 0)), (5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 0, "3 passed, 0 failed, 0 skipped"),
-        ([(5, (0, 0, 0, 0)), (5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 5, "0 passed, 0 failed, 0 skipped"),
+    @pytest.mark.parametrize(("results", "code", "counts"), [
+        ([(0, (3, 0, 0, 0)), (1, (3, 1, 0, 1))], 1, ["4", "1", "1"]),
+        ([(2, (0, 0, 0, 0)), (0, (1, 0, 0, 0))], 2, ["1", "0", "0"]),
+        ([(0, (3, 0, 0, 0)), (5, (0, 0, 0, 0))], 0, ["3", "0", "0"]),
+        ([(5, (0, 0, 0, 0)), (5, (0, 0, 0, 0))], 5, ["0", "0", "0"]),
     ])  # fmt: skip
-    def test_any_failure_is_the_whole_runs(self, tmp_path, capsys, results, code, line):
+    def test_any_failure_is_the_whole_runs(self, tmp_path, capsys, results, code, counts):
         assert develop.test(Recorder(tmp_path, results), [make_comfyui(tmp_path / "host")], []) == code
-        assert line in capsys.readouterr().out
+        assert capsys.readouterr().out.splitlines()[-1].split()[:-1] == ["all", *counts]
 
     def test_results_are_counted_as_pytest_has_them(self, monkeypatch, tmp_path):
         monkeypatch.setattr(develop.Environment, "python", sys.executable)
@@ -257,8 +277,8 @@ class TestTestCommand:
             "def test_d(broken): pass\n"
         )
         arguments = [str(tests), "-q", f"--rootdir={tmp_path}", "-p", "no:cacheprovider"]
-        code, counts = develop.pytest(develop.Environment(tmp_path), "a title", arguments)
-        assert (code, counts) == (1, {"passed": 1, "failed": 2, "skipped": 1})
+        run = develop.pytest(develop.Environment(tmp_path), "a host", "", arguments)
+        assert (run.code, run.counts) == (1, {"passed": 1, "failed": 2, "skipped": 1})
 
 
 class TestLint:
@@ -274,6 +294,22 @@ class TestLint:
         for _ in range(2):
             develop.link_for_mypy(tmp_path)
         assert (tmp_path / "mypy" / "pulid_sdxl").resolve() == ROOT
+
+
+class TestDemo:
+    def test_a_damaged_photograph_is_refused_before_anything_is_made_of_it(self, tmp_path):
+        photo = tmp_path / "me.png"
+        photo.write_bytes(b"\x89PNG\r\n\x1a\n" + b"damaged" * 9)
+        with pytest.raises(InputError, match=r"me.png cannot be read.*Use a whole PNG"):
+            demo.prepare_photo(tmp_path / "input", photo)
+        assert list((tmp_path / "input").iterdir()) == []
+
+    @pytest.mark.parametrize(("comfyui", "words"), [
+        (None, ["docs.comfy.org/installation", "models --comfyui FOLDER"]),
+        (Path("/ComfyUI"), ["models --comfyui /ComfyUI", "main.py --base-directory"]),
+    ])  # fmt: skip
+    def test_where_it_had_stand_ins_it_says_how_to_get_the_real_thing(self, comfyui, words):
+        assert all(word in demo.next_steps(comfyui) for word in words)
 
 
 class TestCommandLine:
@@ -293,12 +329,44 @@ class TestCommandLine:
     @pytest.mark.parametrize(("name", "argument", "words"), [
         ("demo", "--help", "--photo"), ("demo", "--sed=4", "--sed"), ("demo", f"--photo={__file__}", "is no picture"),
         ("demo", "--size=large", "896x1152"), ("conformance", "nowhere", "is not a folder"), ("lint", "-x", "-x"),
+        ("test", "-h", "pytest"), ("test", "--kk=x", "--kk"), ("test", "tests/nowhere", "is not there"),
+        ("bench", "--help", "--quick"), ("bench", "--only=steps", "need --device"), ("bench", "--quik", "--quik"),
+        ("bench", "--json=no/folder/x.json", "is not a folder"), ("bench", "--device=tpu", "cuda"),
     ])  # fmt: skip
     def test_arguments_are_checked_before_anything_is_set_up(self, tmp_path, capsys, name, argument, words):
         environment = Recorder(tmp_path / "venv")
         with pytest.raises(SystemExit):
             develop.run(name, [], [argument], environment)
         assert words in "".join(capsys.readouterr()) and environment.installs == []
+
+    def test_pytests_options_stand_among_paths_and_behind_a_rule_those_that_are_not_known(self):
+        known = arguments.test(["-xvk", "a or b", "tests/pulid", "--durations=3", f"{__file__}::TestLint", "--", "--x"])
+        assert (known.k, known.durations, known.paths) == ("a or b", 3, ["tests/pulid", f"{__file__}::TestLint"])
+
+    @pytest.mark.parametrize("name", sorted(run.COMMANDS))
+    def test_help_is_given_and_nothing_else_needed(self, monkeypatch, capsys, name):
+        monkeypatch.setenv("COMFYUI_PATH", "/nowhere")
+        with pytest.raises(SystemExit) as ended:
+            run.main([name, "--help"])
+        assert ended.value.code == 0 and f"run.py {name}" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("with_host", "extras"), [(True, ["demo"]), (False, ["demo", "standalone"])])
+    def test_the_demo_installs_what_it_needs_and_no_more(self, tmp_path, monkeypatch, with_host, extras):
+        monkeypatch.setattr(develop, "clone_host", lambda: [])
+        environment = Recorder(tmp_path / "venv", [0])
+        hosts = [make_comfyui(tmp_path / "host", requirements="")] if with_host else []
+        develop.run("demo", hosts, [], environment)
+        assert environment.installs[0] == develop.own_requirements(extras)
+
+    def test_lines_of_run_py_and_of_what_it_starts_come_in_order_when_redirected(self, tmp_path):
+        code = (
+            "import sys; from pathlib import Path; from pulid_sdxl.tools.develop import Environment\n"
+            "Environment.python = sys.executable\n"
+            "Environment(Path()).call('-c', 'import sys; print(1); print(2, file=sys.stderr); print(3)')\n"
+        )
+        command = [sys.executable, str(TOOLS), "-c", code]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.stdout.split() == ["1", "2", "3"]
 
     def test_a_folder_that_cannot_be_written_to_is_named_with_what_to_do(self, tmp_path, monkeypatch):
         monkeypatch.setattr(os, "access", lambda path, mode: False)
@@ -307,6 +375,7 @@ class TestCommandLine:
 
     def test_an_older_python_is_told_so_in_one_sentence(self):
         code = (ROOT / "run.py").read_text(encoding="utf-8")
+        ast.parse(code, feature_version=(3, 7))  # it gets that far
         old = "import sys; sys.version_info = (3, 8, 0); exec(compile(sys.stdin.read(), 'run.py', 'exec'))"
         done = subprocess.run([sys.executable, "-c", old], input=code, capture_output=True, text=True)
         assert done.returncode == 1

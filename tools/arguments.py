@@ -5,15 +5,18 @@ Standard library only.
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
+from . import ROOT
+
+QUICK_BENCH = "about three minutes on two CPU cores"
 QUICK_STEPS = 6  # without a GPU and with a stand-in checkpoint there is nothing to see in more
 # How files of the usual kinds of pictures begin.
 PICTURES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", re.DOTALL)
 
 
-def demo() -> argparse.ArgumentParser:
+def demo(rest: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py demo", description="The shipped workflow on a photograph, through ComfyUI.", allow_abbrev=False
     )
@@ -24,29 +27,80 @@ def demo() -> argparse.ArgumentParser:
     few = f"default: the workflow's, or {QUICK_STEPS} with a stand-in checkpoint"
     parser.add_argument("--steps", type=int, help=few)
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; default: the workflow's, or a quarter of its area")
-    return parser
+    return parser.parse_args(rest)
 
 
-def conformance() -> argparse.ArgumentParser:
+def conformance(rest: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="run.py conformance", description="Compares the pack with reference vectors, one line each."
     )
     parser.add_argument("folder", type=existing_folder, help="the folder of the vectors")
     parser.add_argument("--comfyui", type=Path, action="append", default=[], help="compare on its UNet too; repeatable")
-    return parser
+    return parser.parse_args(rest)
 
 
-def lint() -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog="run.py lint", description="Runs ruff and mypy.")
+def lint(rest: Sequence[str] | None = None) -> argparse.Namespace:
+    return argparse.ArgumentParser(prog="run.py lint", description="Runs ruff and mypy.").parse_args(rest)
 
 
-PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {"demo": demo, "conformance": conformance, "lint": lint}
+def test(rest: Sequence[str]) -> argparse.Namespace:
+    """Those of pytest's options that are used often; what stands behind `--` is pytest's to check."""
+    parser = argparse.ArgumentParser(
+        prog="run.py test",
+        description="Runs all tests: once without a ComfyUI, then those on a host once for each ComfyUI.",
+        epilog="The options are pytest's. Any other one goes behind --, as in: run.py test tests/pulid -- --setup-show",
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="*", type=test_path, metavar="PATH", help="only these: tests/pulid, FILE::NAME")
+    parser.add_argument("-k", metavar="WORDS", help="only tests whose names have these")
+    parser.add_argument("-v", "-q", action="count")
+    for name in ("-x", "-s", "--lf", "--ff", "--pdb", "--collect-only"):
+        parser.add_argument(name, action="store_true")
+    for name in ("--durations", "--maxfail", "--timeout"):
+        parser.add_argument(name, type=int, metavar="N")
+    for name in ("--tb", "-o", "-p"):
+        parser.add_argument(name, metavar="VALUE")
+    return parser.parse_intermixed_args(rest[: rest.index("--")] if "--" in rest else rest)
 
 
-def check(name: str, rest: list[str]) -> None:
-    """Ends the process as argparse does when the tool of this name would not take these arguments."""
-    if name in PARSERS:
-        PARSERS[name]().parse_args(rest)
+# What `bench --device` measures, by functions of tools/bench_card.py; the last one takes minutes.
+SECTIONS = ("correct", "precision", "launches", "limit", "steps", "graphs", "encode", "compile", "memory", "compiled")
+
+
+def bench(rest: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="run.py bench",
+        description="Measures what PuLID costs, as ratios of one run; with --device, on a card, in absolute figures.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--comfyui", help="needed for the times of steps, of encoding and of a slider (run.py finds it)"
+    )
+    parser.add_argument("--quick", action="store_true", help=f"fewer sizes and repeats: {QUICK_BENCH}")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--device", choices=("cuda", "mps", "xpu", "cpu"), help="measure on this: docs/performance.md")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
+    parser.add_argument("--repeats", type=int, metavar="N", help="of each measurement on a device; default: 10")
+    known = parser.parse_args(rest)
+    if known.device and known.quick:
+        parser.error("--quick is for the bench without --device; with it, --only names what to measure")
+    if not known.device and (known.only or known.repeats):
+        parser.error("--only and --repeats need --device")
+    if known.json and not known.json.absolute().parent.is_dir():
+        parser.error(f"{known.json.absolute().parent}, where --json is to write, is not a folder")
+    return known
+
+
+def check(name: str, rest: Sequence[str]) -> None:
+    """Ends the process as argparse does when the command of this name would not take these arguments."""
+    {"demo": demo, "test": test, "conformance": conformance, "lint": lint, "bench": bench}[name](rest)
+
+
+def test_path(text: str) -> str:
+    path = Path(text.split("::")[0])
+    if not path.resolve().exists():
+        raise argparse.ArgumentTypeError(f"{path} is not there. Tests lie in {ROOT / 'tests'}.")
+    return text
 
 
 def existing_file(text: str) -> Path:

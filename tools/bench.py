@@ -4,15 +4,16 @@ Compared with the published formulation (tools/published.py): keys and values pr
 computed twice, everything after it in float32. Absolute times are this machine's; the ratios are what travels.
 """
 
-import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..pulid.attention import METHODS, IdProjections, SiteKV, fuse
 from ..pulid.networks import PulidWeights, on_cpu
 from ..pulid.sites import SITES
 from . import TOOLS
+from . import arguments as command_line
 from .published import published
 
 VERSION, TOKENS, WEIGHT = "v1", 10, 0.8
@@ -51,10 +53,14 @@ class Row:
     def ratio(self) -> float | None:
         return None if self.other is None else self.ours / self.other
 
+    @property
+    def holds(self) -> bool:
+        return self.target is None or (self.ours if self.ratio is None else self.ratio) <= self.target
+
     def __str__(self) -> str:
         ratio = "" if self.ratio is None else f"{self.ratio:8.3f}"
         other = "" if self.other is None else f"{self.other:12.4g}"
-        wanted = "" if self.target is None else f"at most {self.target:g}"
+        wanted = "" if self.target is None else f"at most {self.target:g}{'' if self.holds else '  MISSED'}"
         return f"{self.what:58} {self.ours:12.4g} {other:>12} {self.unit:6} {ratio:>8}  {wanted}"
 
 
@@ -369,8 +375,19 @@ def encoding(comfyui: str, photographs: int, many: int) -> Iterator[Row]:
             yield Row(f"  peak memory for each of {many} photographs, {version}", (lot - few) / (many - 4), None, "MB")
 
 
-def show(rows: Iterator[Row]) -> list[Row]:
-    """Print each row as it is measured."""
+COUNTED = "Counted, so the same on every machine: what a step gets to do, ours against the published formulation"
+LOADED = "Reading stand-ins of the real sizes: seconds and peak memory, ours against reading the bytes alone"
+ENCODED = "From photograph to identity: seconds, ours against the published way"
+STEPPED = (
+    "A sampling step on the CPU: all of it against one without PuLID; and what is added to it, ours against published"
+)
+SLID = "A new weight, range or method: seconds of Apply with an identity that it has seen"
+IDLE = 0.25  # load for each processor that may be others'
+
+
+def show(meaning: str, rows: Iterator[Row]) -> list[Row]:
+    """Print each row as it is measured, below what they mean."""
+    print(f"\n{meaning}")
     kept = []
     for row in rows:
         print(row, flush=True)
@@ -378,44 +395,65 @@ def show(rows: Iterator[Row]) -> list[Row]:
     return kept
 
 
+def load() -> float:
+    """How many processes ran or wanted to, on average over the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def verdict(rows: Sequence[Row], before: float, during: float, threads: int, processors: int) -> str:
+    """What the limits say, and whether the machine had time enough for that.
+
+    before, during  loads; of the second, `threads` are ours
+    """
+    missed = sum(not row.holds for row in rows)
+    limits = sum(row.target is not None for row in rows)
+    lines = [f"{missed} of {limits} limits MISSED." if missed else f"All {limits} limits hold."]
+    if max(before, during - threads) > IDLE * processors:
+        lines.append(
+            f"THE MACHINE WAS BUSY: load {before:.1f} before, {during:.1f} during the bench, which takes {threads}, on "
+            f"{processors} processors. Figures in seconds cannot be judged; measure again when nothing else runs."
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     if any(word.split("=")[0] == "--device" for word in sys.argv):
         from . import bench_card
 
         return bench_card.main()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--comfyui", help="needed for the times of steps, of encoding and of a slider")
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; within three minutes")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
+    arguments = command_line.bench()
+    before = load()
     sizes = [(FIFTH, 256, 3), (FULL, 256, 1)]
     if not arguments.quick:
         sizes = [(FIFTH, 256, 9), (FIFTH, 512, 5), (FIFTH, 1024, 3), (FULL, 256, 7), (FULL, 512, 3)]
     print(f"{'':58} {'ours':>12} {'other':>12} {'':6} {'ratio':>8}")
     start = time.perf_counter()
     with torch.inference_mode(False):  # where composite operators show what they are made of
-        rows = show(counts())
-    parts: list[Callable[[], Iterator[Row]]] = []
+        rows = show(COUNTED, counts())
+    parts: list[tuple[str, Callable[[], Iterator[Row]]]] = []
     if Path("/proc/self/status").exists():  # where peak memory can be read
-        parts.append(lambda: loading(7, QUICK_FORMS if arguments.quick else FORMS))
+        parts.append((LOADED, lambda: loading(7, QUICK_FORMS if arguments.quick else FORMS)))
     if arguments.comfyui:
         from . import comfy_host
 
         comfy_host.enter(arguments.comfyui)  # after counting: it changes what torch makes of attention
         parts += [
-            lambda: encoding(arguments.comfyui, *((3, 0) if arguments.quick else (6, 50))),
-            *(lambda size=size: steps(*size) for size in sizes),
-            lambda: slider(FULL),
+            (ENCODED, lambda: encoding(arguments.comfyui, *((3, 0) if arguments.quick else (6, 50)))),
+            (STEPPED, lambda: itertools.chain.from_iterable(steps(*size) for size in sizes)),
+            (SLID, lambda: slider(FULL)),
         ]
     else:
         print("No ComfyUI: operators, bytes and loading only.")
+    during = []
     with torch.inference_mode():
-        for part in parts:
-            rows += show(part())
+        for meaning, part in parts:
+            rows += show(meaning, part())
+            during.append(load())
     seconds, threads = time.perf_counter() - start, torch.get_num_threads()
-    print(f"{seconds:.0f} s, torch {torch.__version__}, {threads} threads")
+    print(f"\n{seconds:.0f} s, torch {torch.__version__}, {threads} threads")
+    print(verdict(rows, before, max(during, default=0.0), threads, os.cpu_count() or 1))
     if arguments.json:
-        figures = [{**row.__dict__, "ratio": row.ratio} for row in rows]
+        figures = [{**row.__dict__, "ratio": row.ratio, "holds": row.holds} for row in rows]
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 

@@ -5,7 +5,6 @@ Where nothing can be installed, with the packages of ComfyUI and of this pack at
 has a fifth of its width, to try the script out. docs/performance.md says what the rows mean.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -17,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +28,7 @@ from ..pulid.kernels import fuse_for
 from ..pulid.networks import Managed, PulidWeights, on_cpu
 from ..pulid.sites import SITES
 from . import TOOLS, comfy_host
+from . import arguments as command_line
 from .conformance import FOLDER, Reference, attention_official, attention_shared_workflows
 from .published import most_used, published
 
@@ -581,13 +580,10 @@ def run(bench: Bench, sections: Sequence[str]) -> Iterator[Figure]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "mps", "xpu", "cpu"), required=True)
-    parser.add_argument("--comfyui", required=True)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--only", nargs="*", choices=(*SECTIONS, *EXTRA), help="these sections")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
-    arguments = parser.parse_args()
+    arguments = command_line.bench()
+    if not (arguments.device and arguments.comfyui):
+        sys.exit("This measures a device in a ComfyUI: name both, with --device and --comfyui.")
+    repeats = arguments.repeats or 10
     card = Card(arguments.device)
     comfy_host.enter(arguments.comfyui, device=arguments.device)
     from comfyui_version import __version__ as host_version
@@ -601,7 +597,7 @@ def main() -> int:
     }
     print(about, flush=True)
     start, figures = time.perf_counter(), []
-    for figure in run(Bench(card, arguments.comfyui, arguments.repeats), arguments.only or list(SECTIONS)):
+    for figure in run(Bench(card, arguments.comfyui, repeats), arguments.only or list(SECTIONS)):
         print(figure, flush=True)
         figures.append(figure)
     seconds = time.perf_counter() - start

@@ -1,12 +1,10 @@
 """Talks to a ComfyUI server, one prompt at a time; and runs one as a process of its own, on 127.0.0.1 only."""
 
 import asyncio
-import ctypes
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -21,11 +19,11 @@ from pathlib import Path
 import aiohttp
 
 from .develop import frontend_root, pinned_frontend
+from .processes import ENDS_WITH_US
 
 ADDRESS = "127.0.0.1"
 START_SECONDS = 300
 STOP_SECONDS = 20
-PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 
 Report = Callable[[str], None]
@@ -64,14 +62,6 @@ def nothing_to_serve(base: Path) -> Path:
     root = base / "no_front_end"
     root.mkdir(parents=True, exist_ok=True)
     return root
-
-
-def as_child() -> None:
-    """In a new process: it ends when its parent does, however that ends; and Ctrl-C counts, even where a shell started
-    all of this in the background and ignores it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ComfyClient:
@@ -197,7 +187,7 @@ class ComfyServer(ComfyClient):
                 stderr=subprocess.STDOUT,
                 cwd=self.base,
                 env=self.environment,
-                preexec_fn=None if os.name == "nt" else as_child,
+                **ENDS_WITH_US,
             )
         try:
             self._wait()

@@ -272,7 +272,7 @@ def lines(folder: Path, parts: Mapping[str, Callable] = PARTS) -> Iterator[Line]
 
 
 def main() -> int:
-    arguments = command_line.conformance().parse_args()
+    arguments = command_line.conformance()
     folder = arguments.folder
     if missing := [name for name in PARTS if not (folder / f"{name}.safetensors").is_file()]:
         print(f"{folder} lacks {', '.join(missing)}: no folder of reference vectors.", file=sys.stderr)

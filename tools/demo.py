@@ -7,6 +7,7 @@ Files that are not installed are replaced by stand-ins of the real architecture,
 
 import argparse
 import hashlib
+import io
 import json
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..pulid.errors import PulidError
+from ..pulid.errors import InputError, PulidError
 from . import ROOT, TOOLS
 from . import arguments as command_line
 from .arguments import QUICK_STEPS
@@ -44,10 +45,18 @@ def say(line: str = "") -> None:
 
 
 def prepare_photo(folder: Path, photo: Path | None) -> str:
-    """Put the photograph, by default NASA's of Eileen Collins (public domain), into ComfyUI's input folder."""
+    """Put the photograph, by default NASA's of Eileen Collins (public domain), into ComfyUI's input folder.
+
+    Raises InputError where it is damaged.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if photo:
-        shutil.copyfile(photo, folder / photo.name)
+        content = photo.read_bytes()
+        try:
+            Image.open(io.BytesIO(content)).load()
+        except (OSError, SyntaxError, ValueError) as error:  # all that Pillow raises
+            raise InputError(f"{photo} cannot be read: {error}. Use a whole PNG, JPEG or WebP file.") from error
+        (folder / photo.name).write_bytes(content)
         return photo.name
     import skimage.data
 
@@ -156,9 +165,29 @@ def say_difference(one: Image.Image, other: Image.Image) -> None:
     say(f"PuLID changes each channel of each pixel by {change:.1f} of 255 on average")
 
 
+def next_steps(comfyui: Path | None) -> str:
+    """How to get a picture that shows the person, where the demo had stand-ins."""
+    folder = comfyui or "FOLDER"
+    lines = ["", "For a real picture:"]
+    if comfyui is None:
+        lines.append("  install ComfyUI in a FOLDER: https://docs.comfy.org/installation")
+    lines.append(f"  python3 run.py models --comfyui {folder} --download")
+    lines.append(f"  python3 run.py demo --comfyui {folder} --checkpoint SDXL.safetensors --photo FACE.jpg")
+    if comfyui:
+        lines += [
+            "To look at the stand-ins in ComfyUI's editor, with the Python that starts your ComfyUI:",
+            f"  python {comfyui / 'main.py'} --base-directory {BASE}",
+        ]
+    return "\n".join(lines)
+
+
 def main() -> int:
-    arguments = command_line.demo().parse_args()
-    photo = prepare_photo(BASE / "input", arguments.photo)
+    arguments = command_line.demo()
+    try:
+        photo = prepare_photo(BASE / "input", arguments.photo)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
     if arguments.comfyui is None:
         print("!" * 100 + "\nNO COMFYUI: a picture through diffusers' SDXL UNet instead.\n" + "!" * 100, flush=True)
         if arguments.checkpoint:
@@ -188,8 +217,7 @@ def main() -> int:
         print(f"  stand-in  {', '.join(standins)}{noise}")
     say("Done")
     if standins:
-        print("\nFor a real picture, with the files of `run.py models --download`:")
-        print("  python3 run.py demo --comfyui FOLDER --checkpoint SDXL.safetensors --photo FACE.jpg", flush=True)
+        print(next_steps(arguments.comfyui), flush=True)
     return 0
 
 

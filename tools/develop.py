@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as xml
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from ..run import CACHE, ROOT, Failure
 from . import TOOLS, arguments
+from .processes import ENDS_WITH_US
 
 HOST_URL = "https://github.com/comfyanonymous/ComfyUI"
 HOST_TAG = "v0.3.64"
@@ -27,7 +29,7 @@ CLONE_SECONDS = 300
 # Our own list pins torch and torchvision. ComfyUI starts without its templates and docs; its front end, of which each
 # host pins another version, gets a folder of its own.
 FRONTEND = "comfyui-frontend-package"
-NEWEST_FRONTEND = "1.58.1"
+NEWEST_FRONTEND, ITS_HOST = "1.58.1", (0, 33)  # and the oldest ComfyUI that people have it with
 FRONTENDS = CACHE / "frontends"
 HOST_REQUIREMENTS_LEFT_OUT = {"torch", "torchvision", FRONTEND, "comfyui-workflow-templates", "comfyui-embedded-docs"}
 # A PYTHONPATH would reach into .venv, a COMFYUI into the tests that are to run without one; and without bytecode pytest
@@ -61,14 +63,14 @@ def host_version(host: Path) -> str:
     return version
 
 
-def by_age(hosts: Iterable[Path]) -> list[Path]:
-    return sorted(hosts, key=lambda host: [int(number) for number in re.findall(r"\d+", host_version(host))])
+def age_of(host: Path) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", host_version(host)))
 
 
 # --- The environment -------------------------------------------------------------------------------------------------
 
 
-EVERYTHING = ("demo", "test")
+EVERYTHING = ("demo", "standalone", "test")
 
 
 def own_requirements(extras: Sequence[str] = EVERYTHING) -> list[str]:
@@ -121,7 +123,7 @@ class Environment:
         """Make it hold our requirements and each host's. What is already there costs one look at the stamp file."""
         own = own_requirements(extras)
         # Old hosts first, so that the newest has the last word; ours with each, so that pip keeps to its pins.
-        layers = [own, *(own + host_requirements(host) for host in by_age(hosts))]
+        layers = [own, *(own + host_requirements(host) for host in sorted(hosts, key=age_of))]
 
         installed = self.installed()
         if not self.python.exists() or not (installed or self.has_pip()):  # an earlier set-up may have been cut off
@@ -167,21 +169,24 @@ class Environment:
         pip = [str(self.python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off"]
         lines = []
         command = [*pip, *requirements]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **ENDS_WITH_US}
+        with subprocess.Popen(command, **how) as process:
             for line in process.stdout or ():
                 lines.append(line)
                 if line.startswith(("Collecting", "Downloading", "  Downloading", "Installing collected")):
                     print(" ", line.strip()[:110], flush=True)
         if process.returncode:
+            errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
             raise Failure(
-                f"Could not install the requirements; pip's last lines:\n{''.join(lines[-12:])}"
-                "Check the network and the proxy, and run the same command again: it goes on from here."
+                f"pip could not install what is needed: {''.join(errors).strip()}\n"
+                "Check the network, the proxy and the free disk, then run the same command again: it goes on from here."
             )
 
     def call(self, *arguments: str, **variables: str) -> int:
-        """Run its Python in this folder; returns the exit code."""
+        """Run its Python in this folder, its lines in order with ours; returns the exit code."""
         kept = {name: value for name, value in os.environ.items() if name not in NOT_HANDED_ON}
-        return subprocess.call([str(self.python), *arguments], env={**kept, **variables})
+        environment = {**kept, "PYTHONUNBUFFERED": "1", **variables}
+        return subprocess.call([str(self.python), *arguments], env=environment, **ENDS_WITH_US)
 
 
 # --- Commands --------------------------------------------------------------------------------------------------------
@@ -201,9 +206,21 @@ def conformance(environment: Environment, hosts: list[Path], rest: list[str]) ->
     return environment.call(str(TOOLS), "conformance", *(f"--comfyui={host}" for host in hosts), *rest)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of pytest: where, its exit code, how many tests passed, failed and were skipped, how long it took."""
+
+    host: str
+    editor: str
+    code: int
+    counts: "Counter[str]"
+    seconds: float
+
+
 def test(environment: Environment, hosts: list[Path], rest: list[str]) -> int:
     """pytest without a host, then tests/host once per host. Paths in `rest` narrow that down; options go to both."""
     tests = ROOT / "tests"
+    rest = [argument for argument in rest if argument != "--"]
     paths = {argument: Path(argument.split("::")[0]).resolve() for argument in rest}
     chosen = [argument for argument in rest if paths[argument].exists() and paths[argument].is_relative_to(tests)]
     options = [argument for argument in rest if argument not in chosen]
@@ -213,54 +230,64 @@ def test(environment: Environment, hosts: list[Path], rest: list[str]) -> int:
     runs = []
     if without_host or not chosen:
         everything = [str(tests), f"--ignore={tests / 'host'}"]
-        runs.append(pytest(environment, "without ComfyUI", [*(without_host or everything), *options]))
+        runs.append(pytest(environment, "no ComfyUI", "", [*(without_host or everything), *options]))
     if on_host or not chosen:
         runs += test_on_hosts(environment, hosts, on_host or [str(tests / "host")], options)
-
-    counts = sum((count for _, count in runs), Counter[str]())
-    print(f"\n{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped", flush=True)
-    codes = [code for code, _ in runs if code not in (0, NO_TESTS)]
-    return codes[0] if codes else 0 if counts else NO_TESTS
+    print(f"\n{table(runs)}", flush=True)
+    codes = [run.code for run in runs if run.code not in (0, NO_TESTS)]
+    return codes[0] if codes else 0 if any(run.counts.total() for run in runs) else NO_TESTS
 
 
-def test_on_hosts(
-    environment: Environment, hosts: list[Path], paths: list[str], options: list[str]
-) -> "list[tuple[int, Counter[str]]]":
-    """Run these tests on each host with the front end that it pins; those in the editor on the newest one once more,
-    with the newest front end."""
+def table(runs: Sequence[Run]) -> str:
+    """A line for each run, and one for all of them."""
+    counts = sum((run.counts for run in runs), Counter[str]())
+    lines = [f"{'host':<20}{'editor':<10}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
+    for run in (*runs, Run("all", "", 0, counts, sum(run.seconds for run in runs))):
+        passed, failed, skipped = (run.counts[kind] for kind in ("passed", "failed", "skipped"))
+        lines.append(f"{run.host:<20}{run.editor:<10}{passed:>8}{failed:>8}{skipped:>9}{run.seconds:>9.0f}")
+    return "\n".join(lines)
+
+
+def test_on_hosts(environment: Environment, hosts: list[Path], paths: list[str], options: list[str]) -> list[Run]:
+    """Run these tests on each host with the front end that it pins. The newest host then gets those in the editor once
+    more, with the newest front end, unless it is older than what people have that with."""
     if not hosts:
         print(f"\n{'!' * 100}\nNO COMFYUI: the tests on a host (tests/host) did NOT run.\n{'!' * 100}", flush=True)
         return []
     in_editor = [f"{path}/test_browser.py" if Path(path).is_dir() else path for path in paths]
     in_editor = [path for path in in_editor if "test_browser.py" in path]
-    environment.add_frontends([*map(pinned_frontend, hosts), *([NEWEST_FRONTEND] if in_editor else [])])
+    newest = max(hosts, key=age_of)
+    again = in_editor and age_of(newest) >= ITS_HOST and pinned_frontend(newest) != NEWEST_FRONTEND
+    environment.add_frontends([*map(pinned_frontend, hosts), *([NEWEST_FRONTEND] if again else [])])
     runs = []
     for host in hosts:
-        title = f"on ComfyUI {host_version(host)} ({host})"
-        runs.append(pytest(environment, title, [*paths, *options], COMFYUI=str(host)))
-    if in_editor:
-        newest = by_age(hosts)[-1]
-        title = f"in the editor {NEWEST_FRONTEND} on ComfyUI {host_version(newest)} ({newest})"
-        variables = {"COMFYUI": str(newest), "COMFYUI_FRONTEND": NEWEST_FRONTEND}
-        runs.append(pytest(environment, title, [*in_editor, *options], **variables))
+        title, editor = f"ComfyUI {host_version(host)}", pinned_frontend(host) or ""
+        runs.append(pytest(environment, title, editor, [*paths, *options], COMFYUI=str(host)))
+    if again:
+        title, variables = f"ComfyUI {host_version(newest)}", {"COMFYUI": str(newest)}
+        arguments = [*in_editor, *options]
+        runs.append(
+            pytest(environment, title, NEWEST_FRONTEND, arguments, **variables, COMFYUI_FRONTEND=NEWEST_FRONTEND)
+        )
     return runs
 
 
 NO_TESTS = 5  # pytest's exit code when its arguments leave none
 
 
-def pytest(environment: Environment, title: str, arguments: list[str], **variables: str) -> tuple[int, Counter[str]]:
-    """Run pytest; returns its exit code and how many tests passed, failed and were skipped."""
-    print(f"\n=== {title}", flush=True)
+def pytest(environment: Environment, host: str, editor: str, arguments: list[str], **variables: str) -> Run:
+    print(f"\n=== {host}{editor and f', editor {editor}'} {variables.get('COMFYUI', '')}".rstrip(), flush=True)
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         code = environment.call("-m", "pytest", *arguments, f"--junitxml={report}", **variables)
         suite = xml.parse(report).find("testsuite") if report.is_file() else None
-    if suite is None:
-        return code, Counter()
-    count = Counter({key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")})
-    failed = count["failures"] + count["errors"]
-    return code, Counter(passed=count["tests"] - failed - count["skipped"], failed=failed, skipped=count["skipped"])
+    counts = Counter[str]()
+    if suite is not None:
+        count = {key: int(suite.attrib[key]) for key in ("tests", "failures", "errors", "skipped")}
+        failed = count["failures"] + count["errors"]
+        counts.update(passed=count["tests"] - failed - count["skipped"], failed=failed, skipped=count["skipped"])
+    return Run(host, editor, code, counts, time.monotonic() - start)
 
 
 def lint(environment: Environment, _: list[Path], rest: list[str]) -> int:
@@ -306,5 +333,6 @@ def run(name: str, hosts: list[Path], rest: list[str], environment: Environment 
         )
     if not hosts and name not in ("conformance", "lint"):
         hosts = clone_host()
-    environment.prepare(hosts, ("demo",) if name == "demo" and hosts else EVERYTHING)
+    extras = ("demo", *(() if hosts else ("standalone",))) if name == "demo" else EVERYTHING
+    environment.prepare(hosts, extras)
     return COMMANDS[name](environment, hosts, rest)

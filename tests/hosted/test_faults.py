@@ -644,9 +644,10 @@ def test_a_body_that_was_not_wholly_sent_was_not_accepted(fal, tmp_path, then):
 
 def test_a_slow_line_takes_as_long_as_it_needs(fal, tmp_path):
     fal.plan("submit", 1, faults.read_slowly(0.05))
-    began = time.monotonic()
     outcome = generate(fal, tmp_path, {"PULID_FAL_ANSWER_SECONDS": "1"}, **AT_LENGTH)
-    assert time.monotonic() - began > 1.2
+    [job] = fal.jobs.values()
+    [reference] = job.input["reference_images"]
+    assert len(reference["image_url"]) // faults.PIECE * 0.05 > 1  # longer than an answer may take
     assert (len(outcome.images), fal.bill) == (1, 1)
 
 
@@ -757,10 +758,8 @@ def test_an_equal_submit_with_another_webhook_says_so_and_stops(fal, tmp_path, b
 def test_the_total_limit_holds_while_a_call_stalls(fal, tmp_path, route):
     fal.plan(route, EVERY, faults.stall)
     job = a_job(limits=Limits(total=0.5), transport="upload")
-    began = time.monotonic()
     with pytest.raises(HostedLimit, match="total_limit"):
-        helpers.generate(fal, tmp_path, job)
-    assert time.monotonic() - began < 2.5  # though a call may be silent for a minute
+        beside(helpers.generate, fal, tmp_path, job)()  # waited for less long than a call may be silent
     assert fal.bill == (route != "put")
 
 

@@ -20,6 +20,7 @@ from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes import fake_faults as faults
 from pulid_sdxl.tools.fakes.fake_fal import EVERY
+from pulid_sdxl.tools.processes import ENDS_WITH_US
 
 from .helpers import FACE, a_job, beside, generate, perform, wait_until
 
@@ -65,7 +66,8 @@ def test_a_request_under_way_is_joined_after_a_restart(fal, tmp_path):
 
 def other_process(fal, folder):
     command = [sys.executable, TOOLS, "-c", OTHER_PROCESS, str(folder)]
-    return subprocess.Popen(command, env={**os.environ, **fal.environment}, stdout=subprocess.PIPE, text=True)
+    environment = {**os.environ, **fal.environment}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, **ENDS_WITH_US)
 
 
 def test_a_process_killed_between_submit_and_answer_leaves_words_and_no_second_bill(fal, tmp_path):

@@ -360,6 +360,20 @@ def test_models_fetches_what_is_named_and_replaces_what_is_altered(tmp_path, cap
     assert published.fetched == ["camenduru/PuLID/facexlib/parsing_bisenet.pth"]
 
 
+def test_an_altered_file_of_the_right_size_is_named_by_models_and_doctor_and_after_a_download(
+    run, tmp_path, capsys, monkeypatch, published
+):
+    write(tmp_path / "facexlib" / "parsing_bisenet.pth", b"small weightz")
+    assert published.models(tmp_path, "--download", "pulid_v1.1.safetensors") == 1
+    assert "ALTERED" in capsys.readouterr().out
+
+    monkeypatch.setattr(run, "ask", lambda package: [])
+    sized(tmp_path / catalogue.SCRFD.place, catalogue.SCRFD.size)
+    for command in ("models", "doctor"):
+        run.main([command, "--models", str(tmp_path)])
+        assert f"instead of {catalogue.SCRFD.sha256}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

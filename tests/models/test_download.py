@@ -22,6 +22,7 @@ from pulid_sdxl.models import catalogue, download, locate
 from pulid_sdxl.pulid.errors import DamagedWeights, DownloadError, MissingPackage
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes.fake_hub import answer, cut_after, serving, slowly, stall_after
+from pulid_sdxl.tools.processes import ENDS_WITH_US
 
 CONTENT = random.Random(0).randbytes(5 << 20)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -337,7 +338,7 @@ def another_process(environment, tmp_path):
     def start(server, limit=0):
         variables = json.dumps({**environment, "HF_ENDPOINT": server.url})
         command = [sys.executable, TOOLS, "-c", WRITER, tmp_path, str(limit), SHA256, variables]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **ENDS_WITH_US)
 
     return start
 

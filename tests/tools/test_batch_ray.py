@@ -20,6 +20,7 @@ from pulid_sdxl.tools.batch.plan import plan
 from pulid_sdxl.tools.batch.table import read_table
 from pulid_sdxl.tools.comfy_server import ComfyServer
 from pulid_sdxl.tools.fakes.fake_comfy import EVENTS, make_comfyui
+from pulid_sdxl.tools.processes import ENDS_WITH_US
 
 pytest.importorskip("ray", reason="RAY IS NOT INSTALLED: what run.py batch does on a cluster was NOT tested")
 
@@ -75,7 +76,9 @@ class Batch:
         command = [sys.executable, str(ROOT / "run.py"), "batch", "--comfyui", str(self.comfyui), "--ray", self.ray]
         command += ["--workflow", str(self.folder / "graph.json"), "--table", str(self.folder / "jobs.csv")]
         command += ["--out", str(self.out), *(() if "--server" in options else ("--workers", str(workers))), *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **ENDS_WITH_US
+        )
         return self.process
 
     def run(self, *options: str, **more: int) -> tuple[int, str, str]:
