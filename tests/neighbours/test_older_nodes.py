@@ -81,7 +81,7 @@ def older_nodes(monkeypatch, analyzer):
     monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: Path(name)))
     monkeypatch.setattr(legacy, "_tower_here", lambda folders: "tower.pt")
     monkeypatch.setattr(legacy, "load_weights", lambda path: weights)
-    monkeypatch.setattr(legacy, "load_tower", lambda path: on_cpu(fakes.small_tower()))
+    monkeypatch.setattr(legacy, "load_tower", lambda path, **_: on_cpu(fakes.small_tower()))
     monkeypatch.setattr(legacy, "load_face_networks", lambda providers, folders: (analyzer, []))
     monkeypatch.setattr(legacy, "_identify", lambda *_: (make_identity(), []))
     for one in legacy.NODES:
