@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..pulid.attention import METHODS, Fusion, Sampling
+from ..pulid.attention import METHODS, Fusion
 from ..pulid.errors import InputError, MismatchError
 from ..pulid.identity import IdEmbedding
 from ..pulid.networks import PulidWeights
@@ -145,7 +145,9 @@ class Application:
 
     site_weights  for each of the 70 sites
     curve         how the weight runs from start_at to end_at, percents of sampling 0..1: one of CURVES
-    attn_mask     a MASK, where in the picture it acts; mask_sampling as in attention.mask_to_tokens
+    attn_mask     a MASK, where in the picture it acts
+    older         as the pack of older shared workflows: masks are read at the middle of each place, with values beyond
+                  0..1 too, and sites that a smaller SDXL (SSD-1B) lacks are left out
     """
 
     fusion: Fusion
@@ -155,27 +157,33 @@ class Application:
     start_at: float = 0.0
     end_at: float = 1.0
     attn_mask: Tensor | None = None
-    mask_sampling: Sampling = "area"
+    older: bool = False
 
 
 def apply(model: ModelPatcher, weights: PulidWeights, identity: IdEmbedding, how: Application) -> ModelPatcher:
     """The patched model; the model itself where no site has a weight. Raises MismatchError, InputError."""
     check_pair(weights, identity)
-    host.check_layout(model, weights.projections.module.widths)
+    host.check_layout(model, weights.projections.module.widths, partial=how.older)
     if how.start_at > how.end_at:
         raise InputError(
             f"start_at ({how.start_at}) lies after end_at ({how.end_at}), so PuLID would never act. Swap them."
         )
-    mask = None if how.attn_mask is None else TokenMask(read_mask(how.attn_mask), how.mask_sampling)
+    mask = None
+    if how.attn_mask is not None:
+        mask = TokenMask(read_mask(how.attn_mask, clamped=not how.older), "bilinear" if how.older else "area")
     if mask is not None and not mask.mask.any():
         host.say(EMPTY_MASK)
         return model
-    if not any(how.site_weights):
+    site_weights = [
+        weight if host.cross_attention(model, site) else 0.0
+        for site, weight in zip(SITES, how.site_weights, strict=True)
+    ]
+    if not any(site_weights):
         return model
     percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
     schedule = Schedule.make(percent_to_sigma, how.start_at, how.end_at, how.curve, model.load_device)
     site_kvs = weights.project(identity, model.load_device)
-    return patch_model(model, site_kvs, how.fusion, how.zero_tokens, how.site_weights, schedule, mask)
+    return patch_model(model, site_kvs, how.fusion, how.zero_tokens, site_weights, schedule, mask)
 
 
 def check_pair(weights: PulidWeights, identity: IdEmbedding) -> None:
@@ -187,8 +195,11 @@ def check_pair(weights: PulidWeights, identity: IdEmbedding) -> None:
         )
 
 
-def read_mask(mask: object) -> Tensor:
-    """A MASK as (M, H, W) float32 on the CPU, 0..1. Raises InputError for another shape or type, no mask, and NaN."""
+def read_mask(mask: object, clamped: bool = True) -> Tensor:
+    """A MASK as (M, H, W) float32 on the CPU, brought into 0..1 if `clamped`.
+
+    Raises InputError for another shape or type, no mask, and NaN.
+    """
     if not isinstance(mask, Tensor):
         raise InputError(
             f"attn_mask must be a mask, found {type(mask).__qualname__}. Connect a node that gives a MASK."
@@ -202,4 +213,4 @@ def read_mask(mask: object) -> Tensor:
         raise InputError(f"attn_mask must be a mask of shape (masks, height, width), found {tuple(mask.shape)}.")
     if not mask.isfinite().all():
         raise InputError("attn_mask holds NaN or infinite values. Check the node that made it.")
-    return mask.clamp(0, 1)
+    return mask.clamp(0, 1) if clamped else mask

@@ -217,11 +217,16 @@ def sampling_dtype(model: ModelPatcher) -> torch.dtype:
     return dtype if dtype in COMPUTE_DTYPES else torch.float16
 
 
-def check_layout(model: ModelPatcher, widths: tuple[int, ...]) -> None:
-    """Raises MismatchError unless the MODEL has SDXL's 70 sites with the channels the projections were made for."""
+def check_layout(model: ModelPatcher, widths: tuple[int, ...], partial: bool = False) -> None:
+    """Raises MismatchError unless the MODEL has SDXL's 70 sites with the channels the projections were made for.
+
+    partial  some of them are enough
+    """
     name = type(getattr(model.model, "model_config", model.model)).__name__
-    for index, (site, width) in enumerate(zip(SITES, widths, strict=True)):
-        attention = cross_attention(model, site)
+    attentions = [cross_attention(model, site) for site in SITES]
+    for index, (site, width, attention) in enumerate(zip(SITES, widths, attentions, strict=True)):
+        if attention is None and partial and any(attentions):
+            continue
         if attention is None or attention.to_k.in_features != TOKEN_WIDTH:
             found = (
                 "has no cross-attention there"

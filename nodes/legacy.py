@@ -153,7 +153,7 @@ class PulidEvaClipLoader(Older, io.ComfyNode):
     def execute(cls) -> io.NodeOutput:
         folders = host.model_folders()
         with advised(folders, NO_DOWNLOAD):
-            tower = load_tower(folders.find(_tower_here(folders), like=catalogue.EVA_CLIP))
+            tower = load_tower(folders.find(_tower_here(folders), like=catalogue.EVA_CLIP), own_rotary=True)
         return io.NodeOutput(SharedEvaClip(tower.module, tower.load, tower.source))
 
     def load_eva_clip(self) -> tuple:
@@ -173,9 +173,8 @@ IMAGE = io.Image.Input("image")
 WEIGHT = io.Float.Input("weight", default=1.0, min=-1.0, max=5.0, step=0.05)
 PATCHED = io.Model.Output("patched_model", display_name="MODEL")
 
-# Their methods, by the names that ours have.
-OUR_METHODS = {"fidelity": "fidelity", "style": "extreme style", "neutral": "neutral"}
-OUR_PROJECTIONS = {"ortho_v2": "fidelity", "ortho": "extreme style"}
+# Our methods, each with the method and the projection that mean it there, in the order in which that pack asks.
+METHODS_THERE = (("fidelity", "fidelity", "ortho_v2"), ("extreme style", "style", "ortho"))
 
 
 @described
@@ -193,7 +192,7 @@ class ApplyPulid(Older, io.ComfyNode):
                 EVA_CLIP,
                 FACE_ANALYSIS,
                 IMAGE,
-                io.Combo.Input("method", options=list(OUR_METHODS)),
+                io.Combo.Input("method", options=["fidelity", "style", "neutral"]),
                 WEIGHT,
                 START,
                 END,
@@ -300,15 +299,15 @@ class Asked:
             start_at=self.start_at,
             end_at=self.end_at,
             attn_mask=self.attn_mask,
-            mask_sampling="bilinear",
+            older=True,
         )
         return _output(apply(self.model, weights, identity, how), notes + more)
 
     def _method(self, version: Version) -> tuple[Fusion, int]:
-        """The fusion and its zero tokens; what that pack does not know is neutral there."""
-        named = OUR_METHODS.get(self.method or "") or OUR_PROJECTIONS.get(self.projection or "", "neutral")
+        """The fusion and its zero tokens; what that pack does not know is neutral there, fewer than none are none."""
+        named = next((ours for ours, *theirs in METHODS_THERE if {self.method, self.projection} & {*theirs}), "neutral")
         chosen = METHODS[named]["v1" if self.method is None else version]
-        return chosen.fusion, chosen.zero_tokens if self.fidelity is None else int(self.fidelity)
+        return chosen.fusion, chosen.zero_tokens if self.fidelity is None else max(int(self.fidelity), 0)
 
 
 def _results(output: io.NodeOutput) -> tuple:

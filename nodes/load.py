@@ -216,14 +216,19 @@ def load_weights(path: Path) -> PulidWeights:
     )
 
 
-def load_tower(path: Path) -> Managed[EvaVisionTower]:
-    """The vision tower of a file. Raises ForeignWeights for one of another size."""
+def load_tower(path: Path, own_rotary: bool = False) -> Managed[EvaVisionTower]:
+    """The vision tower of a file. Raises ForeignWeights for one of another size.
+
+    own_rotary  compute the rotary tables, as EVA-CLIP's own loader does, where the file has them rounded to float16
+    """
     tower = load_vision_tower(path, host.OPERATIONS)
     if tower.config != EvaConfig():
         raise ForeignWeights(
             f"{path.name} holds {tower.config}, but PuLID's encoders read EVA02-CLIP-L/14-336: {EvaConfig()}."
         )
-    return host.managed(tower, file_state(path))
+    if own_rotary:
+        tower.compute_rotary()
+    return host.managed(tower, (file_state(path), own_rotary))
 
 
 def _face_analyzer(provider: str, folders: ModelFolders) -> tuple[FaceAnalyzer, list[str]]:

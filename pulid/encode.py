@@ -83,7 +83,7 @@ class OlderChoice(FaceChoice):
     antialias: bool = True
 
     def find(self, photograph: Photograph, analyzer: FaceAnalyzer) -> tuple[Selection, FaceCrop]:
-        pixels = (photograph.pixels * 255).floor() / 255  # it cuts off where ours rounds
+        pixels = (photograph.pixels[..., :3] * 255).floor() / 255  # it cuts off where ours rounds, and opacity away
         return find_largest_and_central(read_photo(pixels, max(pixels.shape[:2])), analyzer)
 
 

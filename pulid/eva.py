@@ -150,6 +150,11 @@ class EvaVisionTower(nn.Module):
         self.norm = operations.LayerNorm(config.width, eps=NORM_EPS, **factory)
         self.head = operations.Linear(config.width, config.embed_dim, **factory)
 
+    def compute_rotary(self) -> None:
+        """Replace the tables that came with the weights, which the published file has rounded to float16."""
+        config = self.config
+        self.rope_cos, self.rope_sin = rotary_table(config.grid, config.width // config.heads, config.rope_grid)
+
     @property
     def positions(self) -> int:
         """Of a hidden state: the class token and every patch."""
@@ -200,8 +205,9 @@ def _own_name(key: str) -> str:
 def read_eva_state(state: Mapping[str, Tensor]) -> tuple[EvaConfig, dict[str, Tensor]]:
     """Sizes and renamed parameters of a tower, from the published names or timm's; no parameter is copied.
 
-    The published file carries its rotary tables, rounded to its own dtype, and the authors compute with those: so do
-    we. timm's file carries none; they are computed. Keys of the text tower are left out.
+    The published file carries its rotary tables, rounded to its own dtype; the reference vectors were made with those,
+    so they are kept (EVA-CLIP's own loader computes them anew: EvaVisionTower.compute_rotary). timm's file carries
+    none; they are computed. Keys of the text tower are left out.
     Raises ForeignWeights when the state is not an EVA02 vision tower.
     """
     prefix = next(prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in state) or not prefix)

