@@ -13,6 +13,7 @@ from ..pulid.networks import PulidWeights
 from ..pulid.schedule import CURVES, Schedule
 from ..pulid.sites import SITES
 from . import host
+from .checked import checked, read_mask
 from .patch import TokenMask, patch_model
 from .texts import described
 from .types import IdentitySocket, LoadedPulid, PulidSocket
@@ -33,6 +34,7 @@ PATCHED = io.Model.Output("patched_model", display_name="model")
 
 
 @described
+@checked
 class PulidApply(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -71,6 +73,7 @@ class PulidApply(io.ComfyNode):
 
 
 @described
+@checked
 class PulidApplyAdvanced(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -97,7 +100,7 @@ class PulidApplyAdvanced(io.ComfyNode):
                     "noise_seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFF,
+                    max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=False,  # the editor would change it, and with it the model, at every run
                 ),
                 MASK,
@@ -170,7 +173,8 @@ def apply(model: ModelPatcher, weights: PulidWeights, identity: IdEmbedding, how
         )
     mask = None
     if how.attn_mask is not None:
-        mask = TokenMask(read_mask(how.attn_mask, clamped=not how.older), "bilinear" if how.older else "area")
+        read = read_mask(how.attn_mask, "attn_mask", as_given=how.older)
+        mask = TokenMask(read, "bilinear" if how.older else "area")
     if mask is not None and not mask.mask.any():
         host.say(EMPTY_MASK)
         return model
@@ -193,24 +197,3 @@ def check_pair(weights: PulidWeights, identity: IdEmbedding) -> None:
             f"The identity was made with PuLID {identity.version} (encoder {identity.encoder}), but the loaded PuLID "
             f"is {weights.version} (encoder {weights.fingerprint}). Encode the identity again with that PuLID file."
         )
-
-
-def read_mask(mask: object, clamped: bool = True) -> Tensor:
-    """A MASK as (M, H, W) float32 on the CPU, brought into 0..1 if `clamped`.
-
-    Raises InputError for another shape or type, no mask, and NaN.
-    """
-    if not isinstance(mask, Tensor):
-        raise InputError(
-            f"attn_mask must be a mask, found {type(mask).__qualname__}. Connect a node that gives a MASK."
-        )
-    mask = mask.detach().float().cpu()
-    if mask.ndim == 2:
-        mask = mask.unsqueeze(0)
-    if mask.ndim == 4 and 1 in (mask.shape[1], mask.shape[-1]):
-        mask = mask.squeeze(1 if mask.shape[1] == 1 else -1)
-    if mask.ndim != 3 or 0 in mask.shape:
-        raise InputError(f"attn_mask must be a mask of shape (masks, height, width), found {tuple(mask.shape)}.")
-    if not mask.isfinite().all():
-        raise InputError("attn_mask holds NaN or infinite values. Check the node that made it.")
-    return mask.clamp(0, 1) if clamped else mask

@@ -9,6 +9,7 @@ from ..pulid.errors import InputError
 from ..pulid.faces import find_faces, in_order, pick
 from ..pulid.photo import read_photo
 from .apply import PULID
+from .checked import checked
 from .encode import step_of
 from .people import FACE, FACE_INDEX
 from .texts import described
@@ -16,6 +17,7 @@ from .types import LoadedPulid, PlaceSocket
 
 
 @described
+@checked
 class PulidFaceCrop(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -62,6 +64,7 @@ class PulidFaceCrop(io.ComfyNode):
 
 
 @described
+@checked
 class PulidFacePaste(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

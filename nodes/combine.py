@@ -4,11 +4,13 @@ from comfy_api.latest import io
 
 from ..pulid.identity import IdEmbedding
 from ..pulid.tokens import MODES, combine
+from .checked import checked
 from .texts import described
 from .types import IdentitySocket
 
 
 @described
+@checked
 class PulidCombineIdentities(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

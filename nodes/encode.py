@@ -16,6 +16,7 @@ from ..pulid.identity import IdEmbedding
 from ..pulid.photo import read_photo, read_size
 from ..pulid.preview import draw_selection, on_one_size
 from ..pulid.tokens import Photos, read_numbers
+from .checked import checked
 from .lists import only, rows
 from .texts import described
 from .types import IdentitySocket, LoadedPulid, PulidSocket
@@ -28,6 +29,7 @@ CACHE = ResultCache(128 * 2**20)  # a face is 1.5 MB, 13 MB where PuLID v1.1 rea
 
 
 @described
+@checked
 class PulidEncode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

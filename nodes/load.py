@@ -22,6 +22,7 @@ from ..pulid.eva import EvaConfig, EvaVisionTower
 from ..pulid.faces import FaceAnalyzer
 from ..pulid.networks import Managed, PhotoNetworks, PulidWeights
 from . import host
+from .checked import checked
 from .texts import described
 from .types import LoadedPulid, PulidSocket
 
@@ -44,11 +45,14 @@ def _tower_choices() -> list[str]:
 
 
 def named(choice: str, like: catalogue.WeightFile) -> str:
-    """The file name that a choice stands for."""
+    """The file name that a choice stands for. Raises InputError for none, as it is of a link beforehand."""
+    if not isinstance(choice, str):
+        raise InputError(f"Expected the name of a file, found {choice!r}. Choose one on the node.")
     return like.name if choice == NONE_YET else choice
 
 
 @described
+@checked
 class PulidLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -34,7 +34,8 @@ from ..pulid.photo import read_photo
 from ..pulid.portraits import Choice, Portrait, choose, look_at_all
 from ..pulid.preview import Card, Column, contact_sheet, draw_people, score_chart
 from ..pulid.tokens import read_numbers
-from .apply import END, MODEL, PATCHED, PULID, START, PulidApply, read_mask
+from .apply import END, MODEL, PATCHED, PULID, START, PulidApply
+from .checked import checked
 from .encode import step_of
 from .lists import by_size, only_ones, rows
 from .similarity import FLATTERED
@@ -51,6 +52,7 @@ LEAST_WEIGHT, MOST_WEIGHT = -1, 5  # as Apply has them
 
 
 @described
+@checked
 class PulidBestPhotos(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -121,6 +123,7 @@ def _cards(taken: Sequence[Photograph], looks: Sequence[Portrait | str], choice:
 
 
 @described
+@checked
 class PulidLikenessGate(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -261,6 +264,7 @@ def _batches(pictures: Sequence[Tensor], chosen: Sequence[int]) -> list[Tensor] 
 
 
 @described
+@checked
 class PulidPlacePeople(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -309,6 +313,7 @@ class PulidPlacePeople(io.ComfyNode):
 
 
 @described
+@checked
 class PulidApplyPeople(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -335,7 +340,6 @@ class PulidApplyPeople(io.ComfyNode):
         weights: str, start_at: float, end_at: float,
     ) -> io.NodeOutput:  # fmt: skip
         people = len(identities.cond)
-        masks = read_mask(masks)
         if len(masks) != people:
             raise InputError(
                 f"There are {people} identities and {len(masks)} masks. Join identities with PuLID Combine Identities, "

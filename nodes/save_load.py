@@ -10,6 +10,7 @@ from ..models.identities import content_digest, find_identity, load, pack_versio
 from ..pulid.errors import PulidError
 from ..pulid.identity import IdEmbedding
 from . import host
+from .checked import checked
 from .texts import described
 from .types import IdentitySocket
 
@@ -17,6 +18,7 @@ NO_CARD = ""  # no card was uploaded: the file serves
 
 
 @described
+@checked
 class PulidSaveIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -48,6 +50,7 @@ class PulidSaveIdentity(io.ComfyNode):
 
 
 @described
+@checked
 class PulidLoadIdentity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -75,7 +78,9 @@ class PulidLoadIdentity(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, identity_file: str, image: str = NO_CARD) -> str | None:
+    def fingerprint_inputs(cls, identity_file: str | None, image: str | None = NO_CARD) -> str | None:
+        if not isinstance(identity_file, str):  # it comes through a link, and is not there yet
+            return None
         try:
             return content_digest(_chosen(identity_file, image))
         except (PulidError, OSError):  # execute says what is wrong
@@ -92,9 +97,9 @@ class PulidLoadIdentity(io.ComfyNode):
         return io.NodeOutput(identity, ui=_shown(cls, identity, text))
 
 
-def _chosen(identity_file: str, image: str) -> Path:
+def _chosen(identity_file: str, image: str | None) -> Path:
     """The uploaded card if there is one, else the file among the identities."""
-    if image == NO_CARD:
+    if not image:
         return find_identity(identity_file, host.folders(host.IDENTITIES))
     name, folder = folder_paths.annotated_filepath(image)  # "card.png [output]" names a card there
     return find_identity(name.rstrip(), [Path(folder or folder_paths.get_input_directory())])

@@ -13,6 +13,7 @@ from ..pulid.faces import FaceAnalyzer, FoundFaces, find_faces, in_order
 from ..pulid.people import mean_direction, similarities
 from ..pulid.photo import Photo, read_photo
 from ..pulid.preview import draw_boxes
+from .checked import checked
 from .texts import described
 from .types import LoadedPulid, PulidSocket
 
@@ -22,6 +23,7 @@ FLATTERED = (
 
 
 @described
+@checked
 class PulidFaceSimilarity(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -79,8 +81,6 @@ def _detected(
     analyzer: FaceAnalyzer, batch: Tensor, kind: str, progress: ProgressBar
 ) -> Iterator[tuple[str, Photo, FoundFaces]]:
     """For each picture of a batch its name in messages, the photograph and its faces."""
-    if len(batch) == 0:
-        raise InputError(f"{kind}: the image batch is empty. Connect at least one picture.")
     for number, picture in enumerate(batch, start=1):
         throw_exception_if_processing_interrupted()
         name = f"{kind} {number} of {len(batch)}"

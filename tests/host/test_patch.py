@@ -25,7 +25,6 @@ from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import Guider_PerpNeg, PerpNeg
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from pulid_sdxl.nodes import apply as apply_node
 from pulid_sdxl.nodes import host, patch, rows
 from pulid_sdxl.nodes.apply import PulidApplyAdvanced
 from pulid_sdxl.pulid.attention import IdProjections, fuse
@@ -619,8 +618,3 @@ def test_a_slider_projects_nothing_again(model, pulid, identity, monkeypatch):
 
     monkeypatch.setattr(pulid.weights.projections.module, "project", again)
     apply(model, pulid, identity, method="neutral", weight=0.3, start_at=0.2, attn_mask=torch.ones(1, 8, 8))
-
-
-def test_read_mask_takes_the_shapes_that_nodes_send():
-    for shape in ((8, 9), (1, 8, 9), (3, 8, 9), (2, 1, 8, 9), (2, 8, 9, 1)):
-        assert apply_node.read_mask(torch.ones(shape)).shape[-2:] == (8, 9)
