@@ -195,5 +195,4 @@ def _named(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
     kind = type(value).__qualname__
-    short = isinstance(value, (str, float)) or (isinstance(value, NUMBERS) and abs(value) < 10**15)
-    return f"{reprlib.repr(value)} ({kind})" if short else f"a {kind}"
+    return f"{reprlib.repr(value)} ({kind})" if isinstance(value, (str, *NUMBERS)) else f"a {kind}"

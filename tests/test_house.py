@@ -25,7 +25,8 @@ MAY_IMPORT = {
 # ComfyUI's top-level modules that a pack could reach.
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "execution", "server"}
 HOST |= {"latent_preview", "node_helpers", "nodes", "models", "app", "utils"}
-ENTERS_COMFYUI = {"tools/__main__.py", "tools/comfy_host.py"}  # as its main.py does, for a process of their own
+# As ComfyUI's main.py does, for a process of their own; and what other packs put there for themselves.
+ENTERS_COMFYUI = {"tools/__main__.py", "tools/comfy_host.py", "tests/neighbours/packs.py"}
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
