@@ -115,6 +115,7 @@ class Editor:
             self.complaints.append(message.text)
 
     def open(self, workflow: dict) -> None:
+        self.page.mouse.move(800, 900)  # off a tab, which shows what it holds as long as the mouse is on it
         while dialogs := self.page.evaluate(LOOK)["dialogs"]:  # of the workflow before, over everything
             self.page.keyboard.press("Escape")
             self.page.get_by_role("dialog").nth(len(dialogs) - 1).wait_for(state="hidden")

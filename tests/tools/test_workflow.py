@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from pulid_sdxl.tools.workflow import BYPASSED, MUTED, WorkflowError, misfits, set_inputs, to_prompt
 
 SHIPPED = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
@@ -195,6 +196,10 @@ class TestShipped:
         for node, widget in app["inputs"]:
             assert widget in [slot["name"] for slot in nodes[node]["inputs"] if "widget" in slot]
         assert {nodes[node]["type"] for node in app["outputs"]} <= {"SaveImage"}
+
+    def test_has_a_card_for_the_list_of_templates(self, path):
+        with Image.open(path.with_suffix(".jpg")) as card:
+            assert (card.format, card.size) == ("JPEG", (640, 400))
 
     def test_explains_itself(self, flow):
         assert [node for node in flow["nodes"] if node["type"] in ("Note", "MarkdownNote")]
