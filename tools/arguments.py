@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import ROOT
 
-QUICK_BENCH = "about three minutes on two CPU cores"
+QUICK_BENCH = "about two minutes on two CPU cores"
 QUICK_STEPS = 6  # without a GPU and with a stand-in checkpoint there is nothing to see in more
 # How files of the usual kinds of pictures begin.
 PICTURES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", re.DOTALL)
