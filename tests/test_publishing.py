@@ -1,10 +1,13 @@
 """What belongs to the repository and not to the pack: the files under .github, and what the registry is sent."""
 
+import os
 import re
 import subprocess
+import sys
 
 import pytest
 import yaml
+from PIL import Image
 from pulid_sdxl.tools import ROOT
 
 YAML_FILES = [*sorted((ROOT / ".github").rglob("*.yml")), ROOT / ".pre-commit-config.yaml"]
@@ -47,6 +50,27 @@ def test_publishing_is_refused_while_the_address_names_nobody(tmp_path, owner, c
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code
     assert ("in the place of OWNER" in done.stdout) == bool(code)
+
+
+def test_comfy_cli_finds_nothing_to_say_about_what_would_be_published(tmp_path):
+    """`comfy node validate` ends well whatever it warns of, so that its words count."""
+    validate = ["--skip-prompt", "--no-enable-telemetry", "node", "validate"]
+    home = {**os.environ, "HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}  # it writes settings there
+    done = subprocess.run(
+        [sys.executable, "-m", "comfy_cli", *validate], cwd=ROOT, env=home, capture_output=True, text=True
+    )
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    assert done.returncode == 0 and said[-1].endswith("All validation checks passed successfully")
+    assert said[:-1] == ["Validating node configuration...", "Running security checks..."]  # and no warning between
+
+
+def test_the_pictures_of_the_registry_are_as_it_wants_them():
+    with (
+        Image.open(ROOT / ".github/pictures/icon.png") as icon,
+        Image.open(ROOT / ".github/pictures/banner.jpg") as banner,
+    ):
+        assert max(icon.size) <= 400 and icon.width == icon.height
+        assert banner.width / banner.height == pytest.approx(21 / 9)
 
 
 def test_the_registry_is_sent_what_runs_and_nothing_else():

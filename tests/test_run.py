@@ -328,7 +328,8 @@ class TestCommandLine:
 
     @pytest.mark.parametrize(("name", "argument", "words"), [
         ("demo", "--help", "--photo"), ("demo", "--sed=4", "--sed"), ("demo", f"--photo={__file__}", "is no picture"),
-        ("demo", "--size=large", "896x1152"), ("conformance", "nowhere", "is not a folder"), ("lint", "-x", "-x"),
+        ("demo", "--size=large", "896x1152"), ("demo", "--size=0x64", "896x1152"), ("demo", "--steps=0", "from 1 on"),
+        ("conformance", "nowhere", "is not a folder"), ("lint", "-x", "-x"),
         ("test", "-h", "pytest"), ("test", "--kk=x", "--kk"), ("test", "tests/nowhere", "is not there"),
         ("bench", "--help", "--quick"), ("bench", "--only=steps", "need --device"), ("bench", "--quik", "--quik"),
         ("bench", "--json=no/folder/x.json", "is not a folder"), ("bench", "--device=tpu", "cuda"),

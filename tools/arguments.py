@@ -10,7 +10,7 @@ from pathlib import Path
 
 from . import ROOT
 
-QUICK_BENCH = "about three minutes on two CPU cores"
+QUICK_BENCH = "about two minutes on two CPU cores"
 QUICK_STEPS = 6  # without a GPU and with a stand-in checkpoint there is nothing to see in more
 # How files of the usual kinds of pictures begin.
 PICTURES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|....ftyp(avif|heic|mif1)", re.DOTALL)
@@ -25,7 +25,7 @@ def demo(rest: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=existing_file, help="an SDXL checkpoint; default: a small stand-in")
     parser.add_argument("--seed", type=int, default=0)
     few = f"default: the workflow's, or {QUICK_STEPS} with a stand-in checkpoint"
-    parser.add_argument("--steps", type=int, help=few)
+    parser.add_argument("--steps", type=positive, help=few)
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT; default: the workflow's, or a quarter of its area")
     return parser.parse_args(rest)
 
@@ -80,7 +80,7 @@ def bench(rest: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     parser.add_argument("--device", choices=("cuda", "mps", "xpu", "cpu"), help="measure on this: docs/performance.md")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"of {', '.join(SECTIONS)}")
-    parser.add_argument("--repeats", type=int, metavar="N", help="of each measurement on a device; default: 10")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="of each measurement on a device; default: 10")
     known = parser.parse_args(rest)
     if known.device and known.quick:
         parser.error("--quick is for the bench without --device; with it, --only names what to measure")
@@ -127,6 +127,12 @@ def picture(text: str) -> Path:
 
 def size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"expected something like 896x1152, found {text!r}")
+    if not match or any(int(side) < 64 or int(side) % 8 for side in match.groups()):
+        raise argparse.ArgumentTypeError(f"expected something like 896x1152, multiples of 8 from 64 on, found {text!r}")
     return int(match[1]), int(match[2])
+
+
+def positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, found {text!r}")
+    return int(text)

@@ -1,4 +1,7 @@
-"""Tests in this folder run on the ComfyUI that COMFYUI names; `run.py test` sets it, once for each."""
+"""Tests in this folder run on the ComfyUI that COMFYUI names; `run.py test` sets it, once for each.
+
+Only fixtures import what they need: where no ComfyUI is named, the whole folder is skipped.
+"""
 
 import os
 from pathlib import Path
@@ -16,7 +19,34 @@ def comfyui():
 @pytest.fixture
 def inference():
     """As ComfyUI runs nodes."""
-    import torch  # not where the whole folder is skipped
+    import torch
 
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A MODEL with the whole of SDXL's UNet at a tenth of its width."""
+    from pulid_sdxl.tools import comfy_host
+
+    from .sampling import MODEL_CHANNELS
+
+    return comfy_host.sdxl(MODEL_CHANNELS)
+
+
+@pytest.fixture(scope="module")
+def pulid():
+    """A loaded PuLID as wide as `model`."""
+    from pulid_sdxl.tools.fakes import networks as fakes
+
+    from .sampling import projections
+
+    return fakes.loaded(fakes.weights(projections()))
+
+
+@pytest.fixture(scope="module")
+def identity():
+    from .sampling import make_identity
+
+    return make_identity()

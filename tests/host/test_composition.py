@@ -22,28 +22,12 @@ from comfy_extras.nodes_model_advanced import ModelSamplingContinuousEDM
 from pulid_sdxl.nodes import host
 from pulid_sdxl.pulid.attention import fuse
 from pulid_sdxl.pulid.errors import InputError
-from pulid_sdxl.tools.fakes import networks as fakes
 from torch._dynamo.utils import counters
 
 from . import sampling
-from .sampling import MODEL_CHANNELS, NEGATIVE, SITES, apply, conditioning, make_identity, sample, sites_of
+from .sampling import NEGATIVE, SITES, apply, conditioning, sample, sites_of
 
 pytestmark = pytest.mark.usefixtures("inference")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return comfy_host.sdxl(MODEL_CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def pulid():
-    return fakes.loaded(fakes.weights(sampling.projections()))
-
-
-@pytest.fixture(scope="module")
-def identity():
-    return make_identity()
 
 
 @pytest.fixture

@@ -257,11 +257,6 @@ def relative(out, expected):
     return ((out - expected).abs().max() / expected.std()).item()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return comfy_host.sdxl(32)
-
-
 @pytest.fixture
 def one_site(model, monkeypatch):
     """The reference's attention site in place of each site of a model: its vectors, and a PuLID made for it."""

@@ -54,25 +54,10 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.fixture(scope="module")
-def model():
-    return comfy_host.sdxl(MODEL_CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def pulid():
-    return fakes.loaded(fakes.weights(projections()))
-
-
-@pytest.fixture(scope="module")
 def noisy():
     """A loaded PuLID with an encoder, for what the negative branch sees."""
     torch.manual_seed(2)
     return fakes.loaded(fakes.weights(projections(), IdEncoder()))
-
-
-@pytest.fixture(scope="module")
-def identity():
-    return make_identity()
 
 
 def middle(patched):

@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 
 import pytest
 
@@ -21,14 +22,14 @@ from pulid_sdxl.nodes import people
 from pulid_sdxl.nodes.apply import PulidApply
 from pulid_sdxl.nodes.closeup import PulidFaceCrop, PulidFacePaste
 from pulid_sdxl.nodes.people import PulidApplyPeople, PulidBestPhotos, PulidLikenessGate, PulidPlacePeople
-from pulid_sdxl.pulid.attention import IdProjections
 from pulid_sdxl.pulid.cache import ResultCache
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding
-from pulid_sdxl.pulid.sites import SITES
 from pulid_sdxl.pulid.tokens import PEOPLE, combine
 from pulid_sdxl.tools.fakes import networks as fakes
+
+from . import sampling
 
 
 @pytest.fixture(autouse=True)
@@ -269,32 +270,8 @@ def test_who_cannot_be_placed_is_said(given, words):
 
 # ---- Each into their place ----
 
-MODEL_CHANNELS = 32
 HEIGHT, WIDTH = 16, 24
-
-
-@pytest.fixture(scope="module")
-def model():
-    return comfy_host.sdxl(MODEL_CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def pulid():
-    torch.manual_seed(5)
-    return fakes.loaded(fakes.weights(IdProjections(tuple(site.channels * MODEL_CHANNELS // 320 for site in SITES))))
-
-
-def sample(model):
-    import comfy.sample
-
-    def conditioning(marker):
-        return [[torch.full((1, 77, 2048), marker), {"pooled_output": torch.full((1, 1280), marker)}]]
-
-    noise = torch.randn(1, 4, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(7))
-    return comfy.sample.sample(
-        model, noise, 2, 3.0, "euler", "normal", conditioning(1.0), conditioning(-1.0), torch.zeros_like(noise),
-        disable_pbar=True, seed=1,
-    )  # fmt: skip
+sample = partial(sampling.sample, steps=2)
 
 
 def apply_people(model, pulid, identities, masks, weights="0.8", method="fidelity"):

@@ -20,26 +20,15 @@ import comfy.samplers
 import torch
 from comfy import context_windows
 from pulid_sdxl.pulid.errors import MismatchError
-from pulid_sdxl.tools.fakes import networks as fakes
 
 from . import sampling
-from .sampling import MODEL_CHANNELS, NEGATIVE, POSITIVE, SECOND, Watcher, apply, conditioning, make_identity, sample
+from .sampling import NEGATIVE, POSITIVE, SECOND, Watcher, apply, conditioning, make_identity, sample
 
 APPLY_MODEL = comfy.patcher_extension.WrappersMP.APPLY_MODEL
 NETWORK = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
 CALC = comfy.patcher_extension.WrappersMP.CALC_COND_BATCH
 
 pytestmark = pytest.mark.usefixtures("inference")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return comfy_host.sdxl(MODEL_CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def pulid():
-    return fakes.loaded(fakes.weights(sampling.projections()))
 
 
 @pytest.fixture

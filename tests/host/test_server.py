@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import urllib.error
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from pulid_sdxl.tools.workflow import find, misfits, set_inputs, to_prompt
 WORKFLOWS = sorted((Path(__file__).parents[2] / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((Path(__file__).parents[2] / "subgraphs").glob("*.json"))
 PACK = "pulid-sdxl"
-HEAVY = {"insightface", "onnxruntime", "cv2", "facexlib", "skimage", "timm", "diffusers"}
+HEAVY = {"insightface", "onnxruntime", "cv2", "facexlib", "skimage", "timm", "diffusers", "torchvision", "triton"}
+LIGHT = {"PIL"}  # what a start may bring beside Python's own and what ComfyUI has by then
 
 # A pack that lists, as choices of a node, what this Python has imported, in order, when the browser asks for nodes.
 PROBE = """
@@ -216,6 +218,9 @@ def test_nothing_heavy_is_imported_at_start(info):
     ours = next(index for index, name in enumerate(modules) if name.endswith(PACK))  # before: ComfyUI's own
     assert any(f"{PACK}.nodes.load" in name for name in modules[ours:])  # the probe does see what is there
     assert HEAVY & set(modules[ours:]) == set()
+    last = max(index for index, name in enumerate(modules) if PACK in name)  # behind: ComfyUI's own again
+    brought = {name.split(".")[0] for name in modules[ours:last] if not name.startswith("/")}
+    assert brought - set(sys.stdlib_module_names) <= LIGHT
 
 
 @pytest.mark.parametrize("node_id", NODES)

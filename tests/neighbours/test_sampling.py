@@ -23,7 +23,6 @@ comfy_host.enter(os.environ["COMFYUI"])
 import numpy as np
 import torch
 from pulid_sdxl.nodes import host
-from pulid_sdxl.tools.fakes import networks as fakes
 
 from ..host import sampling
 from ..host.sampling import (
@@ -41,16 +40,6 @@ from ..host.sampling import (
 from .packs import load, module_of, node, unloaded
 
 pytestmark = [pytest.mark.usefixtures("inference"), pytest.mark.filterwarnings("ignore")]  # theirs
-
-
-@pytest.fixture(scope="module")
-def model():
-    return comfy_host.sdxl(MODEL_CHANNELS)
-
-
-@pytest.fixture(scope="module")
-def pulid():
-    return fakes.loaded(fakes.weights(sampling.projections()))
 
 
 @pytest.fixture
