@@ -274,6 +274,10 @@ def _displaced(installed: Installed, options: dict) -> list[str]:
     ]
 
 
+# Where a function, a method or a partial keeps what it was made with.
+HOLDING = ("__self__", "__wrapped__", "__defaults__", "__kwdefaults__", "func", "args", "keywords")
+
+
 def _holds(replacement: object, installed: Installed, depth: int = 5) -> bool:
     """Whether a patch of that node is what lies there, or can be reached from it: other packs wrap what they find."""
     if isinstance(replacement, AttentionPatch):
@@ -287,7 +291,7 @@ def _holds(replacement: object, installed: Installed, depth: int = 5) -> bool:
     else:
         cells = getattr(replacement, "__closure__", None) or ()
         inside = [cell.cell_contents for cell in cells if cell != CellType()]
-        inside += [getattr(replacement, name, None) for name in ("__self__", "__wrapped__", "func", "args", "keywords")]
+        inside += [getattr(replacement, name, None) for name in HOLDING]
         inside += [*getattr(replacement, "__dict__", {}).values()]
     return any(_holds(one, installed, depth - 1) for one in inside)
 

@@ -34,6 +34,8 @@ class Mask(Protocol):
 
 
 Area = Sequence[int]  # height, width, y, x in latent pixels
+Window = tuple[int, tuple[int, ...]]  # a dimension of the latents, and which of its pictures, lines or columns
+DIMENSIONS = LINES, COLUMNS = 2, 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +184,7 @@ class SamplingRun:
         options = transformer_options
         entered = options.get(ENTERED[WrappersMP.APPLY_MODEL])
         shape = entered or tuple(x.shape)
-        key = shape, tuple(options.get("uuids", ())), window_of(options, self.pictures)
+        key = shape, tuple(options.get("uuids", ())), window_of(options, self.pictures, self.size)
         if key not in self.known:
             self.known[key] = self._own(*key)
         placement = self._derived(self.known[key], shape, x, c_crossattn, followed=entered is not None)
@@ -190,7 +192,7 @@ class SamplingRun:
         theirs = [one for one in patches.get("attn2_patch", ()) if one not in (_mark_queries, _read_queries)]
         if theirs:
             options["patches"] = {**patches, "attn2_patch": [_mark_queries, *theirs, _read_queries]}
-        options[KEY] = Call(self, placement, tuple(map(id, theirs)))
+        options[KEY] = Call(self, placement)
         model: Any = executor.class_obj
         like = plain(x).to(model.manual_cast_dtype or model.get_dtype())
         for mask in self.masks:
@@ -208,27 +210,31 @@ class SamplingRun:
         options[KEY] = replace(call, placement=placement)
         return executor(plain(x), timesteps, context, y, control, options, **kwargs)
 
-    def _own(self, shape: tuple[int, ...], uuids: tuple[UUID, ...], window: tuple[int, ...] | None) -> Placement:
+    def _own(self, shape: tuple[int, ...], uuids: tuple[UUID, ...], window: Window | None) -> Placement:
         """Of ComfyUI's own batch; without rows where nobody named its chunks."""
         images, rest = divmod(shape[0], max(len(uuids), 1))
         if not uuids or rest:
             return Placement([], self.size)
+        dim, places = window or (0, None)
         pictures: Sequence[int | None] = [None] * images
-        if window is not None and len(window) == images:
-            pictures = window
+        if dim == 0 and places is not None and len(places) == images:
+            pictures = places
         elif images == self.pictures:
             pictures = range(images)
-        parts = {uuid: self._part(self.areas.get(uuid), shape[-2:]) for uuid in uuids}
+        parts = {uuid: self._part(self.areas.get(uuid), shape[-2:], window) for uuid in uuids}
         rows = [Row(uuid in self.positives, picture, parts[uuid]) for uuid in uuids for picture in pictures]
         return Placement(rows, self.size)
 
-    def _part(self, area: Area | None, size: tuple[int, ...]) -> Part | None:
-        if area is None:
-            return _all_of(self.size) if size == self.size else None
-        height, width, y, x = area
-        if size != (min(self.size[0] - y, height), min(self.size[1] - x, width)):
-            return None
-        return Part(np.arange(y, y + size[0]), np.arange(x, x + size[1]))
+    def _part(self, area: Area | None, size: tuple[int, ...], window: Window | None) -> Part | None:
+        """What a row of this size shows: ComfyUI cuts windows out of the latent, and areas out of windows."""
+        part = _all_of(self.size)
+        if window is not None and window[0] in DIMENSIONS:
+            dim, places = window[0], np.array(window[1])
+            part = Part(places, part.xs) if dim == LINES else Part(part.ys, places)
+        if area is not None:
+            height, width, y, x = area
+            part = Part(part.ys[y : y + height], part.xs[x : x + width])
+        return part if (len(part.ys), len(part.xs)) == tuple(size) else None
 
     def _derived(
         self, base: Placement, entered: tuple[int, ...], batch: Tensor, context: Tensor, followed: bool
@@ -272,27 +278,21 @@ class SamplingRun:
 class Call:
     """One call of the network.
 
-    patches    of other packs, that change the queries and keys of every site (attn2_patch)
+    sites      placements of queries that other packs' patches (attn2_patch) changed, by block
     strengths  of schedules at this call's noise level, by schedule and dtype
     """
 
     run: SamplingRun
     placement: Placement
-    patches: tuple[int, ...]
+    sites: dict[Hashable, Placement] = field(default_factory=dict)
     strengths: dict[tuple[Schedule, torch.dtype], Tensor] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> "Call":
         return self
 
-    def site(self, extra_options: Mapping) -> Hashable:
-        """Under which a placement of queries that others changed lies in `placement.derived`."""
-        return *extra_options["block"], extra_options["block_index"], *self.patches
-
     def at_site(self, q: Tensor, extra_options: Mapping) -> Placement:
         """Of the queries (B, N, C) of a site, to which other packs may have added rows."""
-        placement = self.placement
-        if self.patches:
-            placement = placement.derived.get(self.site(extra_options), placement)
+        placement = self.sites.get(_site(extra_options), self.placement)
         if len(q) != len(placement.rows):
             raise MismatchError(
                 f"The network was given {len(self.placement.rows)} rows, but {len(q)} come to the cross-attention of "
@@ -301,21 +301,25 @@ class Call:
         return placement
 
 
+def _site(extra_options: Mapping) -> Hashable:
+    return *extra_options["block"], extra_options["block_index"]
+
+
 def _mark_queries(n: Tensor, k: Tensor, v: Tensor, extra_options: Mapping) -> tuple[Tensor, Tensor, Tensor]:
-    """Before all attn2 patches, the first time: hands them rows that remember which they are."""
-    call = extra_options[KEY]
-    known = call.site(extra_options) in call.placement.derived or torch.compiler.is_compiling()
-    return n if known else Traced.rows_of(n), k, v
+    """Before all attn2 patches: hands them rows that remember which they are."""
+    return n if torch.compiler.is_compiling() else Traced.rows_of(n), k, v
 
 
 def _read_queries(n: Tensor, k: Tensor, v: Tensor, extra_options: Mapping) -> tuple[Tensor, Tensor, Tensor]:
     """Behind all attn2 patches: which rows are there now."""
     if isinstance(n, Traced):
         call = extra_options[KEY]
-        rows = n.origins.flatten().tolist()
+        rows = tuple(n.origins.flatten().tolist())
         if UNKNOWN not in rows:
-            own = [call.placement.rows[row] for row in rows]
-            call.placement.derived[call.site(extra_options)] = Placement(own, call.placement.size)
+            own = call.placement
+            if rows != tuple(range(len(own.rows))):
+                own = own.derived.setdefault(rows, Placement([own.rows[row] for row in rows], own.size))
+            call.sites[_site(extra_options)] = own
     return plain(n), k, v
 
 
@@ -347,10 +351,12 @@ def same_prompt(row: Tensor, prompt: Tensor) -> bool:
     return len(row) % length == 0 and row.shape[1] == width and torch.equal(row[:length], prompt[0].to(row))
 
 
-def window_of(options: Mapping, pictures: int) -> tuple[int, ...] | None:
-    """The numbers of the pictures in a context window, of ComfyUI's or of AnimateDiff-Evolved's, out of so many."""
+def window_of(options: Mapping, pictures: int, size: tuple[int, int]) -> Window | None:
+    """The context window under way, of ComfyUI's or of AnimateDiff-Evolved's, in a latent of so many pictures."""
     window = options.get("context_window")
-    if window is not None and getattr(window, "dim", 0) == 0:
-        return tuple(window.get_tensor(torch.arange(pictures)).flatten().tolist())  # with what it puts before them
+    dim = getattr(window, "dim", 0)
+    if window is not None and dim in (0, *DIMENSIONS):
+        whole = torch.arange(size[dim - LINES] if dim else pictures).view(*[1] * dim, -1)
+        return dim, tuple(window.get_tensor(whole).flatten().tolist())  # with what it puts before them
     indices = (options.get("ad_params") or {}).get("sub_idxs")
-    return None if indices is None else tuple(indices)
+    return None if indices is None else (0, tuple(indices))

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 # What moves pixels; the map of origins follows it.
 MOVES = {
     "__getitem__", "cat", "chunk", "clone", "concat", "concatenate", "contiguous", "expand", "expand_as",
-    "flatten", "flip", "fliplr", "flipud", "index_select", "movedim", "narrow", "permute", "repeat",
+    "flatten", "flip", "fliplr", "flipud", "gather", "index_select", "movedim", "narrow", "permute", "repeat",
     "repeat_interleave", "reshape", "roll", "rot90", "select", "split", "split_with_sizes", "squeeze", "stack",
-    "swapaxes", "take_along_dim", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unsqueeze", "view",
-    "view_as", "vsplit", "hsplit",
+    "swapaxes", "take_along_dim", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unfold", "unsqueeze",
+    "view", "view_as", "vsplit", "hsplit",
 }  # fmt: skip
 NEW = ("_like", "new_")  # in the names of what only takes over shape and type
 UNKNOWN = -1

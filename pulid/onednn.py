@@ -27,12 +27,12 @@ class _LinearByOneDnn(TorchFunctionMode):
         return (linear if function is F.linear else function)(*args, **(kwargs or {}))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., I), weight (O, I), bias (O,) -> (..., O), as torch.nn.functional.linear but for rounding."""
-    rows = x.numel() // x.shape[-1]
-    plain = {x.dtype, weight.dtype} == {torch.float32} and x.device.type == "cpu"
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input (..., I), weight (O, I), bias (O,) -> (..., O), as torch.nn.functional.linear but for rounding."""
+    rows = input.numel() // input.shape[-1]
+    plain = {input.dtype, weight.dtype} == {torch.float32} and input.device.type == "cpu"
     if not plain or rows < FEW_ROWS or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    columns = x.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)  # (1, I, 1, rows), channels last: nothing is moved
+        return F.linear(input, weight, bias)
+    columns = input.reshape(1, 1, rows, -1).permute(0, 3, 1, 2)  # (1, I, 1, rows), channels last: nothing is moved
     made = F.conv2d(columns, weight[:, :, None, None], bias)
-    return made.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return made.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1)

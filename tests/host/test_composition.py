@@ -191,7 +191,13 @@ class TestDisplaced:
         def closure(before):
             return lambda *args: before(*args)
 
-        for make in (closure, Wrapping, lambda before: closure(Wrapping(before))):
+        def default(before):
+            def call(q, k, v, options, before=before):
+                return before(q, k, v, options)
+
+            return call
+
+        for make in (closure, Wrapping, default, lambda before: closure(Wrapping(before))):
             sample(self.wrap(apply(model, pulid, identity), make))
         assert said == []
 

@@ -4,6 +4,7 @@ Each way of rearranging a batch is a small stand-in of what a real pack does; te
 """
 
 import os
+import random
 from functools import partial
 
 import pytest
@@ -15,6 +16,7 @@ from pulid_sdxl.tools import comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
+import comfy.hooks
 import comfy.patcher_extension
 import comfy.samplers
 import torch
@@ -73,7 +75,27 @@ def backwards(parts):
     return torch.cat(parts).flip(0)
 
 
+def unfolded(function, arguments):
+    """Tiles by `unfold`, and their order by `gather`: the last becomes the first."""
+    x, t, c = arguments["input"], arguments["timestep"], arguments["c"]
+    rows, channels, height, width = x.shape
+    tiles = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(2, 3, 0, 1, 4, 5).reshape(-1, channels, 8, 8)
+    order = torch.arange(len(tiles)).flip(0).view(-1, 1, 1, 1).expand(tiles.shape)
+    of = order[:, 0, 0, 0] % rows
+    given = {name: one[of] if isinstance(one, torch.Tensor) else one for name, one in c.items()}
+    made = function(torch.gather(tiles, 0, order), t[of], **given).gather(0, order)
+    made = made.view(height // 8, width // 8, rows, channels, 8, 8).permute(2, 3, 0, 4, 1, 5)
+    return made.reshape(x.shape)
+
+
 class TestTiles:
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_tiles_may_be_unfolded_and_gathered(self, model, pulid, watch, batch):
+        patched = apply(model, pulid, make_identity(people=batch), attn_mask=sampling.ramp(batch))
+        patched.set_model_unet_function_wrapper(unfolded)
+        sample(patched, noise=sampling.places(batch))
+        watch.check(batch, batch)
+
     @pytest.mark.parametrize("rearrange", [tiles_first, rows_first, backwards])
     @pytest.mark.parametrize("batch_size", [1, 4, 6])
     @pytest.mark.parametrize("batch", [1, 2])
@@ -215,6 +237,34 @@ class TestAttentionCouples:
             assert len(call.sites) == 70
             assert all(rows == expected for rows, _, _ in call.sites)
 
+    def test_regions_may_come_with_a_hook_on_the_prompt(self, model, pulid, watch):
+        before, after = coupled(4)
+        patches = {"patches": {"attn2_patch": [before], "attn2_output_patch": [after]}}
+        group = comfy.hooks.HookGroup()
+        group.add(comfy.hooks.TransformerOptionsHook(patches, comfy.hooks.EnumHookScope.HookedOnly))
+        positive = comfy.hooks.set_hooks_for_conditioning(conditioning(POSITIVE), group) + conditioning(SECOND)
+        sample(apply(model, pulid, make_identity(people=2)), positive=positive, noise=sampling.places(2))
+        found = [rows for call in watch.calls for rows in {tuple(rows) for rows, *_ in call.sites}]
+        assert sorted(found) == [(0, 1) * 4, (2, 2, 0, 1)] or sorted(found) == [(0, 1) * 4, (0, 1, 2, 2)]
+
+    def test_regions_may_begin_and_end_while_sampling(self, model, pulid, watch):
+        patched = apply(model, pulid, make_identity())
+        before, after = coupled(3)
+
+        def begun(options):  # at the second of three steps, as packs that act from one percent to another
+            return options["sigmas"][0] not in (options["sample_sigmas"][0], options["sample_sigmas"][2])
+
+        def widened(n, k, v, options):
+            return before(n, k, v, options) if begun(options) else (n, k, v)
+
+        def narrowed(n, options):
+            return after(n, options) if begun(options) else n
+
+        patched.set_model_attn2_patch(widened)
+        patched.set_model_attn2_output_patch(narrowed)
+        sample(patched, noise=sampling.places(), steps=3)
+        assert [len(call.sites[0][0]) for call in watch.calls] == [2, 4, 2]
+
     def test_queries_that_nothing_tells_the_origin_of_are_an_error(self, model, pulid):
         patched = apply(model, pulid, make_identity())
 
@@ -236,13 +286,13 @@ class TestAttentionCouples:
 
 
 class TestContextWindows:
-    def windows(self, patched, closed_loop):
+    def windows(self, patched, closed_loop, length=3, **options):
         """What ContextWindowsManual puts on a model."""
         schedule = "looped_uniform" if closed_loop else "standard_static"
         patched.model_options["context_handler"] = context_windows.IndexListContextHandler(
             context_windows.get_matching_context_schedule(schedule),
             context_windows.get_matching_fuse_method("flat"),
-            context_length=3, context_overlap=1, closed_loop=closed_loop,
+            context_length=length, context_overlap=1, closed_loop=closed_loop, **options,
         )  # fmt: skip
         return patched
 
@@ -254,6 +304,16 @@ class TestContextWindows:
         sample(windowed, steps=4, noise=sampling.places(5))  # 0.3.64 wants as many sigmas as pictures
         assert len(watch.calls) > 1
         watch.check(5, 5)
+
+    @pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")  # 0.3.64
+    @pytest.mark.parametrize("dim", [2, 3])
+    def test_windows_of_lines_or_columns_have_their_part_of_the_mask(self, model, pulid, watch, dim):
+        patched = apply(model, pulid, make_identity(), attn_mask=sampling.ramp())
+        windowed = self.windows(patched, closed_loop=False, dim=dim, length=12)
+        windowed.model_options["context_handler"].causal_window_fix = False  # newer ones put a line before: 13
+        sample(windowed, steps=4, noise=sampling.places())
+        assert {call.x.shape[dim] for call in watch.calls} == {12}
+        watch.check(1, 1)
 
     def other_windows(self, tell):
         """As AnimateDiff-Evolved does; whether the options tell which pictures are in a window."""
@@ -297,6 +357,35 @@ class TestAreas:
         sample(patched, noise=sampling.places(), positive=right + lower, negative=conditioning(NEGATIVE))
         assert {tuple(call.x.shape[-2:]) for call in watch.calls} >= {(16, 8), (8, 24)}
         watch.check(1, 1)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_areas_of_any_size_on_latents_of_any_size(self, model, pulid, watch, seed):
+        """Some reach beyond the latent; two pictures, two prompts."""
+        draw = random.Random(seed)
+        height, width = draw.randint(9, 21), draw.randint(9, 21)
+        positive = []
+        for number in range(2):
+            area = (
+                draw.randint(5, height),
+                draw.randint(5, width),
+                draw.randint(0, height - 5),
+                draw.randint(0, width - 5),
+            )
+            positive += conditioning(POSITIVE + number, area=area, strength=1.0)
+        patched = apply(model, pulid, make_identity(people=2), attn_mask=sampling.ramp(2, height, width))
+        sample(patched, noise=sampling.places(2, height, width), positive=positive)
+        assert len(watch.calls) >= 2
+        for call in watch.calls:
+            lines = call.x[:, 0, :, 0]  # of each row
+            for rows, mask, tokens in call.sites:
+                assert rows == call.expected_rows(2)
+                grids = [(-(-call.x.shape[2] // by), -(-call.x.shape[3] // by)) for by in (2, 4)]
+                grid = next(grid for grid in grids if grid[0] * grid[1] == tokens)
+                picture = call.x[:, 2].mean(dim=(1, 2)).round()
+                wanted = ((lines.mean(dim=1) + 0.5) / height) / 2 + picture / 20
+                found = mask.expand(len(rows), tokens).view(-1, *grid)
+                assert torch.allclose(found.mean(dim=(1, 2)), wanted, atol=1e-3)
+                assert torch.allclose(found.std(dim=2), torch.zeros(len(rows), grid[0]), atol=1e-4)
 
     def test_a_mask_of_the_left_leaves_an_area_on_the_right_as_it_is(self, model, pulid):
         left = torch.zeros(1, 128, 192)

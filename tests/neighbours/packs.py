@@ -67,17 +67,22 @@ def load(name: str) -> ModuleType:
         pytest.skip(f"{name} does not load here, so it was not tried ({type(error).__name__}: {error})")
 
 
-def unloaded(name: str, part: str = "", add: str | None = None) -> ModuleType:
-    """A module within a pack that is not loaded as a whole: `part` below its folder, or below `add` in sys.path."""
+def unloaded(name: str, part: str, packages: str | None = None) -> ModuleType:
+    """A module within a pack that is not loaded as a whole.
+
+    packages  the folder in the pack whose folders it imports by their bare names
+    """
     path = folder(name)
     print(f"{name} at {_commit(path)}")
-    if add is not None and str(path / add) not in sys.path:
-        sys.path.append(str(path / add))
     link = _custom_nodes() / path.name.rpartition("+")[2]
     if not link.exists():
         link.symlink_to(path)
+    for one in (path / packages).iterdir() if packages else ():
+        if one.is_dir() and one.name not in sys.modules:
+            sys.modules[one.name] = package = ModuleType(one.name)
+            package.__path__ = [str(one)]
     try:
-        return importlib.import_module(part if add is not None else f"custom_nodes.{link.name}.{part}")
+        return importlib.import_module(part if packages else f"custom_nodes.{link.name}.{part}")
     except Exception as error:
         pytest.skip(f"{name} does not load here, so it was not tried ({type(error).__name__}: {error})")
 

@@ -28,6 +28,7 @@ from facexlib.utils import face_restoration_helper
 from pulid_sdxl.models import catalogue
 from pulid_sdxl.models.face_networks import InsightFaceAnalyzer, SharedFaceAnalysis
 from pulid_sdxl.nodes import host, legacy
+from pulid_sdxl.nodes.shared import SharedEvaClip
 from pulid_sdxl.pulid.cache import ResultCache
 from pulid_sdxl.pulid.networks import on_cpu
 from pulid_sdxl.tools.fakes import networks as fakes
@@ -166,6 +167,20 @@ class TestTheOlderPackItself:
         assert effect > 1e-3 * pictures[2].std()
         assert (pictures[0] - pictures[1]).abs().max() <= 2e-5 * effect
 
+    def test_what_either_loads_serves_the_other(self, both, models, monkeypatch):
+        (weights, tower, analyzer), (pulid, *their_sockets), older = both
+        files = SimpleNamespace(find=lambda name, like: models / "facexlib" / name)
+        monkeypatch.setattr(host, "model_folders", lambda: files)
+        monkeypatch.setattr(legacy, "CACHE", ResultCache(2**24))
+        model, how = comfy_host.sdxl(MODEL_CHANNELS), {"weight": 1.0, "start_at": 0.0, "end_at": 1.0}
+        conds = []
+        for sockets in (their_sockets, (SharedEvaClip(tower.module, tower.load), analyzer)):
+            (patched,) = older.ApplyPulid().apply_pulid(model, pulid.float(), *sockets, PHOTO, **how)
+            conds.append(sampling.sites_of(patched)["input", 4, 0].kwargs[0]["cond"])
+            _, networks, _ = legacy._checked(weights, *sockets)
+            conds.append(legacy._identify(weights, networks, PHOTO)[0].cond)
+        assert all((cond - conds[0]).abs().max() <= 2e-5 * conds[0].std() for cond in conds)
+
 
 class TestEasyUse:
     @pytest.mark.parametrize(
@@ -216,7 +231,11 @@ def test_the_older_pack_itself_reads_our_faces_and_tower(analyzer):
 
 @pytest.mark.parametrize(
     ("pack", "node_id"),
-    [("PuLID_ComfyUI", "PulidInsightFaceLoader"), ("ComfyUI_PuLID_Flux_ll", "PulidFluxInsightFaceLoader")],
+    [
+        ("PuLID_ComfyUI", "PulidInsightFaceLoader"),
+        ("ComfyUI_PuLID_Flux_ll", "PulidFluxInsightFaceLoader"),
+        ("ComfyUI_InstantID", "InstantIDFaceAnalysis"),
+    ],
 )
 def test_their_insightface_serves_our_apply(pack, node_id, files, monkeypatch, analyzer):
     loader = node(pack, node_id)
@@ -229,7 +248,7 @@ def test_their_insightface_serves_our_apply(pack, node_id, files, monkeypatch, a
     monkeypatch.setattr(module, "FaceAnalysis", local)
     monkeypatch.setattr(module, "download_insightface_model", lambda *args, **kwargs: None, raising=False)
     monkeypatch.setattr(host, "model_folders", lambda: SimpleNamespace(find=lambda name, like: files[1].parent / name))
-    (analysis,) = loader().load_insightface("CPU")
+    (analysis,) = getattr(loader(), loader.FUNCTION)("CPU")
     weights = fakes.weights(sampling.projections())
     _, networks, notes = legacy._checked(weights, on_cpu(fakes.small_tower()), analysis)
     assert isinstance(networks.analyzer, SharedFaceAnalysis)

@@ -197,7 +197,7 @@ class TestPicturesInParts:
         return made
 
     def test_impacts_detailer_goes_from_face_to_face(self, model, pulid, watch, said):
-        detailer = unloaded("ComfyUI-Impact-Pack", "impact.impact_server", add="modules").impact_pack
+        detailer = unloaded("ComfyUI-Impact-Pack", "impact.impact_server", packages="modules").impact_pack
         boxes = [(16, 16, 80, 80), (112, 40, 176, 104)]
         found = [
             detailer.SEG(None, np.ones((64, 64), np.float32), 0.9, box, np.array(box), "face", None) for box in boxes

@@ -73,6 +73,13 @@ def test_published_names_and_rotary_tables_are_taken_from_the_file(tower):
     assert own["rope_cos"].dtype == torch.float16
 
 
+def test_rotary_tables_can_be_computed_in_place_of_rounded_ones(tower):
+    rounded = eva.EvaVisionTower(tower.config).half()
+    rounded.compute_rotary()
+    assert torch.equal(rounded.rope_cos, tower.rope_cos)
+    assert torch.equal(rounded.rope_sin, tower.rope_sin)
+
+
 @pytest.mark.parametrize("prefix", eva.PREFIXES)
 def test_the_tower_is_found_alone_or_within_a_whole_clip(tower, prefix):
     state = {f"{prefix}{name}": tensor for name, tensor in tower.state_dict().items() if "rope" not in name}

@@ -32,6 +32,15 @@ def test_a_layer_gives_what_it_gives_without(convolutions, shape, bias):
     assert convolutions == [(1, 24, 1, x.numel() // 24)]
 
 
+@torch.inference_mode()
+def test_arguments_may_have_their_names():
+    """As in EVA-CLIP's own tower, which another pack's node may have loaded."""
+    given = {"input": torch.randn(100, 24), "weight": torch.randn(40, 24), "bias": torch.randn(40)}
+    with quick_linear(CPU):
+        made = torch.nn.functional.linear(**given)
+    assert torch.allclose(made, torch.nn.functional.linear(**given), atol=1e-4)
+
+
 @NO_ONEDNN
 @torch.inference_mode()
 def test_rows_may_lie_apart_in_memory(convolutions):
