@@ -27,14 +27,15 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, Field
 
 from .api import LARGEST_ANSWER, MOST_PICTURES, HostedImage, parse, read_answer
-from .endpoints import Endpoints, check_address
-from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, UnsafeAddress, clean
+from .endpoints import check_address
+from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, clean
 from .journal import DAY
-from .transport import AiohttpTransport, Reply, Sleep, Terms, repeated
+from .queue import QueueClient
+from .transport import Reply, Terms, repeated
 
 REDIRECTS = 3
 LARGEST_PIXELS = LARGEST_ANSWER  # of one picture
-PICTURE_TERMS = Terms(seconds=120, limit=64 * 2**20, idle=30)
+PICTURE_TERMS = Terms(seconds=120, idle=30, public=True)
 MAGIC: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"\xff\xd8\xff": JpegImageFile,
@@ -49,11 +50,8 @@ logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 class PictureFetcher:
     """Fetches and decodes the pictures of an answer."""
 
-    transport: AiohttpTransport  # one that goes to public addresses only
-    endpoints: Endpoints
-    sleep: Sleep = asyncio.sleep
+    client: QueueClient
     terms: Terms = PICTURE_TERMS  # of one picture; its seconds are for all tries together
-    largest_answer: int = 256 * 2**20  # bytes of all pictures of an answer together
     largest_pixels: int = LARGEST_PIXELS  # of all pictures of an answer together
 
     async def fetch_all(
@@ -62,12 +60,9 @@ class PictureFetcher:
         """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
         pictures: list[Image.Image] = []
         notes: list[str] = []
-        total, pixels = 0, self.largest_pixels
+        pixels = self.largest_pixels
         for number, image in enumerate(images[:asked], start=1):
             data = await self._content(image)
-            total += len(data)
-            if total > self.largest_answer:
-                raise BadAnswer(f"The pictures together are larger than {self.largest_answer // 2**20} MiB.")
             pictures.append(decode(data, pixels))
             pixels -= pictures[-1].width * pictures[-1].height
             notes += _differences(number, image, len(data), pictures[-1].size)
@@ -87,20 +82,20 @@ class PictureFetcher:
 
     async def fetch(self, address: str) -> bytes:
         """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
-        tries = repeated(lambda: self._follow(address), self.sleep)
+        tries = repeated(lambda: self._follow(address), self.client.sleep)
         try:
             return _body(await asyncio.wait_for(tries, self.terms.seconds))
         except asyncio.TimeoutError:
             raise AnswerLost(f"A picture did not arrive within {self.terms.seconds:g} s.") from None
 
     async def _follow(self, address: str) -> Reply:
-        url = check_address(address, self.endpoints)
+        url = check_address(address, self.client.endpoints)
         for _ in range(REDIRECTS + 1):
-            reply = await self.transport.send("GET", url, {"Accept": "image/*"}, terms=self.terms)
+            reply = await self.client.transport.send("GET", url, {"Accept": "image/*"}, terms=self.terms)
             if not 300 <= reply.status < 400 or "location" not in reply.headers:
                 return reply
-            url = check_address(reply.headers["location"], self.endpoints, base=url)
-        raise UnsafeAddress(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
+            url = check_address(reply.headers["location"], self.client.endpoints, base=url)
+        raise HostedError(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
 
 
 def _body(reply: Reply) -> bytes:

@@ -18,10 +18,9 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..hosted import api, job, records, references
-from ..hosted.journal import Ticket
 from ..hosted.pictures import Outcome, as_batches
 from ..hosted.queue import SubmitOptions
-from ..hosted.service import JobProgress, Service, Watch, open_service, read_guard
+from ..hosted.service import Limits, Report, Service, Watch, open_service, read_guard
 from ..pulid.errors import InputError
 from . import host
 from .background import run_in_background
@@ -167,7 +166,7 @@ def _as_job(values: Mapping[str, Any]) -> job.Job:
     photos = [references.encode(image, as_is) for batch in batches for image in batch]
     photos += references.read_lines(values["reference_urls"], as_is)
     preset = values["image_size"]
-    request = api.HostedRequest(
+    request = api.read_request(
         reference_images=tuple(photo.digest for photo in photos),
         image_size=(values["width"], values["height"]) if preset == CUSTOM else preset,
         seed=None if values["seed"] == -1 else values["seed"],
@@ -187,16 +186,14 @@ def _as_job(values: Mapping[str, Any]) -> job.Job:
     )
 
 
-def _limits(values: Mapping[str, Any]) -> job.Limits:
-    return job.Limits(
-        **{name: values[f"{name}_limit"] for name in ("queue", "run", "total") if f"{name}_limit" in values}
-    )
+def _limits(values: Mapping[str, Any]) -> Limits:
+    return Limits(**{name: values[f"{name}_limit"] for name in ("queue", "run", "total") if f"{name}_limit" in values})
 
 
 async def _with_service(work: Callable[[Service], Awaitable[T]], node: type[io.ComfyNode]) -> T:
     """Run `work` in the background, with a service that is open as long as it takes."""
 
-    async def run(stop: Callable[[], bool], report: Callable[[JobProgress], None]) -> T:
+    async def run(stop: Callable[[], bool], report: Report) -> T:
         async with open_service(os.environ, host.private_folder(), Watch(stop), report) as service:
             return await work(service)
 
@@ -284,12 +281,12 @@ class PulidHostedSubmit(io.ComfyNode):
 
     @classmethod
     async def execute(cls, **values: Any) -> io.NodeOutput:
-        async def send(values: dict[str, Any]) -> tuple[Ticket, list[str]]:
+        async def send(values: dict[str, Any]) -> tuple[str, list[str]]:
             return await _with_service(lambda service: job.order(_as_job(values), service), cls)
 
         sent = await _all([send(each) for each in _requests(cls, values)])
-        text = [line for ticket, notes in sent for line in (f"request {ticket.request_id}", *notes)]
-        return io.NodeOutput([ticket.request_id for ticket, _ in sent], ui={"text": text})
+        text = [line for request_id, notes in sent for line in (f"request {request_id}", *notes)]
+        return io.NodeOutput([request_id for request_id, _ in sent], ui={"text": text})
 
 
 @described
@@ -437,7 +434,7 @@ class PulidHostedRequests(io.ComfyNode):
         if action != "list" and not request_id:
             raise InputError(f"To {action} a request, put its id into request_id. The list shows all ids.")
         if action == "fetch":
-            outcome = await _with_service(lambda service: job.fetch(request_id, job.Limits(), service), cls)
+            outcome = await _with_service(lambda service: job.fetch(request_id, Limits(), service), cls)
             pictures, said = _as_batches(outcome), "\n".join(_notes(outcome))
         elif action == "cancel":
             said = (await _with_service(lambda service: job.cancel(request_id, service), cls)).value

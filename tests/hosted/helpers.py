@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from pulid_sdxl.hosted import job as jobs
-from pulid_sdxl.hosted.api import HostedRequest
+from pulid_sdxl.hosted.api import read_request
 from pulid_sdxl.hosted.job import Job
 from pulid_sdxl.hosted.journal import Guard
 from pulid_sdxl.hosted.queue import SubmitOptions
@@ -20,7 +20,8 @@ FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
 def a_job(seed=7, references=None, num_images=1, guard=None, **others):
     references = tuple(references or [encode(FACE)])
     digests = tuple(reference.digest for reference in references)
-    request = HostedRequest(digests, "portrait", num_images=num_images, seed=seed, image_size=(32, 48))
+    values = {"prompt": "portrait", "num_images": num_images, "seed": seed, "image_size": (32, 48)}
+    request = read_request(reference_images=digests, **values)
     return Job(request, references, SubmitOptions(), guard or Guard(), run="run", **others)
 
 
@@ -29,7 +30,9 @@ def perform(fal, folder, act=None, watch=None, told=None, change=lambda service:
     act = act or (lambda service: jobs.generate(a_job(), service))
 
     async def run():
-        report = (told if told is not None else []).append
+        def report(step, words):
+            (told if told is not None else []).append(words)
+
         async with open_service(fal.environment | environ, folder, watch or Watch(), report) as service:
             return await act(change(replace(service, poll_seconds=(0.02,))))
 

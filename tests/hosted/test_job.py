@@ -11,11 +11,10 @@ import pytest
 import torch
 from pulid_sdxl.hosted import job as jobs
 from pulid_sdxl.hosted import service as services
-from pulid_sdxl.hosted.errors import AmbiguousSubmit, HostedLimit, Interrupted, JobCancelled, JobFailed, MissingKey
-from pulid_sdxl.hosted.job import Limits
+from pulid_sdxl.hosted.errors import AmbiguousSubmit, HostedError, HostedLimit, Interrupted, JobCancelled, JobFailed
 from pulid_sdxl.hosted.journal import Guard
 from pulid_sdxl.hosted.references import encode
-from pulid_sdxl.hosted.service import Watch
+from pulid_sdxl.hosted.service import Limits, Watch
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes import fake_faults as faults
@@ -57,9 +56,9 @@ def test_a_request_without_a_seed_is_new_each_time_and_keeps_every_digit_of_its_
 
 def test_a_request_under_way_is_joined_after_a_restart(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
-    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    request_id, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
     fal.script = ("COMPLETED",)
-    assert generate(fal, tmp_path).request_id == ticket.request_id
+    assert generate(fal, tmp_path).request_id == request_id
     assert fal.bill == 1
 
 
@@ -94,7 +93,7 @@ def test_a_process_killed_while_waiting_loses_nothing(fal, tmp_path):
 
 def test_two_processes_with_equal_requests_pay_once(fal, tmp_path):
     told = []
-    fal.plan("submit", EVERY, faults.once(lambda: any("waiting for it" in progress.words for progress in told)))
+    fal.plan("submit", EVERY, faults.once(lambda: any("waiting for it" in words for words in told)))
     process = other_process(fal, tmp_path)
     wait_until(lambda: fal.seen("submit"))
     mine = generate(fal, tmp_path, told=told)
@@ -271,27 +270,27 @@ def test_a_request_that_somebody_else_cancelled_is_not_sent_anew(fal, tmp_path):
 def test_a_request_is_ordered_looked_at_and_fetched_by_its_id(fal, tmp_path):
     fal.script = (2, "IN_PROGRESS", "COMPLETED")
     other = tmp_path / "another machine"
-    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
-    status = perform(fal, other, lambda service: jobs.status(ticket.request_id, True, service))
-    outcome = perform(fal, other, lambda service: jobs.fetch(ticket.request_id, Limits(), service))
+    request_id, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    status = perform(fal, other, lambda service: jobs.status(request_id, True, service))
+    outcome = perform(fal, other, lambda service: jobs.fetch(request_id, Limits(), service))
     assert (status.state, status.position) == ("IN_QUEUE", 2)
-    assert (outcome.request_id, len(outcome.images), fal.bill) == (ticket.request_id, 1, 1)
+    assert (outcome.request_id, len(outcome.images), fal.bill) == (request_id, 1, 1)
 
 
 def test_what_was_fetched_by_id_answers_the_request_itself(fal, tmp_path):
-    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
-    perform(fal, tmp_path, lambda service: jobs.fetch(ticket.request_id, Limits(), service))
+    request_id, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    perform(fal, tmp_path, lambda service: jobs.fetch(request_id, Limits(), service))
     requests = len(fal.requests)
-    assert generate(fal, tmp_path).request_id == ticket.request_id
+    assert generate(fal, tmp_path).request_id == request_id
     assert len(fal.requests) == requests
 
 
 def test_who_stops_waiting_for_an_id_does_not_cancel_it(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
-    ticket, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
+    request_id, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
 
     def fetch(service):
-        return jobs.fetch(ticket.request_id, Limits(run=0.1), service)
+        return jobs.fetch(request_id, Limits(run=0.1), service)
 
     for stop, words in ((False, r"run_limit.*goes on"), (True, "Stopped by the user")):
         with pytest.raises(Interrupted if stop else HostedLimit, match=words):
@@ -349,7 +348,7 @@ def test_info_says_what_the_user_should_know_about_the_references(fal, tmp_path)
 
 def test_without_a_key_nothing_leaves(fal, tmp_path):
     environment = {name: "" for name in ("FAL_KEY", "FAL_KEY_ID", "FAL_KEY_SECRET")}
-    with pytest.raises(MissingKey, match="FAL_KEY"):
+    with pytest.raises(HostedError, match="FAL_KEY"):
         generate(fal, tmp_path, **environment)
     assert fal.requests == []
 

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageFile
 from pulid_sdxl.hosted.api import HostedImage
 from pulid_sdxl.hosted.endpoints import Endpoints
-from pulid_sdxl.hosted.errors import BadAnswer, UnsafeAddress
+from pulid_sdxl.hosted.errors import BadAnswer, HostedError
 from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, as_batches, decode, decode_data_uri
+from pulid_sdxl.hosted.queue import QueueClient
 from pulid_sdxl.hosted.transport import Reply
 
 
@@ -46,8 +47,12 @@ def page(content=b"", status=200, **headers):
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, content)
 
 
+def fetcher(web, **limits):
+    return PictureFetcher(QueueClient(web, Endpoints(), None), **limits)
+
+
 def fetch(web, name):
-    return asyncio.run(PictureFetcher(web, Endpoints()).fetch(f"https://host/{name}"))
+    return asyncio.run(fetcher(web).fetch(f"https://host/{name}"))
 
 
 def test_redirects_are_followed_a_few_times_without_credentials():
@@ -60,20 +65,20 @@ def test_redirects_are_followed_a_few_times_without_credentials():
     )
     assert fetch(web, "a") == b"picture"
     assert all(headers == {"Accept": "image/*"} for _, headers in web.asked)
-    with pytest.raises(UnsafeAddress, match="more than 3 times"):
+    with pytest.raises(HostedError, match="more than 3 times"):
         fetch(web, "z")
 
 
 @pytest.mark.parametrize("target", ["http://host/b", "https://10.0.0.1/b", "https://[", "https://me@host/b"])
 def test_every_redirect_is_checked(target):
     web = Web(a=page(status=302, location=target))
-    with pytest.raises(UnsafeAddress):
+    with pytest.raises(HostedError):
         fetch(web, "a")
     assert len(web.asked) == 1
 
 
 def pictures(web, *images, **limits):
-    return asyncio.run(PictureFetcher(web, Endpoints(), **limits).fetch_all(images))
+    return asyncio.run(fetcher(web, **limits).fetch_all(images))
 
 
 def test_pictures_come_in_order_and_differences_are_noted():
@@ -99,10 +104,8 @@ def test_a_picture_in_file_data_needs_no_address_and_an_odd_one_falls_back_on_it
 
 
 def test_one_answer_brings_so_much_and_no_more():
-    images, most = [HostedImage(url="https://host/a")] * 3, 2 * len(picture())
-    assert len(pictures(Web(a=page(picture())), *images[1:], largest_answer=most)[0]) == 2
-    with pytest.raises(BadAnswer, match="together are larger"):
-        pictures(Web(a=page(picture())), *images, largest_answer=most)
+    images = [HostedImage(url="https://host/a")] * 3
+    assert len(pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4)[0]) == 3
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
         pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4 - 1)
 
@@ -110,7 +113,7 @@ def test_one_answer_brings_so_much_and_no_more():
 def test_no_more_pictures_are_read_than_were_asked_for():
     web = Web(a=page(picture()))
     images = tuple([HostedImage(url="https://host/a")] * 3)
-    found, notes = asyncio.run(PictureFetcher(web, Endpoints()).fetch_all(images, asked=2))
+    found, notes = asyncio.run(fetcher(web).fetch_all(images, asked=2))
     assert (len(found), len(web.asked)) == (2, 2)
     assert notes == ["2 pictures were asked for, 3 came; the others were not read."]
 
