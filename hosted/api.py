@@ -225,6 +225,31 @@ def read_answer(kind: type[Answer], data: Any) -> Answer:
         raise BadAnswer(f"The service's answer lacks what must be in it: {place or 'a JSON object'}.") from None
 
 
+# --- What it costs, about, by the service's price list (https://fal.ai/docs/platform-apis/v1/models/pricing) ---
+
+
+class Price(BaseModel):
+    """Of one unit of an endpoint's output."""
+
+    endpoint_id: str
+    unit_price: FiniteFloat = Field(ge=0)
+    unit: str
+    currency: str
+
+    def of(self, request: HostedRequest) -> str:
+        """The words "about $0.12" and their like; "" for a unit that is not known before, as a machine's seconds are."""
+        pictures = request.num_images
+        quantities = {"image": pictures, "megapixel": pictures * math.prod(request.size) / 1e6, "request": 1}
+        if (quantity := quantities.get(self.unit.lower().removesuffix("s"))) is None:
+            return ""
+        cost = f"{self.unit_price * quantity:.2g}"
+        return f"about ${cost}" if self.currency.upper() == "USD" else f"about {cost} {self.currency[:10]}"
+
+
+class PriceList(BaseModel):
+    prices: list[Price]
+
+
 # --- Failures, in every style of body ---
 
 

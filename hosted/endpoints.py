@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import SecretStr
 from yarl import URL
 
 from ..pulid.errors import InputError
@@ -187,33 +188,22 @@ LOGGERS = (__package__, "aiohttp.client", "aiohttp.internal", "asyncio")
 SHORTEST_PART = 6  # characters; hiding shorter parts would hide words
 
 
-class Key:
+class Key(SecretStr):
     """A key that shows itself in one place alone, the header of a request."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str):
-        if not value.isascii() or not value.isprintable() or " " in value:
-            raise HostedError(
-                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
-            )
-        self._value = value
-
-    def __repr__(self) -> str:
-        return f"Key({HIDDEN})"
 
     @property
     def header(self) -> dict[str, str]:
-        return {"Authorization": f"Key {self._value}"}
+        return {"Authorization": f"Key {self.get_secret_value()}"}
 
     @property
     def account(self) -> str:
         """Differs between accounts, and gives nothing of the key away."""
-        return hashlib.sha256(f"pulid account {self._value.partition(':')[0]}".encode()).hexdigest()
+        return hashlib.sha256(f"pulid account {self.get_secret_value().partition(':')[0]}".encode()).hexdigest()
 
     def hide(self, text: str) -> str:
         """The text without the key and its parts."""
-        for part in (self._value, *self._value.split(":")):
+        value = self.get_secret_value()
+        for part in (value, *value.split(":")):
             if len(part) >= SHORTEST_PART:
                 text = text.replace(part, HIDDEN)
         return text
@@ -249,8 +239,13 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
     file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
     pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
     for value in (environ.get("FAL_KEY", ""), ":".join(pair) if all(pair) else "", _read_key(file)):
-        if (value := value.strip()) and value not in PLACEHOLDERS:
-            return Key(value)
+        if not (value := value.strip()) or value in PLACEHOLDERS:
+            continue
+        if not value.isascii() or not value.isprintable() or " " in value:
+            raise HostedError(
+                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
+            )
+        return Key(value)
     raise HostedError(
         "The hosted service needs a key, and none was found. Set the environment variable FAL_KEY before ComfyUI "
         f'starts, or put the line FAL_KEY = "id:secret" into {_end_of(file)}, readable by you alone. '
@@ -259,21 +254,20 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
 
 
 def _read_key(file: Path) -> str:
+    found, why = None, "no such line"
     try:
-        mode = file.stat().st_mode
+        mode = stat.S_IMODE(file.stat().st_mode)
         if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-            others = f"Others on this machine can read {_end_of(file)} (its mode is {stat.S_IMODE(mode):o})."
+            others = f"Others on this machine can read {_end_of(file)} (its mode is {mode:o})."
             raise HostedError(f"{others} Make it yours alone: chmod 600, then run again.")
         found = LINE.search(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except PermissionError:
-        closed = f"ComfyUI may not read {_end_of(file)}: it or a folder above it is somebody else's, or is closed."
-        raise HostedError(f"{closed} Make it yours and readable (chown, chmod 600), then run again.") from None
-    except (OSError, UnicodeDecodeError):
-        found = None
+    except (OSError, UnicodeDecodeError) as error:
+        why = type(error).__name__
     if found is None:
-        raise HostedError(f'{_end_of(file)} cannot be read. It is a text (UTF-8) with the line FAL_KEY = "id:secret".')
+        needed = 'a text (UTF-8) with the line FAL_KEY = "id:secret", which belongs to you (chown, chmod 600)'
+        raise HostedError(f"{_end_of(file)} cannot be read ({why}). It is {needed}.")
     return next(filter(None, found.groups()), "")
 
 

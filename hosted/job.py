@@ -16,7 +16,6 @@ Whoever sends a request owns it: their interrupt or limit calls it off, and that
 
 import asyncio
 import hashlib
-import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,7 +28,6 @@ from .api import DONE, IDEAL_REFERENCES, QUEUED, RUNNING, HostedAnswer, HostedRe
 from .endpoints import check_webhook
 from .journal import Guard, Row, State
 from .pictures import Outcome
-from .prices import ask_price, estimate
 from .queue import CancelOutcome, SubmitOptions, check_id
 from .references import Reference
 from .service import STEPS, Limits, Service
@@ -107,7 +105,8 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
     at.journal.check(job.run, job.request.num_images, job.guard)
     await at.take_place(place)
     at.watch.begin(job.limits)
-    cost = estimate(job.request, await at.watch.over(ask_price(at.client)))
+    price = await at.watch.over(at.client.price())
+    cost = price.of(job.request) if price else ""
     at.report(0, f"{cost}; sending" if cost else "sending")
     needed = job.limits.queue + job.limits.run
     urls = await at.watch.over(at.storage.place(job.references, job.transport, needed))
@@ -195,9 +194,9 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
 
 async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
     """The JSON of the result, and the last status. Raises JobFailed, Refused, BadAnswer."""
-    seen = 0
+    seen, pauses = 0, iter(at.poll_seconds)
     at.watch.enter("queue", request_id)
-    for pause in itertools.chain(at.poll_seconds, itertools.repeat(at.poll_seconds[-1])):
+    while True:
         status = await at.client.status(request_id)
         for line in status.logs[seen:]:
             logger.info("request %s: %s", request_id, line)
@@ -206,8 +205,7 @@ async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
             return data, status
         at.watch.enter("queue" if status.state == QUEUED else "run", request_id)
         at.report(*_progress(status, request_id, at.watch.seconds("run" if status.state != QUEUED else "queue")))
-        await at.watch.pause(pause)
-    raise AssertionError("the pauses never end")
+        await at.watch.pause(next(pauses, at.poll_seconds[-1]))
 
 
 async def _result(request_id: str, status: Status, at: Service) -> Any | None:

@@ -14,15 +14,17 @@ The standard library only, since `run.py hosted` reads it too.
 """
 
 import os
+import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from ..pulid.errors import InputError
 from .errors import HostedError, HostedLimit
 
 Database = sqlite3.Connection
@@ -32,6 +34,7 @@ State = Literal[
 OPEN = ("PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS")
 STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND kept))"
 
+JOURNAL_FILE, PICTURES_FOLDER = "hosted.sqlite", "results"
 BUSY_SECONDS = 10  # to wait for another process's write
 DAY = 24 * 3600
 STEP = 60  # seconds that a clock may be set back by and rows still count as past
@@ -242,3 +245,55 @@ def _rows(database: Database, condition: str, *values: str) -> list[Row]:
         f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC", values
     )
     return [Row(**dict(each)) for each in found]
+
+
+# --- What is kept on this machine: lists it, and forgets it ---
+
+CHOICES: dict[str, Callable[[Row], bool]] = {
+    "open": lambda row: row.state in OPEN,
+    "unknown": lambda row: row.state == "AMBIGUOUS",
+    "all": lambda row: True,
+}
+UNITS = {DAY: "d", 3600: "h", 60: "min", 0: "s"}
+NEXT = {  # what to do with a request in this state
+    "PREPARED": "is being sent, or was when its sender ended; queue its prompt again to learn which",
+    "AMBIGUOUS": "may have been accepted and billed: look at fal.ai/dashboard/requests; forget it if it is not there",
+    "SUBMITTED": "under way: fetch it, or cancel it",
+    "CANCEL_REQUESTED": "asked to stop: fetch it in case that it went on, or forget it",
+    "COMPLETED": "finished: fetch it",
+    "DOWNLOADED": "finished, and its pictures are kept here: fetch it, or forget it",
+    "FAILED": "over; forget it",
+}
+
+
+def listing(requests: Iterable[Row], choice: str = "all") -> str:
+    """A line for each request: id, age, pictures, and what to do with it."""
+    lines = []
+    for row in filter(CHOICES[choice], requests):
+        seconds = max(0, int(time.time() - row.created))
+        size, unit = next((size, unit) for size, unit in UNITS.items() if seconds >= size)
+        pictures = f"{row.pictures} picture{'s' * (row.pictures != 1)}"
+        lines.append(f"{row.id}  {seconds // max(size, 1)} {unit} ago  {pictures}  {NEXT[row.state]}")
+    return "\n".join(lines) or "No such request is known on this machine."
+
+
+def forget(folder: Path, ids: Iterable[str] = (), older_than: float | None = None) -> int:
+    """Delete rows, kept pictures and with them prompts: of these ids, or of all that are older than so many seconds.
+
+    What the guard counts stays, as a number, for a day. Returns how many requests were forgotten.
+    """
+    journal, names, forgotten = Journal(folder / JOURNAL_FILE), set(ids), 0
+    for row in journal.rows():
+        if names & {row.request_id, row.name} or (older_than is not None and time.time() - row.created >= older_than):
+            shutil.rmtree(folder / PICTURES_FOLDER / row.id, ignore_errors=True)
+            journal.forget(row.name)
+            forgotten += 1
+    return forgotten
+
+
+def seconds_of(text: str) -> float:
+    """30d, 12h -> seconds. Raises InputError."""
+    size = {"d": DAY, "h": 3600}.get(text[-1:])
+    if size is None or not text[:-1].isdecimal():
+        raise InputError(f"A span of time looks like 30d or 12h, found {text!r}.")
+    return int(text[:-1]) * size

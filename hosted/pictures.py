@@ -72,13 +72,9 @@ class PictureFetcher:
 
     async def _content(self, image: HostedImage) -> bytes:
         """What is in the answer itself, else what its address leads to."""
-        if image.file_data:
-            try:
-                return decode_data_uri(image.file_data)
-            except BadAnswer:
-                if not image.url:
-                    raise
-        return decode_data_uri(image.url) if image.url.startswith("data:") else await self.fetch(image.url)
+        if inside := image.file_data or (image.url if image.url.startswith("data:") else ""):
+            return decode_data_uri(inside)
+        return await self.fetch(image.url)
 
     async def fetch(self, address: str) -> bytes:
         """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""

@@ -7,6 +7,7 @@ configured and nowhere else, whatever an answer says.
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,13 +17,27 @@ from typing import Any
 from yarl import URL
 
 from ..pulid.errors import InputError
-from .api import ENDPOINT, REQUEST_ID, Accepted, Status, read_answer
+from .api import ENDPOINT, REQUEST_ID, Accepted, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import AmbiguousSubmit, AnswerLost, BadAnswer, Failure, Gone, Refused, Unreachable, clean, failed_job
+from .errors import (
+    AmbiguousSubmit,
+    AnswerLost,
+    BadAnswer,
+    Failure,
+    Gone,
+    HostedError,
+    Refused,
+    Unreachable,
+    clean,
+    failed_job,
+)
 from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
+PRICE_TERMS, PRICE_SECONDS = Terms(seconds=3, limit=2**20), 24 * 3600  # a price list, or its absence, is kept so long
 ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never about the job
+
+_prices: dict[str, tuple[float, Price | None]] = {}  # in this process
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,18 @@ class QueueClient:
             reply = await self._ask("PUT", f"/requests/{request_id}/cancel", terms=terms)
             return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
         return CancelOutcome.NO_ANSWER
+
+    async def price(self) -> Price | None:
+        """The model's price for this account, asked for once a day; None where it is not to be had."""
+        api, price = self.endpoints.api, None
+        known = f"{api} {self.key and self.key.account}"
+        if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
+            with suppress(HostedError):
+                reply = await self.call("GET", api / "v1/models/pricing" % {"endpoint_id": ENDPOINT}, terms=PRICE_TERMS)
+                listed = read_answer(PriceList, reply.json).prices
+                price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
+            _prices[known] = time.monotonic(), price
+        return _prices[known][1] if api else None
 
     def failure(self, reply: Reply) -> Failure:
         return replace(reply.failure, proxied=self.endpoints.proxy is not None)

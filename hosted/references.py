@@ -70,7 +70,8 @@ def _encode(picture: Image.Image, as_is: bool) -> Reference:
     data, content_type = _save(picture, format="PNG"), "image/png"
     if len(data) > LARGEST_PNG:
         data, content_type = _save(picture, **JPEG), "image/jpeg"
-    return Reference(_digest(picture), content_type=content_type, data=data, note=note)
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    return Reference(digest, content_type=content_type, data=data, note=note)
 
 
 def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
@@ -79,11 +80,6 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
         note = "has transparent parts, which were sent as white"
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), note
     return picture.convert("RGB"), ""
-
-
-def _digest(picture: Image.Image) -> str:
-    """A hash of an RGB picture's pixels."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def _save(picture: Image.Image, **how: Any) -> bytes:
@@ -178,10 +174,7 @@ class ReferenceStorage:
         reply = await repeated(lambda: self.client.call("POST", url, headers, sent), self.client.sleep)
         if reply.status >= 300:
             raise Refused(self.client.failure(reply).words("Uploading a reference picture failed, so nothing was sent"))
-        try:
-            place = read_answer(UploadPlace, reply.json)
-        except BadAnswer:
-            raise BadAnswer("The service named no place to upload a reference picture to. Nothing was sent.") from None
+        place = read_answer(UploadPlace, reply.json)
         return check_address(place.upload_url, self.client.endpoints), place.file_url
 
     async def _put(self, url: URL, reference: Reference) -> None:

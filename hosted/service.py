@@ -15,10 +15,9 @@ from filelock import FileLock, Timeout
 from ..pulid.errors import InputError
 from .endpoints import PREFIX, Endpoints, find_key, quieten
 from .errors import HostedError, HostedLimit, Interrupted
-from .journal import Guard, Journal
+from .journal import JOURNAL_FILE, PICTURES_FOLDER, Guard, Journal
 from .pictures import PictureFetcher, PictureStore
 from .queue import QueueClient
-from .records import JOURNAL_FILE, PICTURES_FOLDER
 from .references import ReferenceStorage
 from .transport import DEFAULT_TERMS, Terms, Transport
 

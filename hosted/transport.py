@@ -226,30 +226,23 @@ def _failure(sending: _Sending, url: URL, error: Exception) -> HostedError:
 
 
 async def repeated(
-    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] | None = None
+    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] = lambda reply: reply.may_pass
 ) -> Reply:
     """The answer of a call that may be made several times; asks again after a lost one and after a passing failure."""
     for attempt in range(REPEATS):
-        try:
+        reply = None
+        with suppress(Unreachable, AnswerLost):
             reply = await send()
-            if not (may_pass(reply) if may_pass else reply.may_pass):
+            if not may_pass(reply):
                 return reply
-            pause = retry_after(reply, attempt)
-        except (Unreachable, AnswerLost):
-            pause = backoff(attempt)
-        await sleep(min(pause, LONGEST_PAUSE))
+        await sleep(min(retry_after(reply, attempt), LONGEST_PAUSE))
     return await send()
 
 
-def retry_after(reply: Reply, attempt: int) -> float:
-    """Seconds that the service asks to wait, or our own where it does not say."""
+def retry_after(reply: Reply | None, attempt: int) -> float:
+    """Seconds that the service asks to wait, else 0.5, doubled each time; up to half of it is left to chance."""
     with suppress(ValueError):
-        asked = float(reply.headers.get("retry-after", ""))
+        asked = float(reply.headers.get("retry-after", "") if reply else "")
         if 0 <= asked < float("inf"):
             return asked
-    return backoff(attempt)
-
-
-def backoff(attempt: int) -> float:
-    """0.5 s, doubled each time, with up to half of it left to chance so that many clients do not come at once."""
-    return min(LONGEST_PAUSE, 0.5 * 2**attempt) * random.uniform(0.5, 1)
+    return 0.5 * 2**attempt * random.uniform(0.5, 1)

@@ -17,7 +17,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ..hosted import api, job, records, references
+from ..hosted import api, job, journal, references
 from ..hosted.pictures import Outcome, as_batches
 from ..hosted.queue import SubmitOptions
 from ..hosted.service import Limits, Report, Service, Watch, open_service, read_guard
@@ -412,7 +412,7 @@ class PulidHostedRequests(io.ComfyNode):
             display_name="PuLID Hosted Requests",
             category=CATEGORY,
             inputs=[
-                _choice("show", list(records.CHOICES), optional=False),
+                _choice("show", list(journal.CHOICES), optional=False),
                 io.String.Input("request_id", default=""),
                 _choice("action", ["list", "fetch", "cancel", "forget"], optional=False),
             ],
@@ -431,6 +431,7 @@ class PulidHostedRequests(io.ComfyNode):
     @classmethod
     async def execute(cls, show: str, request_id: str, action: str) -> io.NodeOutput:
         folder, request_id, pictures, said = host.private_folder(), request_id.strip(), None, ""
+        known = journal.Journal(folder / journal.JOURNAL_FILE)
         if action != "list" and not request_id:
             raise InputError(f"To {action} a request, put its id into request_id. The list shows all ids.")
         if action == "fetch":
@@ -439,8 +440,8 @@ class PulidHostedRequests(io.ComfyNode):
         elif action == "cancel":
             said = (await _with_service(lambda service: job.cancel(request_id, service), cls)).value
         elif action == "forget":
-            said = f"{await asyncio.to_thread(records.forget, folder, [request_id])} forgotten."
-        report = "\n".join(filter(None, (said, records.listing(await asyncio.to_thread(records.rows, folder), show))))
+            said = f"{await asyncio.to_thread(journal.forget, folder, [request_id])} forgotten."
+        report = "\n".join(filter(None, (said, journal.listing(await asyncio.to_thread(known.rows), show))))
         return io.NodeOutput(report, pictures or ExecutionBlocker(None), ui={"text": report.splitlines()})
 
 

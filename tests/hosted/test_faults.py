@@ -498,7 +498,7 @@ def test_both_ways_of_a_reference_give_the_same_picture(fal, tmp_path, how):
     [
         ("initiate", faults.answer(401, {"detail": "no"}), "Uploading a reference picture failed.*key is wrong"),
         ("initiate", faults.answer(500, {"detail": "no"}), "Uploading a reference picture failed"),
-        ("initiate", faults.answer(200, {}), "no place to upload"),
+        ("initiate", faults.answer(200, {}), "lacks what must be in it: upload_url"),
         ("initiate", faults.with_values(upload_url="http://169.254.169.254/x"), "address"),
         ("put", faults.answer(403, {"detail": "no"}), "Uploading a reference picture failed.*403"),
         ("put", faults.redirect("https://example.org/"), "Uploading a reference picture failed"),

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 from pulid_sdxl import run
-from pulid_sdxl.hosted import records
+from pulid_sdxl.hosted import journal as journals
 from pulid_sdxl.hosted.errors import HostedError, HostedLimit
 from pulid_sdxl.hosted.journal import DAY, Guard, Journal, Row
 from pulid_sdxl.tools import TOOLS
@@ -279,12 +279,12 @@ def test_requests_are_listed_with_age_pictures_and_what_to_do(journal, clock):
     unknown = claim(journal, "2")
     journal.find("2")
     moved(journal, submitted(journal, digest="3", request_id="done"), "DOWNLOADED")
-    assert "under-way  2 h ago  2 pictures  under way: fetch it, or cancel it" in records.listing(
+    assert "under-way  2 h ago  2 pictures  under way: fetch it, or cancel it" in journals.listing(
         journal.rows(), "open"
     )
-    assert records.listing(journal.rows(), "unknown").startswith(f"{unknown.name}  2 h ago  1 picture  may have been")
-    assert len(records.listing(journal.rows()).splitlines()) == 3
-    assert "No such request" in records.listing([], "open")
+    assert journals.listing(journal.rows(), "unknown").startswith(f"{unknown.name}  2 h ago  1 picture  may have been")
+    assert len(journals.listing(journal.rows()).splitlines()) == 3
+    assert "No such request" in journals.listing([], "open")
 
 
 def test_requests_are_forgotten_with_their_pictures(journal, clock):
@@ -296,12 +296,12 @@ def test_requests_are_forgotten_with_their_pictures(journal, clock):
     submitted(journal, digest="3", request_id="new-1")
     for name in ("old-1", "new-1"):
         (folder / "results" / name).mkdir(parents=True)
-    assert records.forget(folder, ["nobody"]) == 0
-    assert records.forget(folder, older_than=DAY) == 1
+    assert journals.forget(folder, ["nobody"]) == 0
+    assert journals.forget(folder, older_than=DAY) == 1
     assert [place.name for place in (folder / "results").iterdir()] == ["new-1"]
-    assert records.forget(folder, [unknown.name]) == 1
+    assert journals.forget(folder, [unknown.name]) == 1
     assert [row.id for row in journal.rows()] == ["new-1"]
-    assert records.forget(folder, older_than=0) == 1
+    assert journals.forget(folder, older_than=0) == 1
     assert list((folder / "results").iterdir()) == []
 
 
@@ -328,5 +328,5 @@ def test_run_py_lists_and_forgets_for_every_user(tmp_path, capsys):
 
 
 def test_the_command_needs_the_standard_library_only():
-    code = "import pulid_sdxl.hosted.records; print('fine')"
+    code = "import pulid_sdxl.hosted.journal; print('fine')"
     assert subprocess.run([sys.executable, "-I", "-S", TOOLS, "-c", code], capture_output=True).stdout == b"fine\n"
