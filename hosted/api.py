@@ -237,7 +237,7 @@ class Price(BaseModel):
     currency: str
 
     def of(self, request: HostedRequest) -> str:
-        """The words "about $0.12" and their like; "" for a unit that is not known before, as a machine's seconds are."""
+        """The words "about $0.12" and their like; "" for a unit that is not known before."""
         pictures = request.num_images
         quantities = {"image": pictures, "megapixel": pictures * math.prod(request.size) / 1e6, "request": 1}
         if (quantity := quantities.get(self.unit.lower().removesuffix("s"))) is None:

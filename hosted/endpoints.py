@@ -93,9 +93,7 @@ TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  #
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
 FALS = ("fal.run", "fal.ai", "fal.media")
 LOCAL_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa")
-# What resolvers take for a number: 127.1, 0, 2130706433, 0177.0.0.1, 0x7f.1
-NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")
-NAME = re.compile(r"([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
+NAME = re.compile(r"([a-z0-9_-]+\.)+[a-z][a-z0-9-]*")  # what ends otherwise is a number to some: 127.1, 0177.1, 0x7f.1
 
 
 def is_public(address: str) -> bool:
@@ -111,19 +109,16 @@ def is_fals(host: str) -> bool:
     return any(f".{_plain(host)}".endswith(f".{name}") for name in FALS)
 
 
-def may_be_private(host: str, also_bare_names: bool = False) -> bool:
+def may_be_private(host: str) -> bool:
     """Whether a host as it is written, without looking it up, is or may stand for something that is not public.
 
     Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
-    also_bare_names  true for a name that only a local network knows, too
     """
     host = _plain(host)
     try:
         return not is_public(host)
     except ValueError:
-        local = any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES[: None if also_bare_names else 1])
-        bare = also_bare_names and "." not in host
-        return local or bare or NUMBER.fullmatch(host) is not None or NAME.fullmatch(host) is None
+        return NAME.fullmatch(host) is None or any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES)
 
 
 def _plain(host: str) -> str:
@@ -155,7 +150,7 @@ def is_shareable(address: str) -> bool:
     """True for an https address that is not, as far as it can be told from here, of this machine or its network."""
     with suppress(ValueError):
         url = URL(address)
-        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "", True)
+        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "")
     return False
 
 

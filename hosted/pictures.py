@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -192,20 +191,17 @@ class PictureStore:
 
     def put(self, name: str, outcome: Outcome) -> bool:
         """False where the disk does not take it: the pictures are there all the same."""
+        place = self.folder / name
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            place = Path(tempfile.mkdtemp(dir=self.folder))
-            try:
-                for number, image in enumerate(outcome.images):
-                    image.save(place / f"{number}.png")
-                facts = {**outcome.model_dump(), "images": len(outcome.images)}
-                (place / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                place.rename(self.folder / name)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(exist_ok=True)
+            for number, image in enumerate(outcome.images):
+                image.save(place / f"{number}.png")
+            facts = {**outcome.model_dump(), "images": len(outcome.images)}
+            (place / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")  # the last one: now it is kept
             self.shrink(keep=name)
         except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
             logger.warning("The pictures of a hosted request could not be kept for later: %s", error)
             return False
         return True

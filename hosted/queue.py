@@ -17,20 +17,10 @@ from typing import Any
 from yarl import URL
 
 from ..pulid.errors import InputError
+from . import errors
 from .api import ENDPOINT, REQUEST_ID, Accepted, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import (
-    AmbiguousSubmit,
-    AnswerLost,
-    BadAnswer,
-    Failure,
-    Gone,
-    HostedError,
-    Refused,
-    Unreachable,
-    clean,
-    failed_job,
-)
+from .errors import Failure, clean, failed_job
 from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
@@ -109,20 +99,20 @@ class QueueClient:
         for attempt in range(BUSY_REPEATS + 1):
             try:
                 reply = await self._ask("POST", "", query, headers=options.headers(), body=data, terms=terms)
-            except (AnswerLost, BadAnswer) as error:
-                raise AmbiguousSubmit(str(error)) from None
+            except (errors.AnswerLost, errors.BadAnswer) as error:
+                raise errors.AmbiguousSubmit(str(error)) from None
             pause = retry_after(reply, attempt)
             if reply.status != 429 or attempt == BUSY_REPEATS or pause > LONGEST_BUSY_PAUSE:
                 break
             await self.sleep(pause)
         if (reply.may_pass and reply.status != 429) or 300 <= reply.status < 400:
-            raise AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
+            raise errors.AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
         if reply.status >= 400:
-            raise Refused(self.failure(reply).words("The service did not take the request"))
+            raise errors.Refused(self.failure(reply).words("The service did not take the request"))
         try:
             return read_answer(Accepted, reply.json).request_id
-        except BadAnswer:
-            raise AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no id.") from None
+        except errors.BadAnswer:
+            raise errors.AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no id.") from None
 
     async def status(self, request_id: str, logs: bool = True) -> Status:
         """Raises Refused where the service does not say, BadAnswer where it says nothing of use."""
@@ -141,7 +131,7 @@ class QueueClient:
         reply = await repeated(lambda: self._ask("GET", f"/requests/{request_id}"), self.sleep, _may_pass)
         if reply.status == 200:
             if (data := reply.json) is None:
-                raise BadAnswer("Expected JSON from the service, found something else.")
+                raise errors.BadAnswer("Expected JSON from the service, found something else.")
             return data
         failure = self.failure(reply)
         if reply.status == 400 and "in progress" in failure.said:
@@ -150,14 +140,14 @@ class QueueClient:
             raise failed_job(failure, request_id)
         raise self._refusal(reply, "Fetching the result failed", request_id)
 
-    def _refusal(self, reply: Reply, doing: str, request_id: str) -> Refused:
-        kind = Gone if reply.status in (404, 410) else Refused
+    def _refusal(self, reply: Reply, doing: str, request_id: str) -> errors.Refused:
+        kind = errors.Gone if reply.status in (404, 410) else errors.Refused
         return kind(self.failure(reply).words(doing, request_id))
 
     async def cancel(self, request_id: str) -> CancelOutcome:
         """Ask once, and not for long; never raises for what the service or the network does."""
         terms = replace(self.terms, seconds=self.cancel_seconds)
-        with suppress(Unreachable, AnswerLost, BadAnswer):
+        with suppress(errors.Unreachable, errors.AnswerLost, errors.BadAnswer):
             reply = await self._ask("PUT", f"/requests/{request_id}/cancel", terms=terms)
             return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
         return CancelOutcome.NO_ANSWER
@@ -167,7 +157,7 @@ class QueueClient:
         api, price = self.endpoints.api, None
         known = f"{api} {self.key and self.key.account}"
         if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
-            with suppress(HostedError):
+            with suppress(errors.HostedError):
                 reply = await self.call("GET", api / "v1/models/pricing" % {"endpoint_id": ENDPOINT}, terms=PRICE_TERMS)
                 listed = read_answer(PriceList, reply.json).prices
                 price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
@@ -181,7 +171,7 @@ class QueueClient:
         """A call to the queue; to its second name where the first one cannot have got all of it."""
         *others, last = (base / f"{ENDPOINT}{path}" % (query or {}) for base in self.endpoints.queues)
         for url in others:
-            with suppress(Unreachable):
+            with suppress(errors.Unreachable):
                 return await self.call(method, url, **sent)
         return await self.call(method, last, **sent)
 

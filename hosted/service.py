@@ -77,6 +77,7 @@ class Watch:
 
     async def pause(self, seconds: float) -> None:
         await self.over(asyncio.sleep(seconds))
+        self.check()
 
     async def over(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`, which is cancelled as soon as `check` raises."""

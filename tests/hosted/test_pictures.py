@@ -34,7 +34,7 @@ class Web:
     """A transport that knows some addresses; keeps what it was asked."""
 
     def __init__(self, **pages):
-        self.pages = {f"https://host/{name}": page for name, page in pages.items()}
+        self.pages = {f"https://host.example/{name}": page for name, page in pages.items()}
         self.asked = []
 
     async def send(self, method, url, headers=None, body=None, terms=None):
@@ -52,13 +52,13 @@ def fetcher(web, **limits):
 
 
 def fetch(web, name):
-    return asyncio.run(fetcher(web).fetch(f"https://host/{name}"))
+    return asyncio.run(fetcher(web).fetch(f"https://host.example/{name}"))
 
 
 def test_redirects_are_followed_a_few_times_without_credentials():
     web = Web(
         a=page(status=302, location="/b"),
-        b=page(status=307, location="https://host/c"),
+        b=page(status=307, location="https://host.example/c"),
         c=page(status=301, location="d"),
         d=page(b"picture"),
         z=page(status=302, location="/a"),
@@ -69,7 +69,9 @@ def test_redirects_are_followed_a_few_times_without_credentials():
         fetch(web, "z")
 
 
-@pytest.mark.parametrize("target", ["http://host/b", "https://10.0.0.1/b", "https://[", "https://me@host/b"])
+@pytest.mark.parametrize(
+    "target", ["http://host.example/b", "https://10.0.0.1/b", "https://[", "https://me@host.example/b"]
+)
 def test_every_redirect_is_checked(target):
     web = Web(a=page(status=302, location=target))
     with pytest.raises(HostedError):
@@ -86,8 +88,8 @@ def test_pictures_come_in_order_and_differences_are_noted():
     length = len(picture(size=(6, 4)))
     found, notes = pictures(
         web,
-        HostedImage(url="https://host/a", width=6, height=4, file_size=length),
-        HostedImage(url="https://host/b", width=9, height=2, file_size=1),
+        HostedImage(url="https://host.example/a", width=6, height=4, file_size=length),
+        HostedImage(url="https://host.example/b", width=9, height=2, file_size=1),
     )
     assert [image.size for image in found] == [(6, 4), (2, 2)]
     assert notes[1] == "Picture 2: 9 width were announced, 2 came." and len(notes) == 2
@@ -103,7 +105,7 @@ def test_a_picture_in_file_data_needs_no_address():
 
 
 def test_one_answer_brings_so_much_and_no_more():
-    images = [HostedImage(url="https://host/a")] * 3
+    images = [HostedImage(url="https://host.example/a")] * 3
     assert len(pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4)[0]) == 3
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
         pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4 - 1)
@@ -111,7 +113,7 @@ def test_one_answer_brings_so_much_and_no_more():
 
 def test_no_more_pictures_are_read_than_were_asked_for():
     web = Web(a=page(picture()))
-    images = tuple([HostedImage(url="https://host/a")] * 3)
+    images = tuple([HostedImage(url="https://host.example/a")] * 3)
     found, notes = asyncio.run(fetcher(web).fetch_all(images, asked=2))
     assert (len(found), len(web.asked)) == (2, 2)
     assert notes == ["2 pictures were asked for, 3 came; the others were not read."]
