@@ -1,9 +1,10 @@
 """A small request and a client that was just started, against the fake service."""
 
 import asyncio
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pulid_sdxl.hosted import job as jobs
@@ -45,25 +46,8 @@ def generate(fal, folder, job=None, **others):
 
 def beside(target, *arguments, **others):
     """Run in a thread; returns a function that gives the result or raises the error."""
-    outcome = {}
-
-    def run():
-        try:
-            outcome["result"] = target(*arguments, **others)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(30)  # a silent call is given up after 60 s
-        assert not thread.is_alive()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["result"]
-
-    return result
+    future = ThreadPoolExecutor(1).submit(target, *arguments, **others)
+    return partial(future.result, timeout=30)  # a silent call is given up after 60 s
 
 
 def wait_until(condition, seconds=30):

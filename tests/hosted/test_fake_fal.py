@@ -80,14 +80,6 @@ class TestFalClient:
         assert pixels(result["images"][0]["url"]).shape == (96, 64, 3)
         assert pointed.bill == 1
 
-    def test_cancels(self, pointed, client):
-        pointed.script = (1,)
-        handle = client.submit(MODEL, ARGUMENTS)
-        client.cancel(MODEL, handle.request_id)
-        with pytest.raises(fal_client.FalClientHTTPError) as caught:
-            client.result(MODEL, handle.request_id)
-        assert (caught.value.status_code, caught.value.error_type) == (499, "client_cancelled")
-
     @pytest.mark.parametrize("fault", [faults.accept_then_drop, faults.accept_then_stall], ids=["drop", "stall"])
     def test_pays_twice_for_an_answer_that_is_lost(self, pointed, fault):
         pointed.plan("submit", 1, fault)

@@ -32,7 +32,7 @@ from pulid_sdxl.hosted.references import encode, read_lines
 from pulid_sdxl.hosted.service import Limits, Watch
 from pulid_sdxl.hosted.transport import Terms
 from pulid_sdxl.tools.fakes import fake_faults as faults
-from pulid_sdxl.tools.fakes.fake_fal import EVERY, FakeFal
+from pulid_sdxl.tools.fakes.fake_fal import EVERY
 
 from . import helpers
 from .helpers import FACE, a_job, beside, wait_until
@@ -331,17 +331,6 @@ def assert_fit_to_show(error, fal, folder):
 
 
 # --- what the table does not say ---
-
-
-def test_a_service_that_is_not_there_costs_nothing(tmp_path):
-    with FakeFal() as fal:
-        environment = fal.environment
-    gone = type("Gone", (), {"environment": environment, "key": fal.key})
-    with pytest.raises(HostedError, match=r"127\.0\.0\.1 did not get all of it \(refused\).*nothing was accepted"):
-        perform(gone, tmp_path)
-    with FakeFal() as fal:
-        perform(fal, tmp_path)  # queued again when the network is back
-        assert fal.bill == 1
 
 
 def test_the_backup_address_is_tried_when_fals_own_cannot_be_reached(fal, tmp_path, outside):

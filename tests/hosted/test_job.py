@@ -38,14 +38,6 @@ print(generate(SimpleNamespace(environment=dict(os.environ)), Path(sys.argv[1]))
 # ---- Joining ----
 
 
-def test_a_request_under_way_is_joined_after_a_restart(fal, tmp_path):
-    fal.script = ("IN_PROGRESS",)
-    request_id, _ = perform(fal, tmp_path, lambda service: jobs.order(a_job(), service))
-    fal.script = ("COMPLETED",)
-    assert generate(fal, tmp_path).request_id == request_id
-    assert fal.bill == 1
-
-
 def other_process(fal, folder):
     command = [sys.executable, TOOLS, "-c", OTHER_PROCESS, str(folder)]
     return subprocess.Popen(command, env={**os.environ, **fal.environment}, stdout=subprocess.PIPE, text=True)
@@ -116,19 +108,6 @@ def test_an_interrupt_while_a_busy_service_is_waited_for_sends_nothing(fal, tmp_
     fal.plan("submit", EVERY, faults.busy("60"))
     interrupted(fal, tmp_path, lambda: fal.seen("submit"))
     assert (fal.bill, len(fal.seen("submit"))) == (0, 1)
-
-
-def test_an_interrupt_while_waiting_for_a_free_place_sends_nothing(fal, tmp_path):
-    fal.script = ("IN_PROGRESS",)
-    stop = threading.Event()
-    others = [beside(generate, fal, tmp_path, a_job(seed=seed), watch=Watch(stop.is_set)) for seed in (1, 2)]
-    wait_until(lambda: fal.bill == 2)
-    interrupted(fal, tmp_path, lambda: True)
-    stop.set()
-    for other in others:
-        with pytest.raises(Interrupted):
-            other()
-    assert fal.bill == 2
 
 
 def test_what_is_fetched_after_all_keeps_no_place_from_others(fal, tmp_path):

@@ -136,12 +136,6 @@ def test_nobody_else_can_read_the_journal(journal):
     assert stat.S_IMODE(journal.path.parent.stat().st_mode) == 0o700
 
 
-def test_a_journal_that_cannot_be_written_stops_in_words(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(HostedError, match=r"journal of hosted requests .* could not be written"):
-        claim(Journal(tmp_path / "file" / "hosted.sqlite"))
-
-
 def damage(path, how):
     path.parent.mkdir(exist_ok=True)
     if how == "no database":
@@ -260,14 +254,6 @@ def test_an_upload_is_used_again_until_shortly_before_its_end(journal, clock):
     assert journal.uploaded("b", at_least=0) is None
     clock.now -= 10 * DAY  # how long it still lives is not known to a clock that went backwards
     assert journal.uploaded("a", at_least=0) is None
-
-
-def test_uploads_that_have_expired_are_forgotten(journal, clock):
-    journal.remember_upload("a", "https://v3.fal.media/a", 60)
-    clock.now += 61
-    journal.remember_upload("b", "https://v3.fal.media/b", 60)
-    with closing(sqlite3.connect(journal.path)) as database:
-        assert database.execute("SELECT digest FROM uploads").fetchall() == [("b",)]
 
 
 # ---- What is kept on this machine ----

@@ -35,7 +35,6 @@ ADDRESS = "127.0.0.1"
 MODEL = "fal-ai/pulid"
 EVERY = 0  # as `nth` of a plan
 FILE_DAYS = 7  # that files are kept unless a lifecycle says otherwise
-WEBHOOK_PAUSE = 0.05  # seconds
 MOST_BODY = 256 << 20  # bytes
 RECEIVED = 64 << 10  # bytes that lie ready at most before they are read: what is not read has not left its sender
 
@@ -97,7 +96,6 @@ class Job:
 
     id: str
     input: dict[str, Any]
-    webhook: str | None = None
     polls: int = 0
     cancelled: bool = False
     done: bool = False
@@ -120,8 +118,10 @@ class FakeFal:
     obeys      whether a running job ends when it is cancelled
     clock      seconds, moved by hand: files expire by it
     internet   URL -> content: what is public on the web, for references
-    webhooks   (address, JSON) of each that would have gone out
     prices     the price list, as the platform API gives it
+
+    The addresses end with _url: foreign is nobody's, and answers every GET with a picture; proxy is one as
+    @fal-ai/server-proxy 1.2.1 is, formula_proxy as <https://docs.fal.ai/model-apis/model-endpoints/server-side> says.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,6 @@ class FakeFal:
         self._held = asyncio.Event()
         self.script: tuple[int | str, ...] = ("IN_PROGRESS", "COMPLETED")
         self.obeys = True
-        self.webhooks: list[tuple[str, dict[str, Any]]] = []
         self.prices: list[dict[str, Any]] = []
         self.requests: list[Seen] = []
         self.jobs: dict[str, Job] = {}
@@ -177,33 +176,6 @@ class FakeFal:
         """The variables that point the pack's client here."""
         return {"FAL_KEY": self.key, "PULID_FAL_QUEUE_URL": self.queue_url, "PULID_FAL_REST_URL": self.rest_url}
 
-    @property
-    def queue_url(self) -> str:
-        return self._urls["queue"]
-
-    @property
-    def rest_url(self) -> str:
-        return self._urls["rest"]
-
-    @property
-    def cdn_url(self) -> str:
-        return self._urls["cdn"]
-
-    @property
-    def foreign_url(self) -> str:
-        """A host that is nobody's: it answers every GET with a picture."""
-        return self._urls["foreign"]
-
-    @property
-    def proxy_url(self) -> str:
-        """A proxy as @fal-ai/server-proxy 1.2.1 is one."""
-        return self._urls["proxy"] + "/server-proxy"
-
-    @property
-    def formula_proxy_url(self) -> str:
-        """A proxy as <https://docs.fal.ai/model-apis/model-endpoints/server-side> describes one."""
-        return self._urls["proxy"] + "/formula"
-
     # --- life ---
 
     def __enter__(self) -> "FakeFal":
@@ -224,8 +196,6 @@ class FakeFal:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
-        self._closing = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(auto_decompress=False)
         self._urls: dict[str, str] = {}
         self._runners: list[web.AppRunner] = []
@@ -241,11 +211,11 @@ class FakeFal:
             await web.SockSite(runner, listening).start()
             self._urls[origin] = f"http://{ADDRESS}:{runner.addresses[0][1]}"
             self._runners.append(runner)
+        self.queue_url, self.rest_url, self.cdn_url, self.foreign_url, proxy = self._urls.values()
+        self.proxy_url, self.formula_proxy_url = f"{proxy}/server-proxy", f"{proxy}/formula"
 
     async def _stop(self) -> None:
-        self._closing.set()
         self._held.set()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._session.close()
         await self._close()
 
@@ -299,13 +269,9 @@ class FakeFal:
 
     async def _submit(self, request: web.Request, seen: Seen) -> web.Response:
         """From here on it costs money. Any JSON object will do: a queue knows no model's schema."""
-        job = Job(str(uuid.uuid4()), seen.json, seen.query.get("fal_webhook"))
+        job = Job(str(uuid.uuid4()), seen.json)
         self.jobs[job.id] = job
         self.most_open = max(self.most_open, sum(not job.done for job in self.jobs.values()))
-        if job.webhook:
-            task = asyncio.create_task(self._finish_and_call(job, job.webhook))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         return web.json_response({"status": "IN_QUEUE", **self._handle(job), "queue_position": 0})
 
     def _handle(self, job: Job) -> dict[str, str]:
@@ -430,17 +396,6 @@ class FakeFal:
     async def _foreign(self, request: web.Request, seen: Seen) -> web.Response:
         made = pictures({"prompt": "foreign", "image_size": {"width": 64, "height": 64}}, 0, [])
         return web.Response(body=png(made[0]), content_type="image/png")
-
-    # --- webhooks ---
-
-    async def _finish_and_call(self, job: Job, webhook: str) -> None:
-        """Run the job without anybody asking, and note what its webhook would be told."""
-        while not job.done and self.script[-1] != "COMPLETED" and not self._closing.is_set():
-            await asyncio.sleep(WEBHOOK_PAUSE)
-        self._settle(job)
-        status, body, _ = job.outcome
-        result = {"status": "OK"} if status == 200 else {"status": "ERROR", "error": f"Status code: {status}"}
-        self.webhooks.append((webhook, {"request_id": job.id, "gateway_request_id": job.id, **result, "payload": body}))
 
     # --- proxies ---
 
