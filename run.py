@@ -235,6 +235,11 @@ def ask(package: str) -> list:
     return [Finding(package, f"{version_of(package) or ''} {fate} when imported".strip(), f"Install it anew: {anew}")]
 
 
+def span(text: str) -> float:
+    """30d, 12h -> seconds. Raises ValueError or TypeError, as argparse wants it."""
+    return int(text[:-1]) * {"d": 24.0 * 3600, "h": 3600.0}.get(text[-1:])  # type: ignore[operator]
+
+
 def hosted(hosts: list[Path], rest: list[str]) -> int:
     """Lists or forgets what this machine keeps of hosted requests, those of every user with --multi-user."""
     mount_pack()
@@ -245,7 +250,7 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
     parser.add_argument("action", choices=["list", "forget"])
     parser.add_argument("ids", nargs="*", metavar="ID", help="requests to forget, as `list` names them")
     parser.add_argument("--all", action="store_true", help="forget all")
-    parser.add_argument("--older-than", metavar="30d", help="forget what is older: days (d) or hours (h)")
+    parser.add_argument("--older-than", type=span, metavar="30d", help="forget what is older: days (d) or hours (h)")
     parser.add_argument("--user-directory", type=Path, metavar="DIR", help="a ComfyUI `user` folder; else its own")
     known = parser.parse_args(rest)
     if known.user_directory is None and not hosts:
@@ -256,7 +261,7 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
         if known.action == "list":
             print(journal.listing(row for file in files for row in journal.Journal(file).rows()))
             return 0
-        seconds = 0.0 if known.all else journal.seconds_of(known.older_than) if known.older_than else None
+        seconds = 0.0 if known.all else known.older_than
         if seconds is None and not known.ids:
             raise Failure("Say what to forget: ids, --all, or --older-than 30d.")
         print(f"{sum(journal.forget(file.parent, known.ids, seconds) for file in files)} forgotten.")

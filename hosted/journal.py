@@ -24,7 +24,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from ..pulid.errors import InputError
 from .errors import HostedError, HostedLimit
 
 Database = sqlite3.Connection
@@ -289,11 +288,3 @@ def forget(folder: Path, ids: Iterable[str] = (), older_than: float | None = Non
             journal.forget(row.name)
             forgotten += 1
     return forgotten
-
-
-def seconds_of(text: str) -> float:
-    """30d, 12h -> seconds. Raises InputError."""
-    size = {"d": DAY, "h": 3600}.get(text[-1:])
-    if size is None or not text[:-1].isdecimal():
-        raise InputError(f"A span of time looks like 30d or 12h, found {text!r}.")
-    return int(text[:-1]) * size

@@ -8,13 +8,12 @@ are limited before anything is decoded. What was paid for is kept: an equal requ
 import asyncio
 import base64
 import io
-import itertools
 import json
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,8 +215,3 @@ class PictureStore:
             if place.name != keep and (total > self.largest or time.time() - made > self.days * DAY):
                 shutil.rmtree(place, ignore_errors=True)
                 total -= sizes[place]
-
-
-def as_batches(images: Sequence[Image.Image]) -> list[list[Image.Image]]:
-    """Neighbours of one size together, so that no picture is lost or stretched where sizes differ."""
-    return [list(batch) for _, batch in itertools.groupby(images, key=lambda image: image.size)]

@@ -4,6 +4,7 @@ Every input, output and call of https://fal.ai/models/fal-ai/pulid/api; the key 
 """
 
 import asyncio
+import itertools
 import json
 import os
 import uuid
@@ -18,7 +19,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..hosted import api, job, journal, references
-from ..hosted.pictures import Outcome, as_batches
+from ..hosted.pictures import Outcome
 from ..hosted.queue import SubmitOptions
 from ..hosted.service import Limits, Report, Service, Watch, open_service, read_guard
 from ..pulid.errors import InputError
@@ -201,8 +202,9 @@ async def _with_service(work: Callable[[Service], Awaitable[T]], node: type[io.C
 
 
 def _as_batches(outcome: Outcome) -> list[Tensor]:
-    """(B, H, W, 3) each; several where sizes differ."""
-    arrays = [np.stack([np.asarray(image) for image in batch]) for batch in as_batches(outcome.images)]
+    """(B, H, W, 3) each: neighbours of one size together, so that none is lost or stretched where sizes differ."""
+    groups = itertools.groupby(outcome.images, key=lambda image: image.size)
+    arrays = [np.stack([np.asarray(image) for image in group]) for _, group in groups]
     return [torch.from_numpy(array).float() / 255 for array in arrays]
 
 

@@ -390,15 +390,6 @@ def test_the_shipped_workflow_runs(driver, fal):
 class TestReferences:
     """`reference_images`, in every form that the page has for a file."""
 
-    def test_a_batch_goes_in_its_order(self, driver, fal):
-        assert driver.run(Graph(photos=["two.png", "one.png"], seed=2000)).error is None
-        assert [picture.tobytes() for picture in references(fal)] == [face("two.png").tobytes(), face().tobytes()]
-
-    def test_data_uris(self, driver, fal):
-        uri = "data:image/png;base64," + base64.b64encode(png(Image.fromarray(face("two.png")))).decode()
-        assert driver.run(Graph(reference_urls=uri, seed=2001)).error is None
-        assert [picture.tobytes() for picture in references(fal)] == [face("two.png").tobytes()]
-
     def test_addresses_come_after_what_is_connected(self, driver, fal):
         fal.internet = {"https://example.org/a.png": png(Image.fromarray(face("two.png")))}
         assert (

@@ -125,8 +125,9 @@ def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
         "a.png", "//v3.fal.media/a.png",
         *(f"https://{host}/a.png" for host in (
             "10.0.0.1", "127.1", "0", "2130706433", "0177.0.0.1", "0x7f.0.0.1", "0x7f000001", "[::ffff:127.0.0.1]",
-            "[::]", "[::1]", "1", "10.0.0.1.", "127.0.0.1..", "localhost", "localhost.", "a.LOCALHOST", "nas", "nas.local",
-            "8.8.8.8.8", "08.8.8.8", "8.8.8.010", "[fe80::1%25a]", "%31%32%37.0.0.1", "a b.example", "-", "_._.0x",
+            "[::]", "[::1]", "1", "10.0.0.1.", "127.0.0.1..", "localhost", "localhost.", "a.LOCALHOST",
+            "nas", "nas.local", "8.8.8.8.8", "08.8.8.8", "8.8.8.010", "[fe80::1%25a]",
+            "%31%32%37.0.0.1", "a b.example", "-", "_._.0x",
             "\uff11\uff10.0.0.1", "127\u30020\u30020\u30021",
         )),
     ],
@@ -193,7 +194,7 @@ def test_a_webhook_is_shown_until_this_machines_owner_has_allowed_its_host(tmp_p
 
 def key_file(folder, text, mode=0o600):
     path = folder / "fal.toml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     path.chmod(mode)
     return path
 
@@ -228,7 +229,7 @@ def test_the_file_has_a_line_as_in_toml(tmp_path, text, key):
     assert found({}, key_file(tmp_path, text)) == f"Key {key}"
 
 
-@pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c"])
+@pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c", "\udcff"])
 def test_a_file_without_such_a_line_is_named(tmp_path, text):
     with pytest.raises(HostedError, match=r"fal\.toml cannot be read"):
         found({}, key_file(tmp_path, text))
@@ -285,13 +286,6 @@ def test_a_key_with_control_characters_is_refused_without_being_shown(value, tmp
 def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
     with pytest.raises(HostedError, match="chmod 600"):
         find_key({}, key_file(tmp_path, f"FAL_KEY={VALUE}", mode))
-
-
-def test_a_key_file_that_is_no_text_is_named(tmp_path):
-    file = key_file(tmp_path, "")
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(HostedError, match=r"fal\.toml cannot be read"):
-        find_key({}, file)
 
 
 def test_a_key_shows_nowhere_but_in_its_header():

@@ -439,13 +439,6 @@ def test_a_proxy_passes_a_cancel_on_or_the_request_is_kept(fal, tmp_path):
 # --- where the key goes ---
 
 
-@pytest.mark.parametrize("name", ["status_url", "response_url", "cancel_url"])
-def test_addresses_of_an_answer_do_not_get_the_key(fal, tmp_path, name):
-    fal.plan("submit", 1, faults.altered(lambda data: {**data, name: f"{fal.foreign_url}/{name}"}))
-    assert len(perform(fal, tmp_path).images) == 1
-    assert fal.seen("foreign") == []
-
-
 @pytest.mark.parametrize("route", ["submit", "status", "result"])
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_calls_with_the_key_follow_no_redirect(fal, tmp_path, route, status):

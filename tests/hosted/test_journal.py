@@ -123,13 +123,6 @@ def test_what_vanishes_from_the_journal_is_written_again_with_the_next_step(jour
     assert (journal.find("a").state, journal.find("a").request_id) == ("COMPLETED", "request-1")
 
 
-def test_a_seed_of_any_size_is_kept_as_text(journal):
-    moved(journal, submitted(journal), "DOWNLOADED", seed="17454220438242315174")
-    with closing(sqlite3.connect(journal.path)) as database:
-        found = database.execute("SELECT seed, typeof(seed) FROM requests").fetchall()
-    assert found == [("17454220438242315174", "text")]
-
-
 def test_nobody_else_can_read_the_journal(journal):
     claim(journal)
     assert stat.S_IMODE(journal.path.stat().st_mode) == 0o600
@@ -236,13 +229,6 @@ def test_a_clock_that_went_backwards_counts_no_rows_of_the_future(journal, clock
         claim(journal, "3", guard=guard)
 
 
-def test_the_guard_can_be_asked_before_anything_is_prepared(journal):
-    journal.check("run", 8, Guard())
-    with pytest.raises(HostedLimit):
-        journal.check("run", 9, Guard())
-    assert journal.find("a") is None
-
-
 # ---- Uploads ----
 
 
@@ -308,8 +294,8 @@ def test_run_py_lists_and_forgets_for_every_user(tmp_path, capsys):
     run.hosted([], ["forget", "--older-than", "1h", *where])
     run.hosted([], ["forget", "--all", *where])
     assert capsys.readouterr().out == "1 forgotten.\n0 forgotten.\n3 forgotten.\n"
-    for wrong in (["forget"], ["forget", "--older-than", "soon"]):
-        with pytest.raises(run.Failure):
+    for wrong in (["forget"], ["forget", "--older-than", "soon"], ["forget", "--older-than", "3y"]):
+        with pytest.raises((run.Failure, SystemExit)):
             run.hosted([], [*wrong, *where])
 
 

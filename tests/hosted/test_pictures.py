@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from pulid_sdxl.hosted.api import HostedImage
 from pulid_sdxl.hosted.endpoints import Endpoints
 from pulid_sdxl.hosted.errors import BadAnswer, HostedError
-from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, as_batches, decode, decode_data_uri
+from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, decode, decode_data_uri
 from pulid_sdxl.hosted.queue import QueueClient
 from pulid_sdxl.hosted.transport import Reply
 
@@ -263,13 +263,3 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 def test_nobody_else_can_look_at_the_pictures(tmp_path):
     PictureStore(tmp_path / "results").put("r", outcome())
     assert stat.S_IMODE((tmp_path / "results").stat().st_mode) == 0o700
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"), [([1, 1, 1], [3]), ([1, 2, 2], [1, 2]), ([1, 2, 1], [1, 1, 1]), ([2], [1])]
-)
-def test_pictures_of_one_size_come_together_and_none_is_dropped(sizes, expected):
-    images = [Image.new("RGB", (size, size)) for size in sizes]
-    batches = as_batches(images)
-    assert [len(batch) for batch in batches] == expected
-    assert [image for batch in batches for image in batch] == images

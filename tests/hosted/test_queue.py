@@ -4,7 +4,6 @@ import asyncio
 import json
 
 import pytest
-from pulid_sdxl.hosted.api import Status, read_answer
 from pulid_sdxl.hosted.endpoints import Endpoints, Key
 from pulid_sdxl.hosted.errors import AmbiguousSubmit, AnswerLost, BadAnswer, JobFailed, Refused, Unreachable
 from pulid_sdxl.hosted.queue import CancelOutcome, QueueClient, SubmitOptions, check_id
@@ -149,15 +148,6 @@ def test_what_a_service_echoes_of_the_key_is_hidden():
 
 def ask(line, call):
     return asyncio.run(call(client(line), check_id(f" {ID}\n")))
-
-
-def test_a_failed_job_is_completed_with_an_error():
-    failed = read_answer(Status, {"status": "COMPLETED", "error": "boom", "error_type": "internal_error", "logs": None})
-    fine = read_answer(Status, {"status": "COMPLETED", "error": None, "metrics": {"inference_time": None}})
-    odd = read_answer(Status, {"status": "IN_QUEUE", "metrics": 1, "queue_position": "first"})
-    assert (failed.done, failed.failed, fine.done, fine.failed) == (True, True, True, False)
-    assert fine.metrics == {"inference_time": None}
-    assert (odd.metrics, odd.position) == (None, None)
 
 
 @pytest.mark.parametrize("status", [408, 429, 499, 500, 502, 503, 504, 520])

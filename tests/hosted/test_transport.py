@@ -77,15 +77,6 @@ def test_nobody_there_proves_that_nothing_was_sent():
         asyncio.run(run())
 
 
-def test_no_secure_connection_proves_that_nothing_was_sent():
-    async def run():
-        async with server(says("HTTP/1.1 200 OK\n\n")) as (url, _), Transport() as transport:
-            await transport.send("POST", url.with_scheme("https"), SECRET)
-
-    with pytest.raises(Unreachable, match="nothing was accepted"):
-        asyncio.run(run())
-
-
 @pytest.mark.parametrize(
     ("answer", "words"),
     [

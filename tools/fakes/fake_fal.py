@@ -17,7 +17,6 @@ import json
 import secrets
 import socket
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -79,7 +78,6 @@ class Seen:
     query: dict[str, str]
     headers: dict[str, str]  # names in lower case
     body: bytes
-    moment: float  # time.monotonic()
 
     @property
     def json(self) -> Any:
@@ -232,7 +230,7 @@ class FakeFal:
             body = b"" if before_body else await request.read()
             headers = {name.lower(): value for name, value in request.headers.items()}
             path, query = request.path_qs, dict(request.query)
-            seen = Seen(origin, route, request.method, path, query, headers, body, time.monotonic())
+            seen = Seen(origin, route, request.method, path, query, headers, body)
             self.requests.append(seen)
             self._watch(seen)
 
