@@ -203,8 +203,8 @@ async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
         seen = max(seen, len(status.logs))
         if status.done and (data := await _result(request_id, status, at)) is not None:
             return data, status
-        at.watch.enter("queue" if status.state == QUEUED else "run", request_id)
-        at.report(*_progress(status, request_id, at.watch.seconds("run" if status.state != QUEUED else "queue")))
+        seconds = at.watch.enter("queue" if status.state == QUEUED else "run", request_id)
+        at.report(*_progress(status, request_id, seconds))
         await at.watch.pause(next(pauses, at.poll_seconds[-1]))
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -52,11 +52,11 @@ class Watch:
         """From now on these limits hold; before, there are none."""
         self._limits, self._since, self._request_id = limits, {"total": time.monotonic()}, ""
 
-    def enter(self, span: Literal["queue", "run"], request_id: str) -> None:
-        """The accepted request is queued, or runs, which ends its time in the queue for good."""
-        self._request_id = request_id
-        if "run" not in self._since:
-            self._since = {"total": self._since["total"], span: self._since.get(span, time.monotonic())}
+    def enter(self, span: str, request_id: str) -> float:
+        """The accepted request is in the "queue", or in its "run", which it never leaves; for how many seconds."""
+        self._request_id, span = request_id, "run" if "run" in self._since else span
+        self._since = {"total": self._since["total"], span: self._since.get(span, time.monotonic())}
+        return self.seconds(span)
 
     def seconds(self, span: str = "total") -> float:
         """Since this span began."""
@@ -70,10 +70,8 @@ class Watch:
             raise Interrupted("Stopped by the user.")
         for span in self._since:
             if self.seconds(span) > (limit := getattr(self._limits, span)):
-                known = (
-                    f"for request {self._request_id}, which is not done." if self._request_id else "and sent nothing."
-                )
-                raise HostedLimit(f"Waited {limit:g} s {SPANS[span]} ({span}_limit) {known}")
+                known = f"for request {self._request_id}, which is not done" if self._request_id else "and sent nothing"
+                raise HostedLimit(f"Waited {limit:g} s {SPANS[span]} ({span}_limit) {known}.")
 
     async def pause(self, seconds: float) -> None:
         await self.over(asyncio.sleep(seconds))

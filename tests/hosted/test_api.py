@@ -78,11 +78,6 @@ def test_only_the_address_of_a_picture_is_needed_and_other_keys_are_passed_over(
     assert answer.seed == "unknown"
 
 
-def test_a_picture_may_be_in_file_data_instead_of_behind_an_address():
-    [image] = api.read_answer(api.HostedAnswer, {"images": [{"url": "", "file_data": "eA=="}]}).images
-    assert (image.url, image.file_data) == ("", "eA==")
-
-
 DEEP = json.loads("[" * 190 + "]" * 190)
 ODD = {
     "url": "u", "content_type": DEEP, "file_name": 7, "file_size": float("nan"), "width": 10**4000, "height": -1e999,

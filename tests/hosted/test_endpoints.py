@@ -12,7 +12,6 @@ from pulid_sdxl.hosted.endpoints import (
     QUEUE,
     Endpoints,
     Key,
-    QuietFilter,
     check_address,
     check_webhook,
     find_key,
@@ -319,16 +318,6 @@ def test_no_logger_writes_the_key(caplog, name):
         forget()
     assert "failed" in caplog.text and "ValueError" in caplog.text
     assert not any(part in caplog.text for part in VALUE.split(":"))
-
-
-def test_a_logger_keeps_one_filter_however_many_runs_there_are():
-    for number in range(3):
-        quieten(Key(f"key{number}:secret"))
-    try:
-        filters = [f for f in logging.getLogger("asyncio").filters if isinstance(f, QuietFilter)]
-    finally:
-        forget()
-    assert len(filters) == 1
 
 
 def forget():

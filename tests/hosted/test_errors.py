@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 from pulid_sdxl.hosted.api import Status, read_failure
@@ -78,10 +77,6 @@ def test_nothing_is_said_about_the_bill_without_evidence(status, units):
     found = failure(status, {"detail": "x"}, x_fal_billable_units=units, x_fal_retryable="true")
     assert not found.kinds
     assert not re.search("not billed|[Nn]othing was billed|nothing ran|again may help", found.words("It failed"))
-
-
-def test_a_proxys_refusal_speaks_of_the_proxy():
-    assert "proxy" in replace(failure(401, {"detail": "no"}), proxied=True).words("It failed")
 
 
 def test_the_services_words_are_cleaned_of_control_characters():

@@ -207,6 +207,7 @@ ROWS = (
     polling("no answer, ever", faults.stall, r"no whole answer", error=HostedError),
     polling("redirect", faults.redirect("https://example.org/"), "HTTP 302", error=HostedError),
     polling("nothing in it", faults.answer(200, {}), "lacks what must be in it: status", error=BadAnswer),
+    Row("status: queued once more", (), None, "", 1, PAID, ("IN_PROGRESS", 1, "COMPLETED")),
     endless("never done", (1, "IN_PROGRESS"), r"Waited 0\.3 s for the run \(run_limit\).*asked to stop"),
     endless("never taken up", (1,), r"Waited 0\.3 s in the queue \(queue_limit\).*out of the queue"),
     Row("status: COMPLETED with an error and a result", on("status", FAILED), JobFailed, "out of memory", 1, SENT_ANEW),

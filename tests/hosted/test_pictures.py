@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from pulid_sdxl.hosted.api import HostedImage
 from pulid_sdxl.hosted.endpoints import Endpoints
 from pulid_sdxl.hosted.errors import BadAnswer, HostedError
-from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, decode, decode_data_uri
+from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, decode
 from pulid_sdxl.hosted.queue import QueueClient
 from pulid_sdxl.hosted.transport import Reply
 
@@ -165,12 +165,6 @@ def test_the_size_is_checked_before_decoding(monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
         decode(picture(), largest_pixels=6 * 4 - 1)
-
-
-@pytest.mark.parametrize("uri", ["data:image/png,abc", "data:image/png;base64,***", "data:", "data:;base64,a"])
-def test_a_damaged_data_uri_is_an_error(uri):
-    with pytest.raises(BadAnswer):
-        decode_data_uri(uri)
 
 
 # ---- Keeping ----
