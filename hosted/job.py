@@ -127,6 +127,7 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
         _move(row, "AMBIGUOUS", at, "ended while it was being sent")
         raise
     _move(row, "SUBMITTED", at)
+    at.watch.enter("queue", row.id)
     at.report(1, f"sent (request {row.id})")
     return replace(row, state="SUBMITTED"), [f"By the service's price list it costs {cost}."] if cost else []
 
@@ -135,10 +136,8 @@ async def order(job: Job, at: Service) -> tuple[str, list[str]]:
     """The id of an accepted request, without waiting for it, and what its user should know. Raises HostedError."""
     with ExitStack() as place:
         row, notes = await submit(job, at, place)
-    try:
-        at.watch.check()
-    except errors.Interrupted as stopped:
-        await _call_off(row, stopped, at)
+    if at.watch.stop():
+        await _call_off(row, errors.Interrupted("Stopped by the user."), at)
     return row.id, notes
 
 
