@@ -236,31 +236,36 @@ def ask(package: str) -> list:
     return [Finding(package, f"{version_of(package) or ''} {fate} when imported".strip(), f"Install it anew: {anew}")]
 
 
+def span(text: str) -> float:
+    """30d, 12h -> seconds. Raises ValueError or TypeError, as argparse wants it."""
+    return int(text[:-1]) * {"d": 24.0 * 3600, "h": 3600.0}.get(text[-1:])  # type: ignore[operator]
+
+
 def hosted(hosts: list[Path], rest: list[str]) -> int:
     """Lists or forgets what this machine keeps of hosted requests, those of every user with --multi-user."""
     mount_pack()
-    from pulid_sdxl.hosted import records
+    from pulid_sdxl.hosted import journal
     from pulid_sdxl.pulid.errors import PulidError
 
     parser = argparse.ArgumentParser(prog="run.py hosted", description=hosted.__doc__)
     parser.add_argument("action", choices=["list", "forget"])
     parser.add_argument("ids", nargs="*", metavar="ID", help="requests to forget, as `list` names them")
     parser.add_argument("--all", action="store_true", help="forget all")
-    parser.add_argument("--older-than", metavar="30d", help="forget what is older: days (d) or hours (h)")
+    parser.add_argument("--older-than", type=span, metavar="30d", help="forget what is older: days (d) or hours (h)")
     parser.add_argument("--user-directory", type=Path, metavar="DIR", help="a ComfyUI `user` folder; else its own")
     known = parser.parse_args(rest)
     if known.user_directory is None and not hosts:
         raise Failure("No ComfyUI found. Name its folder with --comfyui, or its user folder with --user-directory.")
     private = (known.user_directory or hosts[0] / "user") / "__pulid"
-    folders = [file.parent for file in sorted(private.glob(f"**/{records.JOURNAL_FILE}"))]
+    files = sorted(private.glob(f"**/{journal.JOURNAL_FILE}"))
     try:
         if known.action == "list":
-            print(records.listing(row for folder in folders for row in records.rows(folder)))
+            print(journal.listing(row for file in files for row in journal.Journal(file).rows()))
             return 0
-        seconds = 0.0 if known.all else records.seconds_of(known.older_than) if known.older_than else None
+        seconds = 0.0 if known.all else known.older_than
         if seconds is None and not known.ids:
             raise Failure("Say what to forget: ids, --all, or --older-than 30d.")
-        print(f"{sum(records.forget(folder, known.ids, seconds) for folder in folders)} forgotten.")
+        print(f"{sum(journal.forget(file.parent, known.ids, seconds) for file in files)} forgotten.")
     except PulidError as error:
         raise Failure(str(error)) from error
     return 0

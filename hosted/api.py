@@ -9,14 +9,15 @@ import json
 import math
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 from pydantic.functional_validators import BeforeValidator, WrapValidator
 
 from ..pulid.errors import InputError
-from .errors import BadAnswer, Failure, Problem, clean
+from .errors import BadAnswer, Failure, clean
 
 ENDPOINT = "fal-ai/pulid"
 
@@ -42,47 +43,39 @@ MOST_PICTURES = 8
 IDEAL_REFERENCES = 4
 
 
-@dataclass(frozen=True)
-class HostedRequest:
-    """The eleven fields. What is at the service's default in `seed` and `id_mix` is left to it, as its page does.
+Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
-    Raises InputError for what would cost more than was meant, or could not be sent as JSON.
-    """
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+class HostedRequest:
+    """The eleven fields. What is at the service's default in `seed` and `id_mix` is left to it, as its page does."""
 
     reference_images: tuple[str, ...]  # addresses or data URIs, the main face first; digests until they are placed
     prompt: str
     negative_prompt: str = NEGATIVE_PROMPT
-    num_images: int = 1
+    num_images: int = Field(default=1, ge=1, le=MOST_PICTURES)
     guidance_scale: float = 1.2
     num_inference_steps: int = 4
-    seed: int | None = None  # None: the service chooses one, and no other request is equal to this one
-    image_size: str | tuple[int, int] = (768, 1024)  # a name of PRESETS, or width and height in pixels
+    seed: int | None = Field(
+        default=None, ge=0
+    )  # None: the service chooses one, and no other request is equal to this one
+    image_size: tuple[Side, Side] | str = (768, 1024)  # width and height in pixels, or a name of PRESETS
     id_scale: float = 0.8
     mode: str = "fidelity"
     id_mix: bool = False
 
     def __post_init__(self) -> None:
         if not self.reference_images:
-            needed = "The hosted service needs at least one photograph of the person, found none."
-            raise InputError(f"{needed} Connect reference_images, or put addresses into reference_urls.")
-        if not (isinstance(self.prompt, str) and self.prompt.strip()):
-            raise InputError("The prompt is empty. Say what the picture shall show.")
-        _check_number("num_images", self.num_images, 1, MOST_PICTURES)
-        if self.seed is not None:
-            _check_number("seed", self.seed, 0, math.inf, "-1 lets the service choose")
-        for name, side in zip(("width", "height"), self.size, strict=True):
-            _check_number(name, side, 1, LARGEST_SIDE)
+            needed = "The hosted service needs at least one photograph of the person, found none"
+            raise ValueError(f"{needed}. Connect reference_images, or put addresses into reference_urls")
+        if not self.prompt.strip():
+            raise ValueError("The prompt is empty. Say what the picture shall show")
         if self.num_images * math.prod(self.size) > LARGEST_ANSWER:
-            raise InputError(
+            raise ValueError(
                 f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels are more than is read of one "
-                f"answer ({LARGEST_ANSWER // 2**20} million pixels). Ask for less. Nothing was sent."
+                f"answer ({LARGEST_ANSWER // 2**20} million pixels). Ask for less"
             )
-        for name, value in self.body().items():
-            try:
-                json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-            except (ValueError, TypeError, RecursionError):
-                wrong = "NaN, an infinity, half of a character, or neither text nor number"
-                raise InputError(f"{name} cannot be sent as JSON, it holds {wrong}. Nothing was sent.") from None
+        self.digest()  # half of a character is no Unicode, and is refused here
 
     @property
     def size(self) -> tuple[int, int]:
@@ -107,10 +100,16 @@ class HostedRequest:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _check_number(name: str, value: Any, low: int, high: float, hint: str = "Check what is linked to it") -> None:
-    if type(value) is not int or not low <= value <= high:
-        span = f"from {low} to {high}" if high < math.inf else f"from {low} on"
-        raise InputError(f"{name} is a whole number {span}, found {clean(repr(value), 40)}. {hint}. Nothing was sent.")
+def read_request(**values: Any) -> HostedRequest:
+    """Raises InputError for what would cost more than was meant, or cannot be sent as JSON."""
+    try:
+        return HostedRequest(**values)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]
+        message = wrong["msg"].removeprefix("Value error, ")
+        if wrong["loc"]:
+            message = f"{wrong['loc'][0]}: {message}, found {clean(repr(wrong['input']), 40)}"
+        raise InputError(f"{message}. Nothing was sent.") from None
 
 
 # --- Answers: whatever comes, it is read as one of these or is a BadAnswer ---
@@ -162,7 +161,6 @@ class Accepted(BaseModel):
     """The answer to a submit."""
 
     request_id: str = Field(pattern=REQUEST_ID)
-    response_url: Any = None
 
 
 class UploadPlace(_Answer):
@@ -172,18 +170,11 @@ class UploadPlace(_Answer):
     file_url: str = Field(min_length=1)
 
 
-class _Line(_Answer):
-    message: Text = None
-
-
-_LINES = TypeAdapter(list[Annotated[_Line | str | None, UNREADABLE_IS_NONE]])
-
-
 def _lines(logs: Any) -> tuple[str, ...]:
     """The texts of log entries, which may be null, objects with a `message`, or bare texts, without control signs."""
-    lines = _LINES.validate_python(logs if isinstance(logs, list) else [])
-    texts = (line.message if isinstance(line, _Line) else line for line in lines)
-    return tuple(clean(text, 1000) for text in texts if text is not None)
+    lines = logs if isinstance(logs, list) else []
+    texts = (line.get("message") if isinstance(line, dict) else line for line in lines)
+    return tuple(clean(text, 1000) for text in texts if isinstance(text, str))
 
 
 QUEUED, RUNNING, DONE = "IN_QUEUE", "IN_PROGRESS", "COMPLETED"
@@ -212,7 +203,7 @@ class Status(_Answer):
     @property
     def failure(self) -> Failure:
         """What `error` and `error_type` say."""
-        return Failure(200, _problems(parse(self.error or "", self.error), self.error_type or ""))
+        return Failure(200, *_problems(parse(self.error or "", self.error), self.error_type or ""))
 
 
 _JSON = TypeAdapter(Any)
@@ -236,6 +227,31 @@ def read_answer(kind: type[Answer], data: Any) -> Answer:
         raise BadAnswer(f"The service's answer lacks what must be in it: {place or 'a JSON object'}.") from None
 
 
+# --- What it costs, about, by the service's price list (https://fal.ai/docs/platform-apis/v1/models/pricing) ---
+
+
+class Price(BaseModel):
+    """Of one unit of an endpoint's output."""
+
+    endpoint_id: str
+    unit_price: FiniteFloat = Field(ge=0)
+    unit: str
+    currency: str
+
+    def of(self, request: HostedRequest) -> str:
+        """The words "about $0.12" and their like; "" for a unit that is not known before."""
+        pictures = request.num_images
+        quantities = {"image": pictures, "megapixel": pictures * math.prod(request.size) / 1e6, "request": 1}
+        if (quantity := quantities.get(self.unit.lower().removesuffix("s"))) is None:
+            return ""
+        cost = f"{self.unit_price * quantity:.2g}"
+        return f"about ${cost}" if self.currency.upper() == "USD" else f"about {cost} {self.currency[:10]}"
+
+
+class PriceList(BaseModel):
+    prices: list[Price]
+
+
 # --- Failures, in every style of body ---
 
 
@@ -244,42 +260,47 @@ class _Entry(_Answer):
     msg: Text = None
     type: Text = None
 
-    def problem(self, kind: str) -> Problem:
+    @property
+    def place(self) -> str:
         """["body", "reference_images", 0, "image_url"] -> "reference 1"."""
         parts = [part for part in self.loc or [] if part != "body"]
         if parts[:1] == ["reference_images"] and len(parts) > 1 and isinstance(parts[1], int):
-            parts = [f"reference {parts[1] + 1}"]
-        if parts[:1] in (["path"], ["query"], ["header"]):  # is about our asking, and not about the job
-            return Problem(".".join(map(str, parts)), self.msg or "")
-        return Problem(".".join(map(str, parts)), self.msg or "", self.type or kind or ("unnamed" if self.msg else ""))
+            return f"reference {parts[1] + 1}"
+        return ".".join(map(str, parts))
+
+    @property
+    def is_evidence(self) -> bool:
+        """False for what is about our asking, and not about the job."""
+        return (self.loc or [""])[0] not in ("path", "query", "header")
 
 
-class _FailureBody(_Answer):
-    detail: Any = None
-    error: Any = None
-    message: Any = None
-    error_type: Text = None
-
-
-_DETAIL = TypeAdapter(list[Annotated[_Entry | str | None, UNREADABLE_IS_NONE]])
+_ENTRY = TypeAdapter(Annotated[_Entry | None, UNREADABLE_IS_NONE])
 
 
 def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """Both styles of error body, a bare text, and anything else a gateway may send; header names in lower case."""
     data = parse(body)
-    said = _FailureBody.model_validate(data) if isinstance(data, dict) else _FailureBody()
-    flag = headers.get("x-fal-retryable", headers.get("x-fal-needs-retry", "")).lower()
-    detail = next((each for each in (said.detail, said.error, said.message) if each is not None), None)
-    return Failure(
-        status,
-        _problems(detail, said.error_type or headers.get("x-fal-error-type", "")),
-        retryable={"true": True, "false": False}.get(flag),
-        own_limit=status in (408, 504) and headers.get("x-fal-request-timeout-type", "").lower() == "user",
-        units=headers.get("x-fal-billable-units", ""),
+    data = data if isinstance(data, dict) else {}
+    kind = next(
+        (kind for kind in (data.get("error_type"), headers.get("x-fal-error-type")) if isinstance(kind, str)), ""
     )
+    detail = next((data[name] for name in ("detail", "error", "message") if data.get(name) is not None), None)
+    said, kinds = _problems(detail, kind)
+    if status in (408, 504) and headers.get("x-fal-request-timeout-type", "").lower() == "user":
+        kinds |= {"startup_timeout"}  # at the limit that the request itself named
+    flag = headers.get("x-fal-retryable", headers.get("x-fal-needs-retry", "")).lower()
+    retryable = {"true": True, "false": False}.get(flag)
+    return Failure(status, said, kinds, retryable, units=headers.get("x-fal-billable-units", ""))
 
 
-def _problems(detail: Any, kind: str) -> tuple[Problem, ...]:
-    entries = _DETAIL.validate_python(detail if isinstance(detail, list) else [detail])
-    found = (Problem("", entry, kind) if isinstance(entry, str) else entry.problem(kind) for entry in entries if entry)
-    return tuple(found) or ((Problem("", "", kind),) if kind else ())
+def _problems(detail: Any, kind: str) -> tuple[str, frozenset[str]]:
+    """What is said, each problem with its place, and the kinds of all."""
+    said, kinds = [], {kind}
+    for problem in detail if isinstance(detail, list) else [detail]:
+        if isinstance(problem, str):
+            said.append(problem)
+        elif entry := _ENTRY.validate_python(problem):
+            said.append(": ".join(filter(None, (entry.place, entry.msg))))
+            if entry.is_evidence:
+                kinds.add(entry.type or kind or ("unnamed" if entry.msg else ""))
+    return "; ".join(filter(None, said)), frozenset(kinds - {""})

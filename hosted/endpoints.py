@@ -14,12 +14,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from pydantic import SecretStr
 from yarl import URL
 
 from ..pulid.errors import InputError
-from .errors import MissingKey, UnsafeAddress, clean
+from .errors import HostedError, clean
 
 QUEUE, BACKUP_QUEUE, REST = URL("https://queue.fal.run"), URL("https://queue.falrun.com"), URL("https://rest.fal.ai")
 API = URL("https://api.fal.ai")
@@ -38,26 +39,26 @@ class Endpoints:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Endpoints":
-        """PULID_FAL_QUEUE_URL, _REST_URL, _API_URL and _PROXY_URL, each checked; raises UnsafeAddress."""
+        """PULID_FAL_QUEUE_URL, _REST_URL, _API_URL and _PROXY_URL, each checked; raises HostedError."""
         run_host = environ.get("FAL_RUN_HOST", "")
         queue_host = environ.get("FAL_QUEUE_RUN_HOST") or (run_host and f"queue.{run_host}")
 
-        def read(name: str, default: str | URL) -> URL:
-            return checked(environ.get(f"{PREFIX}{name}_URL") or default, f"{PREFIX}{name}_URL")
+        def read(name: str, default: URL | str | None) -> Any:
+            address = environ.get(f"{PREFIX}{name}_URL") or default
+            return checked(address, f"{PREFIX}{name}_URL") if address else None
 
-        proxy = read("PROXY", "") if environ.get(f"{PREFIX}PROXY_URL") else None
-        queue, rest = read("QUEUE", f"https://{queue_host}" if queue_host else QUEUE), read("REST", REST)
-        is_fal = (queue, rest, proxy) == (QUEUE, REST, None)
-        return cls(queue, rest, proxy, read("API", API) if is_fal or environ.get(f"{PREFIX}API_URL") else None)
+        queue, rest = read("QUEUE", (queue_host and f"https://{queue_host}") or QUEUE), read("REST", REST)
+        proxy = read("PROXY", None)
+        return cls(queue, rest, proxy, read("API", API if (queue, rest, proxy) == (QUEUE, REST, None) else None))
 
     @property
-    def backup_queue(self) -> URL | None:
-        """The second name of fal's own queue, which no proxy and no other queue has."""
-        return BACKUP_QUEUE if self.queue == QUEUE and self.proxy is None else None
+    def queues(self) -> list[URL]:
+        """The queue, and fal's second name of it, which no proxy and no other queue has."""
+        return [self.queue, BACKUP_QUEUE] if self.queue == QUEUE and self.proxy is None else [self.queue]
 
     def may_see_key(self, url: URL) -> bool:
         """True for the queue, rest and api origins, and for nothing at all where a proxy adds the key."""
-        trusted = (self.queue, self.rest, self.api, self.backup_queue)
+        trusted = (*self.queues, self.rest, self.api)
         return self.proxy is None and url.origin() in {known.origin() for known in trusted if known}
 
     def is_own_storage(self, url: URL) -> bool:
@@ -66,13 +67,13 @@ class Endpoints:
 
 
 def checked(address: str | URL, name: str) -> URL:
-    """The address as a URL, or UnsafeAddress: https, or http to this machine, and nothing but host, port and path."""
+    """The address as a URL, or HostedError: https, or http to this machine, and nothing but host, port and path."""
     with suppress(ValueError):
         url = URL(str(address).strip().rstrip("/"))
         safe = url.scheme == "https" or (url.scheme == "http" and is_loopback(url))
         if safe and url.host and not (url.user or url.password or url.query_string or url.fragment):
             return url
-    raise UnsafeAddress(
+    raise HostedError(
         f"{name} is not an address that a key may be sent to. Expected https://host, "
         "or http:// for this machine alone (127.0.0.1), without user name or query."
     )
@@ -92,9 +93,7 @@ TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  #
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
 FALS = ("fal.run", "fal.ai", "fal.media")
 LOCAL_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa")
-# What resolvers take for a number: 127.1, 0, 2130706433, 0177.0.0.1, 0x7f.1
-NUMBER = re.compile(r"(.*\.)?([0-9]+|0x[0-9a-f]*)")
-NAME = re.compile(r"([a-z0-9_]([a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?")
+NAME = re.compile(r"([a-z0-9_-]+\.)+[a-z][a-z0-9-]*")  # what ends otherwise is a number to some: 127.1, 0177.1, 0x7f.1
 
 
 def is_public(address: str) -> bool:
@@ -110,19 +109,16 @@ def is_fals(host: str) -> bool:
     return any(f".{_plain(host)}".endswith(f".{name}") for name in FALS)
 
 
-def may_be_private(host: str, also_bare_names: bool = False) -> bool:
+def may_be_private(host: str) -> bool:
     """Whether a host as it is written, without looking it up, is or may stand for something that is not public.
 
     Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
-    also_bare_names  true for a name that only a local network knows, too
     """
     host = _plain(host)
     try:
         return not is_public(host)
     except ValueError:
-        local = any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES[: None if also_bare_names else 1])
-        bare = also_bare_names and "." not in host
-        return local or bare or NUMBER.fullmatch(host) is not None or NAME.fullmatch(host) is None
+        return NAME.fullmatch(host) is None or any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES)
 
 
 def _plain(host: str) -> str:
@@ -130,16 +126,16 @@ def _plain(host: str) -> str:
 
 
 def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -> URL:
-    """The address, which may be relative to `base`, or UnsafeAddress. A name is checked again when it is looked up."""
+    """The address, which may be relative to `base`, or HostedError. A name is checked again when it is looked up."""
     try:
         url = base.join(URL(address)) if base else URL(address)
         found = f"one of scheme {url.scheme!r}, port {url.port}{', with a user name' if url.user else ''}"
     except ValueError:
-        raise UnsafeAddress("The service named an address that is none. It was not read.") from None
+        raise HostedError("The service named an address that is none. It was not read.") from None
     if endpoints.is_own_storage(url):
         return url
     if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
-        raise UnsafeAddress(f"Expected a plain https address from the service, found {found}. It was not read.")
+        raise HostedError(f"Expected a plain https address from the service, found {found}. It was not read.")
     if may_be_private(url.raw_host or ""):
         refuse_private(url.host)
     return url
@@ -147,14 +143,14 @@ def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -
 
 def refuse_private(host: str) -> NoReturn:
     where = f"{clean(host, 80)} leads to a private address"
-    raise UnsafeAddress(f"{where}, where no picture of the service can be. It was not read.")
+    raise HostedError(f"{where}, where no picture of the service can be. It was not read.")
 
 
 def is_shareable(address: str) -> bool:
     """True for an https address that is not, as far as it can be told from here, of this machine or its network."""
     with suppress(ValueError):
         url = URL(address)
-        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "", True)
+        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "")
     return False
 
 
@@ -182,62 +178,42 @@ PLACEHOLDERS = {"YOUR_FAL_KEY", "YOUR_API_KEY"}  # as fal's page prints them
 LINE = re.compile(
     r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))(?:[ \t]+\#.*|[ \t]*)$"""
 )
-AUTHORIZATION = re.compile(
-    r"(?i)(authorization\W{1,4}(?:key |bearer )?|\bkey (?=[\w-]{6,}:)|\bbearer (?=[\w.-]{20,}))[^\s'\",]+"
-)
 HIDDEN = "[hidden]"
 LOGGERS = (__package__, "aiohttp.client", "aiohttp.internal", "asyncio")
 SHORTEST_PART = 6  # characters; hiding shorter parts would hide words
 
 
-class Key:
+class Key(SecretStr):
     """A key that shows itself in one place alone, the header of a request."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str):
-        if not value.isascii() or not value.isprintable() or " " in value:
-            raise MissingKey(
-                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
-            )
-        self._value = value
-
-    def __repr__(self) -> str:
-        return f"Key({HIDDEN})"
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("A key is never written anywhere.")
 
     @property
     def header(self) -> dict[str, str]:
-        return {"Authorization": f"Key {self._value}"}
+        return {"Authorization": f"Key {self.get_secret_value()}"}
 
     @property
     def account(self) -> str:
         """Differs between accounts, and gives nothing of the key away."""
-        return hashlib.sha256(f"pulid account {self._value.partition(':')[0]}".encode()).hexdigest()
+        return hashlib.sha256(f"pulid account {self.get_secret_value().partition(':')[0]}".encode()).hexdigest()
 
     def hide(self, text: str) -> str:
         """The text without the key and its parts."""
-        for part in (self._value, *self._value.split(":")):
+        value = self.get_secret_value()
+        for part in (value, *value.split(":")):
             if len(part) >= SHORTEST_PART:
                 text = text.replace(part, HIDDEN)
         return text
 
 
 class QuietFilter(logging.Filter):
-    """Takes the key, and whatever else looks like an authorization, out of every record of a logger."""
+    """Takes the key out of every record of a logger."""
 
-    key: Key | None = None
+    key: Key
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self._hide(record.getMessage()), None
+        record.msg, record.args = self.key.hide(record.getMessage()), None
         if record.exc_info:
-            record.exc_text = self._hide(logging.Formatter().formatException(record.exc_info))
+            record.exc_text = self.key.hide(logging.Formatter().formatException(record.exc_info))
         return True
-
-    def _hide(self, text: str) -> str:
-        return AUTHORIZATION.sub(rf"\1{HIDDEN}", self.key.hide(text) if self.key else text)
 
 
 QUIET = QuietFilter()
@@ -251,16 +227,21 @@ def quieten(key: Key) -> None:
 
 
 def find_key(environ: Mapping[str, str], file: Path) -> Key:
-    """The first usable key; a placeholder counts as none. Raises MissingKey, which says where a key was looked for.
+    """The first usable key; a placeholder counts as none. Raises HostedError, which says where a key was looked for.
 
     PULID_FAL_KEY_FILE in `environ` names a file in place of `file`; nobody but its owner may be able to read it.
     """
     file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
     pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
     for value in (environ.get("FAL_KEY", ""), ":".join(pair) if all(pair) else "", _read_key(file)):
-        if (value := value.strip()) and value not in PLACEHOLDERS:
-            return Key(value)
-    raise MissingKey(
+        if not (value := value.strip()) or value in PLACEHOLDERS:
+            continue
+        if not value.isascii() or not value.isprintable() or " " in value:
+            raise HostedError(
+                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
+            )
+        return Key(value)
+    raise HostedError(
         "The hosted service needs a key, and none was found. Set the environment variable FAL_KEY before ComfyUI "
         f'starts, or put the line FAL_KEY = "id:secret" into {_end_of(file)}, readable by you alone. '
         "Keys are made at fal.ai/dashboard/keys; one of scope API is enough."
@@ -268,21 +249,20 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
 
 
 def _read_key(file: Path) -> str:
+    found, why = None, "no such line"
     try:
-        mode = file.stat().st_mode
+        mode = stat.S_IMODE(file.stat().st_mode)
         if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-            others = f"Others on this machine can read {_end_of(file)} (its mode is {stat.S_IMODE(mode):o})."
-            raise MissingKey(f"{others} Make it yours alone: chmod 600, then run again.")
+            others = f"Others on this machine can read {_end_of(file)} (its mode is {mode:o})."
+            raise HostedError(f"{others} Make it yours alone: chmod 600, then run again.")
         found = LINE.search(file.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return ""
-    except PermissionError:
-        closed = f"ComfyUI may not read {_end_of(file)}: it or a folder above it is somebody else's, or is closed."
-        raise MissingKey(f"{closed} Make it yours and readable (chown, chmod 600), then run again.") from None
-    except (OSError, UnicodeDecodeError):
-        found = None
+    except (OSError, UnicodeDecodeError) as error:
+        why = type(error).__name__
     if found is None:
-        raise MissingKey(f'{_end_of(file)} cannot be read. It is a text (UTF-8) with the line FAL_KEY = "id:secret".')
+        needed = 'a text (UTF-8) with the line FAL_KEY = "id:secret", which belongs to you (chown, chmod 600)'
+        raise HostedError(f"{_end_of(file)} cannot be read ({why}). It is {needed}.")
     return next(filter(None, found.groups()), "")
 
 

@@ -1,9 +1,8 @@
 """What goes wrong with the hosted service: the exceptions, and what a failure is called and what to do next.
 
     HostedError           the hosted service, or the way to it
-    ├── MissingKey        there is no key that could be used
-    ├── Unreachable       no connection, or one that broke off before all was sent: nothing was accepted
-    ├── AnswerLost        sent, but no whole answer came back
+    ├── Unreachable       not wholly sent, so nothing was accepted
+    ├── AnswerLost        no whole answer came back
     ├── BadAnswer         an answer that means nothing (not JSON, fields missing, not a picture)
     ├── Refused           the service said no, and nothing runs
     │   └── Gone          it does not have, or no longer has, what was asked for
@@ -11,7 +10,6 @@
     ├── JobFailed         accepted, and then it failed: the service or the model itself says so
     │   └── JobCancelled  it ended because somebody asked for it
     ├── HostedLimit       a limit of time, or of pictures, that the user has set
-    ├── UnsafeAddress     an address that must not be read from or sent to
     └── Interrupted       the user stopped waiting
 
 Kinds of failures are from https://docs.fal.ai/errors and
@@ -24,9 +22,6 @@ from ..pulid.errors import PulidError
 
 
 class HostedError(PulidError): ...
-
-
-class MissingKey(HostedError): ...
 
 
 class Unreachable(HostedError, ConnectionError): ...
@@ -54,9 +49,6 @@ class JobCancelled(JobFailed): ...
 
 
 class HostedLimit(HostedError): ...
-
-
-class UnsafeAddress(HostedError, ValueError): ...
 
 
 class Interrupted(HostedError): ...
@@ -99,7 +91,6 @@ BY_STATUS = {
     499: NO_ANSWER,
 }
 THE_PROXYS = "That is for the proxy: its own key, or its leave for you (PULID_FAL_PROXY_URL). No key is sent from here."
-BY_STATUS_OF_PROXY = {401: THE_PROXYS, 403: THE_PROXYS, 407: THE_PROXYS}
 LOCKED = (
     "The account is locked, mostly for its balance: see fal.ai/dashboard/billing. "
     "A lock that stays after a top-up needs fal's support."
@@ -126,62 +117,42 @@ OUTCOME_UNKNOWN = (
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One thing that the service says is wrong: where, what, and its kind, each "" where it does not say."""
-
-    where: str
-    message: str
-    kind: str = ""
-
-    def __str__(self) -> str:
-        return ": ".join(filter(None, (self.where, self.message)))
-
-
-@dataclass(frozen=True)
 class Failure:
     """What the service says about a failure. `retryable` is None where it does not say."""
 
     status: int
-    problems: tuple[Problem, ...]
+    said: str = ""
+    kinds: frozenset[str] = frozenset()  # as the service or the model calls it: evidence of what became of a job
     retryable: bool | None = None
-    own_limit: bool = False  # the service gave up at the limit that the request itself named
     units: str = ""  # that the service billed for it
     proxied: bool = False  # the call went through the user's proxy, which adds the key
-
-    @property
-    def kinds(self) -> set[str]:
-        return {problem.kind for problem in self.problems} - {""}
-
-    @property
-    def is_evidence(self) -> bool:
-        """True where the service or the model says so itself; a bare status, whatever it is, may be a gateway's."""
-        return bool(self.kinds) or self.own_limit
 
     def words(self, doing: str, request_id: str = "") -> str:
         """`doing` is the half sentence "Fetching the result failed" and its like; "The request failed" needs evidence.
 
         Nothing is said about the bill unless the service or the model itself told how the request ended.
         """
-        detail = clean("; ".join(filter(None, map(str, self.problems))))
-        said = f" {detail.rstrip('.')}." if detail else ""
-        named = f" (request {request_id})" if request_id else ""
-        status = "" if self.status == 200 else f" (HTTP {self.status})"
-        free = " Nothing was billed." if self.units == "0" and self.is_evidence else ""
-        again = " The service says that sending it again may help." if self.retryable and self.is_evidence else ""
-        return f"{doing}{status}.{said} {self._advice()}{free}{again}{named}"
+        said = clean(self.said).rstrip(".")
+        parts = (
+            f"{doing}." if self.status == 200 else f"{doing} (HTTP {self.status}).",
+            f"{said}." if said else "",
+            self._advice(),
+            "Nothing was billed." if self.kinds and self.units == "0" else "",
+            "The service says that sending it again may help." if self.kinds and self.retryable else "",
+            f"(request {request_id})" if request_id else "",
+        )
+        return " ".join(filter(None, parts))
 
     def _advice(self) -> str:
-        if self.own_limit:
-            return NOT_STARTED
         for kind in (*BY_KIND, *sorted(self.kinds)):
             if kind in self.kinds and (kind in BY_KIND or kind.startswith("runner_")):
                 return BY_KIND.get(kind, NOT_BILLED)
-        if self.proxied and self.status in BY_STATUS_OF_PROXY:
-            return BY_STATUS_OF_PROXY[self.status]
-        if self.status == 403 and any("locked" in problem.message.lower() for problem in self.problems):
+        if self.proxied and self.status in (401, 403, 407):
+            return THE_PROXYS
+        if self.status == 403 and "locked" in self.said.lower():
             return LOCKED
         if self.status >= 500:
-            return NOT_BILLED if self.is_evidence else NO_ANSWER
+            return NOT_BILLED if self.kinds else NO_ANSWER
         return BY_STATUS.get(self.status, "Look at the request at fal.ai/dashboard/requests.")
 
 

@@ -14,16 +14,17 @@ The standard library only, since `run.py hosted` reads it too.
 """
 
 import os
+import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from .errors import OUTCOME_UNKNOWN, AmbiguousSubmit, HostedError, HostedLimit
+from .errors import HostedError, HostedLimit
 
 Database = sqlite3.Connection
 State = Literal[
@@ -32,6 +33,7 @@ State = Literal[
 OPEN = ("PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS")
 STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND kept))"
 
+JOURNAL_FILE, PICTURES_FOLDER = "hosted.sqlite", "results"
 BUSY_SECONDS = 10  # to wait for another process's write
 DAY = 24 * 3600
 STEP = 60  # seconds that a clock may be set back by and rows still count as past
@@ -46,13 +48,6 @@ CREATE TABLE uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, made REAL NOT 
 PRAGMA user_version = {VERSION}"""
 
 
-class Ticket(NamedTuple):
-    """A request that was accepted, and where its result is; /status and /cancel lie below."""
-
-    request_id: str
-    url: str
-
-
 @dataclass(frozen=True)
 class Row:
     """One request."""
@@ -65,17 +60,12 @@ class Row:
     webhook: str = ""  # a hash of the address that is called
     state: State = "PREPARED"
     request_id: str | None = None
-    url: str | None = None
     seed: str | None = None
     note: str = ""
     created: float = 0
     updated: float = 0
     name: str = field(default_factory=lambda: f"local-{uuid.uuid4().hex[:12]}")  # until the service has named it
     is_owner: bool = False  # for who sends it, and so has a say over it
-
-    @property
-    def ticket(self) -> Ticket | None:
-        return Ticket(self.request_id, self.url or "") if self.request_id else None
 
     @property
     def id(self) -> str:
@@ -168,22 +158,17 @@ class Journal:
         with self._database() as database:
             return _rows(database, "state != 'FORGOTTEN'")
 
-    def claim(self, row: Row, guard: Guard, give_up: str = "") -> Row:
-        """Write a new row, which makes the caller the one to send it, or give the one that stands.
+    def claim(self, row: Row, guard: Guard, given_up: Row | None = None) -> Row:
+        """Write a new row, in the place of one that is given up, which makes the caller the one to send it.
 
-        give_up  the id of a row that stands, which is given up for the new one
-
-        Raises HostedLimit when the guard's numbers are reached; then nothing is given up either.
+        Raises HostedError where another one stands, and HostedLimit when the guard's numbers are reached; then nothing
+        is given up either.
         """
         with self._database() as database:
-            standing = next(iter(_rows(database, f"digest = ? AND {STANDS}", row.digest)), None)
-            if standing and standing.id != give_up:
-                return standing
             self._check(database, row.run, row.pictures, guard)
-            if standing and standing.state == "DOWNLOADED":
-                database.execute("UPDATE requests SET kept = 0 WHERE name = ?", [standing.name])
-            elif standing:
-                self._write(database, replace(standing, state="FAILED", note="given up for a new one"))
+            if given_up:
+                state = "CASE state WHEN 'DOWNLOADED' THEN state ELSE 'FAILED' END"
+                database.execute(f"UPDATE requests SET kept = 0, state = {state} WHERE name = ?", [given_up.name])
             row = replace(row, created=self.now(), is_owner=True)
             self._write(database, row)
             return row
@@ -224,7 +209,7 @@ class Journal:
 
     def _write(self, database: Database, row: Row) -> None:
         values = {**{column: getattr(row, column) for column in COLUMNS}, "updated": self.now()}
-        kept = ", ".join(f"{name} = COALESCE(excluded.{name}, {name})" for name in ("request_id", "url", "seed"))
+        kept = ", ".join(f"{name} = COALESCE(excluded.{name}, {name})" for name in ("request_id", "seed"))
         database.execute(
             f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
             "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated"
@@ -254,15 +239,52 @@ class Journal:
                     )
 
 
-def refuse_ambiguous(row: Row) -> None:
-    """Raises AmbiguousSubmit where nobody knows what became of a request."""
-    if row.state == "AMBIGUOUS" and not row.request_id:
-        why = f" ({row.note})" if row.note else ""
-        raise AmbiguousSubmit(
-            f"An earlier, equal request, {row.id}, has no known outcome{why}. {OUTCOME_UNKNOWN.format(row.id)}"
-        )
-
-
 def _rows(database: Database, condition: str, *values: str) -> list[Row]:
-    found = database.execute(f"SELECT * FROM requests WHERE {condition} ORDER BY created DESC", values)
+    found = database.execute(
+        f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC", values
+    )
     return [Row(**dict(each)) for each in found]
+
+
+# --- What is kept on this machine: lists it, and forgets it ---
+
+CHOICES: dict[str, Callable[[Row], bool]] = {
+    "open": lambda row: row.state in OPEN,
+    "unknown": lambda row: row.state == "AMBIGUOUS",
+    "all": lambda row: True,
+}
+UNITS = {DAY: "d", 3600: "h", 60: "min", 0: "s"}
+NEXT = {  # what to do with a request in this state
+    "PREPARED": "is being sent, or was when its sender ended; queue its prompt again to learn which",
+    "AMBIGUOUS": "may have been accepted and billed: look at fal.ai/dashboard/requests; forget it if it is not there",
+    "SUBMITTED": "under way: fetch it, or cancel it",
+    "CANCEL_REQUESTED": "asked to stop: fetch it in case that it went on, or forget it",
+    "COMPLETED": "finished: fetch it",
+    "DOWNLOADED": "finished, and its pictures are kept here: fetch it, or forget it",
+    "FAILED": "over; forget it",
+}
+
+
+def listing(requests: Iterable[Row], choice: str = "all") -> str:
+    """A line for each request: id, age, pictures, and what to do with it."""
+    lines = []
+    for row in filter(CHOICES[choice], requests):
+        seconds = max(0, int(time.time() - row.created))
+        size, unit = next((size, unit) for size, unit in UNITS.items() if seconds >= size)
+        pictures = f"{row.pictures} picture{'s' * (row.pictures != 1)}"
+        lines.append(f"{row.id}  {seconds // max(size, 1)} {unit} ago  {pictures}  {NEXT[row.state]}")
+    return "\n".join(lines) or "No such request is known on this machine."
+
+
+def forget(folder: Path, ids: Iterable[str] = (), older_than: float | None = None) -> int:
+    """Delete rows, kept pictures and with them prompts: of these ids, or of all that are older than so many seconds.
+
+    What the guard counts stays, as a number, for a day. Returns how many requests were forgotten.
+    """
+    journal, names, forgotten = Journal(folder / JOURNAL_FILE), set(ids), 0
+    for row in journal.rows():
+        if names & {row.request_id, row.name} or (older_than is not None and time.time() - row.created >= older_than):
+            shutil.rmtree(folder / PICTURES_FOLDER / row.id, ignore_errors=True)
+            journal.forget(row.name)
+            forgotten += 1
+    return forgotten

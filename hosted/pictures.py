@@ -8,14 +8,12 @@ are limited before anything is decoded. What was paid for is kept: an equal requ
 import asyncio
 import base64
 import io
-import itertools
 import json
 import logging
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +25,15 @@ from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, Field
 
 from .api import LARGEST_ANSWER, MOST_PICTURES, HostedImage, parse, read_answer
-from .endpoints import Endpoints, check_address
-from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, UnsafeAddress, clean
+from .endpoints import check_address
+from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, clean
 from .journal import DAY
-from .transport import AiohttpTransport, Reply, Sleep, Terms, repeated
+from .queue import QueueClient
+from .transport import Reply, Terms, repeated
 
 REDIRECTS = 3
 LARGEST_PIXELS = LARGEST_ANSWER  # of one picture
-PICTURE_TERMS = Terms(seconds=120, limit=64 * 2**20, idle=30)
+PICTURE_TERMS = Terms(seconds=120, idle=30, public=True)
 MAGIC: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"\xff\xd8\xff": JpegImageFile,
@@ -49,11 +48,8 @@ logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 class PictureFetcher:
     """Fetches and decodes the pictures of an answer."""
 
-    transport: AiohttpTransport  # one that goes to public addresses only
-    endpoints: Endpoints
-    sleep: Sleep = asyncio.sleep
+    client: QueueClient
     terms: Terms = PICTURE_TERMS  # of one picture; its seconds are for all tries together
-    largest_answer: int = 256 * 2**20  # bytes of all pictures of an answer together
     largest_pixels: int = LARGEST_PIXELS  # of all pictures of an answer together
 
     async def fetch_all(
@@ -62,12 +58,9 @@ class PictureFetcher:
         """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
         pictures: list[Image.Image] = []
         notes: list[str] = []
-        total, pixels = 0, self.largest_pixels
+        pixels = self.largest_pixels
         for number, image in enumerate(images[:asked], start=1):
             data = await self._content(image)
-            total += len(data)
-            if total > self.largest_answer:
-                raise BadAnswer(f"The pictures together are larger than {self.largest_answer // 2**20} MiB.")
             pictures.append(decode(data, pixels))
             pixels -= pictures[-1].width * pictures[-1].height
             notes += _differences(number, image, len(data), pictures[-1].size)
@@ -77,30 +70,26 @@ class PictureFetcher:
 
     async def _content(self, image: HostedImage) -> bytes:
         """What is in the answer itself, else what its address leads to."""
-        if image.file_data:
-            try:
-                return decode_data_uri(image.file_data)
-            except BadAnswer:
-                if not image.url:
-                    raise
-        return decode_data_uri(image.url) if image.url.startswith("data:") else await self.fetch(image.url)
+        if inside := image.file_data or (image.url if image.url.startswith("data:") else ""):
+            return decode_data_uri(inside)
+        return await self.fetch(image.url)
 
     async def fetch(self, address: str) -> bytes:
         """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
-        tries = repeated(lambda: self._follow(address), self.sleep)
+        tries = repeated(lambda: self._follow(address), self.client.sleep)
         try:
             return _body(await asyncio.wait_for(tries, self.terms.seconds))
         except asyncio.TimeoutError:
             raise AnswerLost(f"A picture did not arrive within {self.terms.seconds:g} s.") from None
 
     async def _follow(self, address: str) -> Reply:
-        url = check_address(address, self.endpoints)
+        url = check_address(address, self.client.endpoints)
         for _ in range(REDIRECTS + 1):
-            reply = await self.transport.send("GET", url, {"Accept": "image/*"}, terms=self.terms)
+            reply = await self.client.transport.send("GET", url, {"Accept": "image/*"}, terms=self.terms)
             if not 300 <= reply.status < 400 or "location" not in reply.headers:
                 return reply
-            url = check_address(reply.headers["location"], self.endpoints, base=url)
-        raise UnsafeAddress(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
+            url = check_address(reply.headers["location"], self.client.endpoints, base=url)
+        raise HostedError(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
 
 
 def _body(reply: Reply) -> bytes:
@@ -201,20 +190,17 @@ class PictureStore:
 
     def put(self, name: str, outcome: Outcome) -> bool:
         """False where the disk does not take it: the pictures are there all the same."""
+        place = self.folder / name
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            place = Path(tempfile.mkdtemp(dir=self.folder))
-            try:
-                for number, image in enumerate(outcome.images):
-                    image.save(place / f"{number}.png")
-                facts = {**outcome.model_dump(), "images": len(outcome.images)}
-                (place / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-                place.rename(self.folder / name)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(exist_ok=True)
+            for number, image in enumerate(outcome.images):
+                image.save(place / f"{number}.png")
+            facts = {**outcome.model_dump(), "images": len(outcome.images)}
+            (place / "outcome.json").write_text(json.dumps(facts), encoding="utf-8")  # the last one: now it is kept
             self.shrink(keep=name)
         except OSError as error:
+            shutil.rmtree(place, ignore_errors=True)
             logger.warning("The pictures of a hosted request could not be kept for later: %s", error)
             return False
         return True
@@ -229,8 +215,3 @@ class PictureStore:
             if place.name != keep and (total > self.largest or time.time() - made > self.days * DAY):
                 shutil.rmtree(place, ignore_errors=True)
                 total -= sizes[place]
-
-
-def as_batches(images: Sequence[Image.Image]) -> list[list[Image.Image]]:
-    """Neighbours of one size together, so that no picture is lost or stretched where sizes differ."""
-    return [list(batch) for _, batch in itertools.groupby(images, key=lambda image: image.size)]

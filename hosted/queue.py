@@ -7,6 +7,7 @@ configured and nowhere else, whatever an answer says.
 import asyncio
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -16,14 +17,17 @@ from typing import Any
 from yarl import URL
 
 from ..pulid.errors import InputError
-from .api import ENDPOINT, REQUEST_ID, Accepted, Status, read_answer
+from . import errors
+from .api import ENDPOINT, REQUEST_ID, Accepted, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import AmbiguousSubmit, AnswerLost, BadAnswer, Failure, Gone, Refused, Unreachable, clean, failed_job
-from .journal import Ticket
-from .transport import DEFAULT_TERMS, AiohttpTransport, Headers, Reply, Sleep, Terms, repeated, retry_after
+from .errors import Failure, clean, failed_job
+from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
+PRICE_TERMS, PRICE_SECONDS = Terms(seconds=3, limit=2**20), 24 * 3600  # a price list, or its absence, is kept so long
 ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never about the job
+
+_prices: dict[str, tuple[float, Price | None]] = {}  # in this process
 
 
 @dataclass(frozen=True)
@@ -75,113 +79,104 @@ CANCEL_STATUSES = (200, 202, 400, 404, 405)
 class QueueClient:
     """One account's way to one model."""
 
-    transport: AiohttpTransport
+    transport: Transport
     endpoints: Endpoints
     key: Key | None  # None where a proxy adds it
     terms: Terms = DEFAULT_TERMS  # of one exchange
     sleep: Sleep = asyncio.sleep
     cancel_seconds: float = 10  # to wait for the answer to a cancel
 
-    def ticket(self, request_id: str, url: Any = None) -> Ticket:
-        """The ticket of a request, at the given address if the key may go there. Raises InputError for another id."""
-        if not re.fullmatch(REQUEST_ID, request_id := request_id.strip()):
-            raise InputError(
-                f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {clean(request_id, 60)!r}. "
-                "Copy it from a submit node or from fal.ai/dashboard/requests."
-            )
-        known = [base.origin() for base in (self.endpoints.queue, self.endpoints.backup_queue) if base]
-        with suppress(ValueError):
-            if isinstance(url, str) and URL(url).origin() in known and not URL(url).user:
-                return Ticket(request_id, url)
-        return Ticket(request_id, f"{self.endpoints.queue}/{ENDPOINT}/requests/{request_id}")
-
-    def _url(self, ticket: Ticket) -> str:
-        """A ticket of other days goes to the addresses of today."""
-        return self.ticket(ticket.request_id, ticket.url).url
-
     async def submit(
         self, body: Mapping[str, Any], options: SubmitOptions, leave: Callable[[], None] = lambda: None
-    ) -> Ticket:
-        """Send a request that costs money, once. `leave` may raise to break it off as long as it is not wholly sent.
+    ) -> str:
+        """Send a request that costs money, once; its id. `leave` may raise as long as it is not wholly sent.
 
         Sends again only where nothing can have been accepted: it was not wholly sent, or the answer was 429.
         Raises Unreachable or Refused (nothing runs), AmbiguousSubmit (nobody knows).
         """
         query = {"fal_webhook": options.webhook_url} if options.webhook_url else {}
-        urls = [base / ENDPOINT % query for base in (self.endpoints.queue, self.endpoints.backup_queue) if base]
-        data, headers, terms = json.dumps(body).encode(), options.headers(), replace(self.terms, leave=leave)
+        data, terms = json.dumps(body).encode(), replace(self.terms, leave=leave)
         for attempt in range(BUSY_REPEATS + 1):
-            reply = await self._submit_once(urls, headers, data, terms)
+            try:
+                reply = await self._ask("POST", "", query, headers=options.headers(), body=data, terms=terms)
+            except (errors.AnswerLost, errors.BadAnswer) as error:
+                raise errors.AmbiguousSubmit(str(error)) from None
             pause = retry_after(reply, attempt)
             if reply.status != 429 or attempt == BUSY_REPEATS or pause > LONGEST_BUSY_PAUSE:
                 break
             await self.sleep(pause)
         if (reply.may_pass and reply.status != 429) or 300 <= reply.status < 400:
-            raise AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
+            raise errors.AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
         if reply.status >= 400:
-            raise Refused(self.failure(reply).words("The service did not take the request"))
+            raise errors.Refused(self.failure(reply).words("The service did not take the request"))
         try:
-            accepted = read_answer(Accepted, reply.json)
-        except BadAnswer:
-            raise AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no id.") from None
-        return self.ticket(accepted.request_id, accepted.response_url)
+            return read_answer(Accepted, reply.json).request_id
+        except errors.BadAnswer:
+            raise errors.AmbiguousSubmit(f"The answer to the request (HTTP {reply.status}) names no id.") from None
 
-    async def _submit_once(self, urls: list[URL], headers: Mapping[str, str], data: bytes, terms: Terms) -> Reply:
-        for url in urls:
-            try:
-                return await self.call("POST", url, headers, data, terms)
-            except Unreachable as error:
-                unreachable = error
-            except (AnswerLost, BadAnswer) as error:
-                raise AmbiguousSubmit(str(error)) from None
-        raise unreachable
-
-    async def status(self, ticket: Ticket, logs: bool = True) -> Status:
+    async def status(self, request_id: str, logs: bool = True) -> Status:
         """Raises Refused where the service does not say, BadAnswer where it says nothing of use."""
-        reply = await self.repeat("GET", URL(f"{self._url(ticket)}/status?logs={int(logs)}"))
+        path, query = f"/requests/{request_id}/status", {"logs": str(int(logs))}
+        reply = await repeated(lambda: self._ask("GET", path, query), self.sleep, _may_pass)
         if reply.status not in (200, 202):
-            raise self._refusal(reply, "Asking for the status failed", ticket)
+            raise self._refusal(reply, "Asking for the status failed", request_id)
         return read_answer(Status, reply.json)
 
-    async def result(self, ticket: Ticket) -> Any | None:
+    async def result(self, request_id: str) -> Any | None:
         """The JSON that the model gave, or None while it is not ready.
 
         Raises JobFailed with the model's or the service's own word that it failed, Refused or BadAnswer for anything
         else: the request is then as it was.
         """
-        reply = await self.repeat("GET", URL(self._url(ticket)))
-        if reply.status == 200 and (data := reply.json) is not None:
-            return data
+        reply = await repeated(lambda: self._ask("GET", f"/requests/{request_id}"), self.sleep, _may_pass)
         if reply.status == 200:
-            raise BadAnswer("Expected JSON from the service, found something else.")
+            if (data := reply.json) is None:
+                raise errors.BadAnswer("Expected JSON from the service, found something else.")
+            return data
         failure = self.failure(reply)
-        if reply.status == 400 and any("in progress" in problem.message for problem in failure.problems):
+        if reply.status == 400 and "in progress" in failure.said:
             return None
-        if failure.is_evidence and reply.status not in ABOUT_US:
-            raise failed_job(failure, ticket.request_id)
-        raise self._refusal(reply, "Fetching the result failed", ticket)
+        if failure.kinds and reply.status not in ABOUT_US:
+            raise failed_job(failure, request_id)
+        raise self._refusal(reply, "Fetching the result failed", request_id)
 
-    def _refusal(self, reply: Reply, doing: str, ticket: Ticket) -> Refused:
-        kind = Gone if reply.status in (404, 410) else Refused
-        return kind(self.failure(reply).words(doing, ticket.request_id))
+    def _refusal(self, reply: Reply, doing: str, request_id: str) -> errors.Refused:
+        kind = errors.Gone if reply.status in (404, 410) else errors.Refused
+        return kind(self.failure(reply).words(doing, request_id))
 
-    async def cancel(self, ticket: Ticket) -> CancelOutcome:
+    async def cancel(self, request_id: str) -> CancelOutcome:
         """Ask once, and not for long; never raises for what the service or the network does."""
-        with suppress(Unreachable, AnswerLost, BadAnswer):
-            terms = replace(self.terms, seconds=self.cancel_seconds)
-            reply = await self.call("PUT", URL(f"{self._url(ticket)}/cancel"), terms=terms)
+        terms = replace(self.terms, seconds=self.cancel_seconds)
+        with suppress(errors.Unreachable, errors.AnswerLost, errors.BadAnswer):
+            reply = await self._ask("PUT", f"/requests/{request_id}/cancel", terms=terms)
             return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
         return CancelOutcome.NO_ANSWER
+
+    async def price(self) -> Price | None:
+        """The model's price for this account, asked for once a day; None where it is not to be had."""
+        api, price = self.endpoints.api, None
+        known = f"{api} {self.key and self.key.account}"
+        if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
+            with suppress(errors.HostedError):
+                reply = await self.call("GET", api / "v1/models/pricing" % {"endpoint_id": ENDPOINT}, terms=PRICE_TERMS)
+                listed = read_answer(PriceList, reply.json).prices
+                price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
+            _prices[known] = time.monotonic(), price
+        return _prices[known][1] if api else None
 
     def failure(self, reply: Reply) -> Failure:
         return replace(reply.failure, proxied=self.endpoints.proxy is not None)
 
-    async def repeat(self, method: str, url: URL, headers: Headers = None, body: bytes | None = None) -> Reply:
-        """A call that costs nothing and may be repeated: after a lost answer and after a failure that may pass."""
-        return await repeated(lambda: self.call(method, url, headers, body), self.sleep, _may_pass)
+    async def _ask(self, method: str, path: str, query: Mapping[str, str] | None = None, **sent: Any) -> Reply:
+        """A call to the queue; to its second name where the first one cannot have got all of it."""
+        *others, last = (base / f"{ENDPOINT}{path}" % (query or {}) for base in self.endpoints.queues)
+        for url in others:
+            with suppress(errors.Unreachable):
+                return await self.call(method, url, **sent)
+        return await self.call(method, last, **sent)
 
     async def call(
-        self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms | None = None
+        self, method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms | None = None
     ) -> Reply:
         """One exchange with the key, or through the proxy without it; the answer is free of the key."""
         sent = {**(headers or {}), "Accept": "application/json", "Content-Type": "application/json"}
@@ -195,8 +190,18 @@ class QueueClient:
         return Reply(reply.status, {name: self.key.hide(value) for name, value in reply.headers.items()}, shown)
 
 
+def check_id(request_id: str) -> str:
+    """The id without spaces around it. Raises InputError for what is none."""
+    if not re.fullmatch(REQUEST_ID, request_id := request_id.strip()):
+        raise InputError(
+            f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {clean(request_id, 60)!r}. "
+            "Copy it from a submit node or from fal.ai/dashboard/requests."
+        )
+    return request_id
+
+
 def _may_pass(reply: Reply) -> bool:
     """True for what may be over in a moment: damaged JSON, and a gateway's failure, which is no word of the job's."""
     if reply.status < 300:
         return reply.json is None
-    return reply.may_pass and not reply.failure.is_evidence and reply.failure.retryable is not False
+    return reply.may_pass and not reply.failure.kinds and reply.failure.retryable is not False

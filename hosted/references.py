@@ -26,7 +26,7 @@ from .errors import BadAnswer, Refused, clean
 from .journal import Journal
 from .pictures import LARGEST_PIXELS, decode_data_uri
 from .queue import QueueClient
-from .transport import AiohttpTransport, Terms, repeated
+from .transport import Terms, repeated
 
 LONGEST_SIDE = 1024  # pixels
 LARGEST_PNG = 10**6  # bytes; beyond, a JPEG of high quality
@@ -70,7 +70,8 @@ def _encode(picture: Image.Image, as_is: bool) -> Reference:
     data, content_type = _save(picture, format="PNG"), "image/png"
     if len(data) > LARGEST_PNG:
         data, content_type = _save(picture, **JPEG), "image/jpeg"
-    return Reference(_digest(picture), content_type=content_type, data=data, note=note)
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    return Reference(digest, content_type=content_type, data=data, note=note)
 
 
 def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
@@ -79,11 +80,6 @@ def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
         note = "has transparent parts, which were sent as white"
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), note
     return picture.convert("RGB"), ""
-
-
-def _digest(picture: Image.Image) -> str:
-    """A hash of an RGB picture's pixels."""
-    return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
 
 
 def _save(picture: Image.Image, **how: Any) -> bytes:
@@ -143,8 +139,7 @@ def inline(references: Sequence[Reference], how: str) -> bool:
 class ReferenceStorage:
     """Places photographs where the service can read them."""
 
-    client: QueueClient  # for the call that needs a key
-    transport: AiohttpTransport  # for the one that must not have it; goes to public addresses only
+    client: QueueClient
     journal: Journal  # remembers uploads until shortly before they expire
 
     async def place(self, references: Sequence[Reference], how: str = "auto", needed: float = 0) -> tuple[str, ...]:
@@ -175,18 +170,17 @@ class ReferenceStorage:
         headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
         suffix = mimetypes.guess_extension(reference.content_type) or ".bin"
         body = {"file_name": f"reference{suffix}", "content_type": reference.content_type}
-        reply = await self.client.repeat("POST", url, headers, json.dumps(body).encode())
+        sent = json.dumps(body).encode()
+        reply = await repeated(lambda: self.client.call("POST", url, headers, sent), self.client.sleep)
         if reply.status >= 300:
             raise Refused(self.client.failure(reply).words("Uploading a reference picture failed, so nothing was sent"))
-        try:
-            place = read_answer(UploadPlace, reply.json)
-        except BadAnswer:
-            raise BadAnswer("The service named no place to upload a reference picture to. Nothing was sent.") from None
+        place = read_answer(UploadPlace, reply.json)
         return check_address(place.upload_url, self.client.endpoints), place.file_url
 
     async def _put(self, url: URL, reference: Reference) -> None:
-        headers, terms = {"Content-Type": reference.content_type}, Terms(self.client.terms.seconds)
-        send = self.transport.send
+        """Without the key, which the storage must not have."""
+        headers, terms = {"Content-Type": reference.content_type}, Terms(self.client.terms.seconds, public=True)
+        send = self.client.transport.send
         reply = await repeated(lambda: send("PUT", url, headers, reference.data, terms), self.client.sleep)
         if reply.status >= 300:
             raise Refused(f"Uploading a reference picture failed (HTTP {reply.status}). Nothing was generated.")

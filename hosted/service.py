@@ -14,65 +14,75 @@ from filelock import FileLock, Timeout
 
 from ..pulid.errors import InputError
 from .endpoints import PREFIX, Endpoints, find_key, quieten
-from .errors import HostedError, Interrupted
-from .journal import Guard, Journal
+from .errors import HostedError, HostedLimit, Interrupted
+from .journal import JOURNAL_FILE, PICTURES_FOLDER, Guard, Journal
 from .pictures import PictureFetcher, PictureStore
 from .queue import QueueClient
-from .records import JOURNAL_FILE, PICTURES_FOLDER
 from .references import ReferenceStorage
-from .transport import DEFAULT_TERMS, AiohttpTransport, Terms
+from .transport import DEFAULT_TERMS, Terms, Transport
 
 KEY_FILE, LOCKS_FOLDER = "fal.toml", "locks"
 AT_ONCE = 2  # what a new account may have running
 STEPS = 5  # of progress: sent, queued, running, finished, fetched
 PEEK_SECONDS = 0.2  # how long it takes at most until a wish to stop is seen
+SPANS = {"total": "altogether", "queue": "in the queue", "run": "for the run"}
 
 T = TypeVar("T")
+Report = Callable[[int, str], None]  # is told how far a request is, in steps of STEPS and in words, often
 
 
 @dataclass(frozen=True)
-class JobProgress:
-    """How far a request is, in steps of STEPS and in words."""
+class Limits:
+    """Seconds to wait in the queue, for the run, and altogether."""
 
-    step: int
-    words: str
+    queue: float = 300
+    run: float = 600
+    total: float = 900
 
 
 class Watch:
-    """Waits for things as long as the user wants to; `stop` is asked often, and may be asked from any thread."""
+    """Waits for things until the user stops it, which may be asked for from any thread, or a limit is reached."""
 
     def __init__(self, stop: Callable[[], bool] = lambda: False):
-        self._stop, self._finishing = stop, False
+        self.stop = stop
+        self.finishing = False  # what is left to do is done to its end, whatever the user wants
+        self._since: dict[str, float] = {}  # a limit counts from its span's beginning on
 
-    @property
-    def is_over(self) -> bool:
-        return not self._finishing and self._stop()
+    def begin(self, limits: Limits) -> None:
+        """From now on these limits hold; before, there are none."""
+        self._limits, self._since, self._request_id = limits, {"total": time.monotonic()}, ""
+
+    def enter(self, span: str, request_id: str) -> float:
+        """The accepted request is in the "queue", or in its "run", which it never leaves; for how many seconds."""
+        self._request_id, span = request_id, "run" if "run" in self._since else span
+        self._since = {"total": self._since["total"], span: self._since.get(span, time.monotonic())}
+        return self.seconds(span)
+
+    def seconds(self, span: str = "total") -> float:
+        """Since this span began."""
+        return time.monotonic() - self._since[span]
 
     def check(self) -> None:
-        """Raises Interrupted when the user wants to stop."""
-        if self.is_over:
+        """Raises Interrupted when the user wants to stop, HostedLimit when they have waited as long as they wanted."""
+        if self.finishing:
+            return
+        if self.stop():
             raise Interrupted("Stopped by the user.")
-
-    def finish(self) -> None:
-        """From now on, what is left to do is done to its end."""
-        self._finishing = True
+        for span in self._since:
+            if self.seconds(span) > (limit := getattr(self._limits, span)):
+                known = f"for request {self._request_id}, which is not done" if self._request_id else "and sent nothing"
+                raise HostedLimit(f"Waited {limit:g} s {SPANS[span]} ({span}_limit) {known}.")
 
     async def pause(self, seconds: float) -> None:
-        """Sleep, or raise Interrupted as soon as the user wants to stop."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + seconds
+        await self.over(asyncio.sleep(seconds))
         self.check()
-        while (left := until - loop.time()) > 0:
-            await asyncio.sleep(min(left, PEEK_SECONDS))
-            self.check()
 
-    async def over(self, work: Coroutine[Any, Any, T], check: Callable[[], object] = lambda: None) -> T:
-        """The result of `work`, which is cancelled when the user wants to stop or when `check`, asked often, raises."""
+    async def over(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which is cancelled as soon as `check` raises."""
         task = asyncio.ensure_future(work)
         try:
             while not task.done():
                 self.check()
-                check()
                 await asyncio.wait({task}, timeout=PEEK_SECONDS)
             return task.result()
         finally:
@@ -93,17 +103,15 @@ class Service:
     payer: str  # a name of the account
     slots: threading.Semaphore  # for requests under way at once, over all threads
     watch: Watch
-    report: Callable[[JobProgress], None]  # is told about progress, often
-    now: Callable[[], float] = time.monotonic
+    report: Report
     poll_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
 
     async def take_place(self, place: ExitStack) -> None:
         """Wait for one of the places for requests under way; who joins another's request needs none."""
         while not self.slots.acquire(blocking=False):
-            self.report(JobProgress(0, "waiting for another hosted request to finish"))
+            self.report(0, "waiting for another hosted request to finish")
             await self.watch.pause(PEEK_SECONDS)
         place.callback(self.slots.release)
-        self.watch.check()
 
     @asynccontextmanager
     async def alone_with(self, digest: str) -> AsyncIterator[None]:
@@ -115,7 +123,7 @@ class Service:
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:
-                    self.report(JobProgress(0, "an equal request is just being sent; waiting for it"))
+                    self.report(0, "an equal request is just being sent; waiting for it")
                     await self.watch.pause(PEEK_SECONDS)
         except (OSError, NotImplementedError) as error:
             raise HostedError(
@@ -130,9 +138,9 @@ class Service:
 
 @asynccontextmanager
 async def open_service(
-    environ: Mapping[str, str], folder: Path, watch: Watch, report: Callable[[JobProgress], None]
+    environ: Mapping[str, str], folder: Path, watch: Watch, report: Report
 ) -> AsyncIterator[Service]:
-    """A Service whose connections close at the end. Raises MissingKey, UnsafeAddress, InputError; nothing is sent then.
+    """A Service whose connections close at the end. Raises HostedError, InputError; nothing is sent then.
 
     environ  where the addresses, the key and the numbers come from
     folder   of the key file, the journal and the pictures; nobody else may read it
@@ -148,12 +156,12 @@ async def open_service(
     store = PictureStore(folder / PICTURES_FOLDER, largest, days)
     with suppress(OSError):
         store.shrink()
-    async with AiohttpTransport() as own, AiohttpTransport(public=True) as foreign:
-        client = QueueClient(own, endpoints, key, terms, watch.pause)
+    async with Transport() as transport:
+        client = QueueClient(transport, endpoints, key, terms, watch.pause)
         yield Service(
             client,
-            ReferenceStorage(client, foreign, journal),
-            PictureFetcher(foreign, endpoints, watch.pause),
+            ReferenceStorage(client, journal),
+            PictureFetcher(client),
             journal,
             store,
             folder,

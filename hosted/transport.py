@@ -1,11 +1,10 @@
 """One HTTP exchange and what its failure proves, that nothing was accepted or that nobody knows; and repeats of it.
 
-No exchange follows a redirect, keeps a cookie or repeats itself, and no error of the HTTP library leaves this file,
-since its errors can hold the headers of a request. Proxies are those of the environment, as other clients use them.
+No exchange follows a redirect or keeps a cookie, and no error of the HTTP library leaves this file, since it can hold
+the headers of a request. Proxies are those of the environment, as other clients use them.
 """
 
 import asyncio
-import base64
 import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
@@ -74,6 +73,7 @@ class Terms:
     seconds: float = 60  # without a byte of the request moving, and then until the whole answer is there
     limit: int = 64 * 2**20  # bytes of the answer
     idle: float | None = None  # seconds between two of them
+    public: bool = False  # no name that leads to a private address
     leave: Callable[[], None] | None = None  # asked until all is sent; what it raises breaks the exchange off
 
 
@@ -96,28 +96,19 @@ class PublicResolver(aiohttp.ThreadedResolver):
 
 
 class _Sending(aiohttp.payload.Payload):
-    """A body on its way, piece by piece, so that somebody can tell whether it moves and whether all of it has left."""
+    """A body on its way, piece by piece, so that somebody can tell whether it moves and may have left wholly."""
 
     def __init__(self, body: bytes):
         super().__init__(body, content_type="application/octet-stream")
         self._body, self._size = body, len(body)
-        self._transport: Any = None
         self._clock = asyncio.get_running_loop().time
         self.moved = self._clock()  # when it last did
-        self.connected = False
-        self.whole = not body  # the last piece is handed to the system, or there is none
+        self.may_have_arrived = not body  # False as long as the last piece is certainly still here
+        self._transport: Any = None
 
-    def connect(self) -> None:
-        self.connected, self.moved = True, self._clock()
-
-    @property
-    def all_sent(self) -> bool:
-        """False as long as it is certain that something is still here."""
-        return self.connected and self.whole
-
-    def end(self) -> None:
+    def stop(self) -> None:
         """Nothing of what is still here leaves any more: a transport that is only closed sends the rest first."""
-        if self._transport is not None and not self.whole:
+        if self._transport is not None and not self.may_have_arrived:
             self._transport.abort()
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -125,37 +116,32 @@ class _Sending(aiohttp.payload.Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         self._transport = getattr(writer, "transport", None)
-        if self._transport is not None:  # else it is gone, which the first piece says
+        with suppress(OSError, AttributeError):  # it is gone, which the first piece says
             self._transport.set_write_buffer_limits(high=0)
-            with suppress(OSError, AttributeError):
-                self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         for start in range(0, len(self._body), PIECE):
-            self.whole = start + PIECE >= len(self._body)
+            self.may_have_arrived = start + PIECE >= len(self._body)
             await writer.write(self._body[start : start + PIECE])
             await writer.drain()
             self.moved = self._clock()
 
 
-class AiohttpTransport:
-    """An asynchronous context manager of one event loop; with `public`, no name that leads to a private address."""
+class Transport:
+    """An asynchronous context manager of one event loop."""
 
-    def __init__(self, public: bool = False):
-        self._public = public
-
-    async def __aenter__(self) -> "AiohttpTransport":
-        self._direct = _session(PublicResolver() if self._public else None)
-        self._proxied = _session(None)  # the proxy may well be a private address
+    async def __aenter__(self) -> "Transport":
+        self._any, self._public = _session(aiohttp.ThreadedResolver()), _session(PublicResolver())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._direct.close()
-        await self._proxied.close()
+        await self._any.close()
+        await self._public.close()
 
     async def send(
-        self, method: str, url: URL, headers: Headers = None, body: bytes | None = None, terms: Terms = DEFAULT_TERMS
+        self, method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = DEFAULT_TERMS
     ) -> Reply:
         """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
-        sending, now = _Sending(body or b""), asyncio.get_running_loop().time
+        sending, now = _Sending(body), asyncio.get_running_loop().time
         exchange = asyncio.ensure_future(self._exchange(method, url, headers, sending, terms))
         failure: HostedError
         try:
@@ -163,7 +149,7 @@ class AiohttpTransport:
                 left = sending.moved + terms.seconds - now()
                 if left <= 0:
                     raise asyncio.TimeoutError
-                if terms.leave and not sending.all_sent:
+                if terms.leave and not sending.may_have_arrived:
                     terms.leave()
                     left = min(left, LOOK_SECONDS)
                 await asyncio.wait({exchange}, timeout=left)
@@ -171,20 +157,20 @@ class AiohttpTransport:
         except HostedError as error:
             failure = error
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            failure = _failure(sending, url, terms, error)
+            failure = _failure(sending, url, error)
         finally:
+            sending.stop()
             exchange.cancel()
             await asyncio.gather(exchange, return_exceptions=True)
-            sending.end()
         raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
 
     async def _exchange(self, method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
-        proxy, proxy_headers = proxy_for(url)
-        if proxy and self._public and not is_fals(url.raw_host or ""):
+        proxy = proxy_for(url)
+        if proxy and terms.public and not is_fals(url.raw_host or ""):
             # It looks names up itself; what this machine knows to be private is refused all the same.
             with suppress(socket.gaierror, UnicodeError):
                 await PublicResolver().resolve(url.raw_host or "", url.port or 443)
-        async with (self._proxied if proxy else self._direct).request(
+        async with (self._public if terms.public and not proxy else self._any).request(
             method,
             url,
             headers=headers,
@@ -192,104 +178,71 @@ class AiohttpTransport:
             timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=terms.idle),
             allow_redirects=False,
             proxy=proxy,
-            proxy_headers=proxy_headers,
-            trace_request_ctx=sending,
         ) as response:
             names = {name.lower(): value for name, value in response.headers.items()}
             return Reply(response.status, names, await _read(response, url, terms.limit))
 
 
-def _session(resolver: aiohttp.ThreadedResolver | None) -> aiohttp.ClientSession:
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_create_start.append(_once)
-    trace.on_connection_create_end.append(_connected)
+def _session(resolver: aiohttp.ThreadedResolver) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
         cookie_jar=aiohttp.DummyCookieJar(),
         headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
         auto_decompress=False,
-        trace_configs=[trace],
     )  # without trust_env, which would send what a .netrc holds in the place of the key
 
 
-async def _once(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
-    if context.trace_request_ctx.connected:  # the library repeats all calls but POST, on a second connection
-        raise AnswerLost("The connection broke off before an answer came.")
-
-
-async def _connected(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
-    context.trace_request_ctx.connect()
-
-
-def proxy_for(url: URL) -> tuple[URL | None, Mapping[str, str] | None]:
-    """The proxy that the environment names for an address, and what it must be sent. Raises Unreachable."""
-    found, proxy = getproxies(), None
-    text = found.get(url.scheme) or found.get("all") or ""
+def proxy_for(url: URL) -> URL | None:
+    """The proxy that the environment names for an address. Raises Unreachable."""
+    found = getproxies()
+    text = found.get(url.scheme) or found.get("all")
     if not text or is_loopback(url) or proxy_bypass(f"{url.raw_host}:{url.port}"):
-        return None, None
+        return None
     with suppress(ValueError):
         proxy = URL(text if "://" in text else f"http://{text}")
-    if proxy is None or proxy.scheme not in ("http", "https") or not proxy.host:
-        raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
-    if proxy.user is None:
-        return proxy, None
-    secret = base64.b64encode(f"{proxy.user}:{proxy.password or ''}".encode()).decode()
-    return proxy.with_user(None), {"Proxy-Authorization": f"Basic {secret}"}
+        if proxy.scheme in ("http", "https") and proxy.host:
+            return proxy
+    raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
 
 
 async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes:
-    if response.headers.get("Content-Encoding", "identity") != "identity":
-        raise BadAnswer(f"{url.host} compressed its answer, although it was asked not to.")
-    too_large = BadAnswer(f"The answer of {url.host} is larger than {limit / 2**20:.0f} MiB and was not read.")
-    if (response.content_length or 0) > limit:
-        raise too_large
     read = bytearray()
     async for chunk in response.content.iter_chunked(CHUNK):
         read += chunk
-        if len(read) > limit:
-            raise too_large
+        if max(len(read), response.content_length or 0) > limit:
+            raise BadAnswer(f"The answer of {url.host} is larger than {limit / 2**20:.0f} MiB and was not read.")
     return bytes(read)
 
 
-def _failure(sending: _Sending, url: URL, terms: Terms, error: Exception) -> HostedError:
+def _failure(sending: _Sending, url: URL, error: Exception) -> HostedError:
     words = next((words for kind, words in KINDS.items() if isinstance(error, kind)), type(error).__name__)
     why = words.format(getattr(error, "status", ""))
-    next_step = "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
-    if not sending.connected:
-        return Unreachable(f"No connection to {url.host} came about ({why}), so nothing was sent. {next_step}")
-    if not sending.all_sent:
-        ended = f"The connection to {url.host} ended before all was sent ({why})"
-        return Unreachable(f"{ended}, so nothing was accepted. {next_step}")
-    if isinstance(error, asyncio.TimeoutError):
-        return AnswerLost(f"{url.host} did not answer within {terms.seconds:g} s.")
-    return AnswerLost(f"The connection to {url.host} broke off before its answer was whole ({why}).")
+    if sending.may_have_arrived and not isinstance(error, aiohttp.ClientConnectorError):
+        return AnswerLost(f"{url.host} gave no whole answer ({why}).")
+    return Unreachable(
+        f"{url.host} did not get all of it ({why}), so nothing was accepted. "
+        "Check this machine's network, name lookup, clock and proxy, then queue the prompt again."
+    )
 
 
 async def repeated(
-    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] | None = None
+    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] = lambda reply: reply.may_pass
 ) -> Reply:
     """The answer of a call that may be made several times; asks again after a lost one and after a passing failure."""
     for attempt in range(REPEATS):
-        try:
+        reply = None
+        with suppress(Unreachable, AnswerLost):
             reply = await send()
-            if not (may_pass(reply) if may_pass else reply.may_pass):
+            if not may_pass(reply):
                 return reply
-            pause = retry_after(reply, attempt)
-        except (Unreachable, AnswerLost):
-            pause = backoff(attempt)
-        await sleep(min(pause, LONGEST_PAUSE))
+        await sleep(min(retry_after(reply, attempt), LONGEST_PAUSE))
     return await send()
 
 
-def retry_after(reply: Reply, attempt: int) -> float:
-    """Seconds that the service asks to wait, or our own where it does not say."""
+def retry_after(reply: Reply | None, attempt: int) -> float:
+    """Seconds that the service asks to wait, else 0.5, doubled each time; up to half of it is left to chance."""
     with suppress(ValueError):
-        asked = float(reply.headers.get("retry-after", ""))
+        asked = float(reply.headers.get("retry-after", "") if reply else "")
         if 0 <= asked < float("inf"):
             return asked
-    return backoff(attempt)
-
-
-def backoff(attempt: int) -> float:
-    """0.5 s, doubled each time, with up to half of it left to chance so that many clients do not come at once."""
-    return min(LONGEST_PAUSE, 0.5 * 2**attempt) * random.uniform(0.5, 1)
+    return 0.5 * 2**attempt * random.uniform(0.5, 1)

@@ -15,7 +15,7 @@ from comfy.model_management import InterruptProcessingException, processing_inte
 from comfy_execution.progress import get_progress_state
 
 from ..hosted.errors import Interrupted
-from ..hosted.service import STEPS, JobProgress
+from ..hosted.service import STEPS, Report
 from . import host
 
 LOOK_SECONDS = 0.2  # between two looks at the thread's progress
@@ -23,7 +23,6 @@ GRACE_SECONDS = 0.2  # that an interrupted node waits for its thread, which then
 TEAR_DOWN_SECONDS = 10  # that it waits when the host tears everything down
 
 T = TypeVar("T")
-Report = Callable[[JobProgress], None]
 Work = Callable[[Callable[[], bool], Report], Coroutine[Any, Any, T]]
 
 
@@ -78,16 +77,17 @@ class _Display:
 
     def __init__(self, node_id: str) -> None:
         self.node_id = node_id
-        self._newest: JobProgress | None = None
-        self._seen: JobProgress | None = None
+        self._newest: tuple[int, str] | None = None
+        self._seen: tuple[int, str] | None = None
 
-    def report(self, progress: JobProgress) -> None:
-        self._newest = progress
+    def report(self, step: int, words: str) -> None:
+        self._newest = step, words
 
     def refresh(self) -> None:
         progress = self._newest
         if progress is not None and progress != self._seen:
             self._seen = progress
-            host.say(progress.words, self.node_id)
+            step, words = progress
+            host.say(words, self.node_id)
             # Not comfy.utils.ProgressBar, which clears the interrupt while it looks at it.
-            get_progress_state().update_progress(self.node_id, progress.step, STEPS)
+            get_progress_state().update_progress(self.node_id, step, STEPS)

@@ -4,6 +4,7 @@ Every input, output and call of https://fal.ai/models/fal-ai/pulid/api; the key 
 """
 
 import asyncio
+import itertools
 import json
 import os
 import uuid
@@ -17,11 +18,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ..hosted import api, job, records, references
-from ..hosted.journal import Ticket
-from ..hosted.pictures import Outcome, as_batches
+from ..hosted import api, job, journal, references
+from ..hosted.pictures import Outcome
 from ..hosted.queue import SubmitOptions
-from ..hosted.service import JobProgress, Service, Watch, open_service, read_guard
+from ..hosted.service import Limits, Report, Service, Watch, open_service, read_guard
 from ..pulid.errors import InputError
 from . import host
 from .background import run_in_background
@@ -167,7 +167,7 @@ def _as_job(values: Mapping[str, Any]) -> job.Job:
     photos = [references.encode(image, as_is) for batch in batches for image in batch]
     photos += references.read_lines(values["reference_urls"], as_is)
     preset = values["image_size"]
-    request = api.HostedRequest(
+    request = api.read_request(
         reference_images=tuple(photo.digest for photo in photos),
         image_size=(values["width"], values["height"]) if preset == CUSTOM else preset,
         seed=None if values["seed"] == -1 else values["seed"],
@@ -187,16 +187,14 @@ def _as_job(values: Mapping[str, Any]) -> job.Job:
     )
 
 
-def _limits(values: Mapping[str, Any]) -> job.Limits:
-    return job.Limits(
-        **{name: values[f"{name}_limit"] for name in ("queue", "run", "total") if f"{name}_limit" in values}
-    )
+def _limits(values: Mapping[str, Any]) -> Limits:
+    return Limits(**{name: values[f"{name}_limit"] for name in ("queue", "run", "total") if f"{name}_limit" in values})
 
 
 async def _with_service(work: Callable[[Service], Awaitable[T]], node: type[io.ComfyNode]) -> T:
     """Run `work` in the background, with a service that is open as long as it takes."""
 
-    async def run(stop: Callable[[], bool], report: Callable[[JobProgress], None]) -> T:
+    async def run(stop: Callable[[], bool], report: Report) -> T:
         async with open_service(os.environ, host.private_folder(), Watch(stop), report) as service:
             return await work(service)
 
@@ -204,8 +202,9 @@ async def _with_service(work: Callable[[Service], Awaitable[T]], node: type[io.C
 
 
 def _as_batches(outcome: Outcome) -> list[Tensor]:
-    """(B, H, W, 3) each; several where sizes differ."""
-    arrays = [np.stack([np.asarray(image) for image in batch]) for batch in as_batches(outcome.images)]
+    """(B, H, W, 3) each: neighbours of one size together, so that none is lost or stretched where sizes differ."""
+    groups = itertools.groupby(outcome.images, key=lambda image: image.size)
+    arrays = [np.stack([np.asarray(image) for image in group]) for _, group in groups]
     return [torch.from_numpy(array).float() / 255 for array in arrays]
 
 
@@ -284,12 +283,12 @@ class PulidHostedSubmit(io.ComfyNode):
 
     @classmethod
     async def execute(cls, **values: Any) -> io.NodeOutput:
-        async def send(values: dict[str, Any]) -> tuple[Ticket, list[str]]:
+        async def send(values: dict[str, Any]) -> tuple[str, list[str]]:
             return await _with_service(lambda service: job.order(_as_job(values), service), cls)
 
         sent = await _all([send(each) for each in _requests(cls, values)])
-        text = [line for ticket, notes in sent for line in (f"request {ticket.request_id}", *notes)]
-        return io.NodeOutput([ticket.request_id for ticket, _ in sent], ui={"text": text})
+        text = [line for request_id, notes in sent for line in (f"request {request_id}", *notes)]
+        return io.NodeOutput([request_id for request_id, _ in sent], ui={"text": text})
 
 
 @described
@@ -415,7 +414,7 @@ class PulidHostedRequests(io.ComfyNode):
             display_name="PuLID Hosted Requests",
             category=CATEGORY,
             inputs=[
-                _choice("show", list(records.CHOICES), optional=False),
+                _choice("show", list(journal.CHOICES), optional=False),
                 io.String.Input("request_id", default=""),
                 _choice("action", ["list", "fetch", "cancel", "forget"], optional=False),
             ],
@@ -434,16 +433,17 @@ class PulidHostedRequests(io.ComfyNode):
     @classmethod
     async def execute(cls, show: str, request_id: str, action: str) -> io.NodeOutput:
         folder, request_id, pictures, said = host.private_folder(), request_id.strip(), None, ""
+        known = journal.Journal(folder / journal.JOURNAL_FILE)
         if action != "list" and not request_id:
             raise InputError(f"To {action} a request, put its id into request_id. The list shows all ids.")
         if action == "fetch":
-            outcome = await _with_service(lambda service: job.fetch(request_id, job.Limits(), service), cls)
+            outcome = await _with_service(lambda service: job.fetch(request_id, Limits(), service), cls)
             pictures, said = _as_batches(outcome), "\n".join(_notes(outcome))
         elif action == "cancel":
             said = (await _with_service(lambda service: job.cancel(request_id, service), cls)).value
         elif action == "forget":
-            said = f"{await asyncio.to_thread(records.forget, folder, [request_id])} forgotten."
-        report = "\n".join(filter(None, (said, records.listing(await asyncio.to_thread(records.rows, folder), show))))
+            said = f"{await asyncio.to_thread(journal.forget, folder, [request_id])} forgotten."
+        report = "\n".join(filter(None, (said, journal.listing(await asyncio.to_thread(known.rows), show))))
         return io.NodeOutput(report, pictures or ExecutionBlocker(None), ui={"text": report.splitlines()})
 
 

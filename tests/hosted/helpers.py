@@ -1,13 +1,14 @@
 """A small request and a client that was just started, against the fake service."""
 
 import asyncio
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pulid_sdxl.hosted import job as jobs
-from pulid_sdxl.hosted.api import HostedRequest
+from pulid_sdxl.hosted.api import read_request
 from pulid_sdxl.hosted.job import Job
 from pulid_sdxl.hosted.journal import Guard
 from pulid_sdxl.hosted.queue import SubmitOptions
@@ -20,7 +21,8 @@ FACE = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
 def a_job(seed=7, references=None, num_images=1, guard=None, **others):
     references = tuple(references or [encode(FACE)])
     digests = tuple(reference.digest for reference in references)
-    request = HostedRequest(digests, "portrait", num_images=num_images, seed=seed, image_size=(32, 48))
+    values = {"prompt": "portrait", "num_images": num_images, "seed": seed, "image_size": (32, 48)}
+    request = read_request(reference_images=digests, **values)
     return Job(request, references, SubmitOptions(), guard or Guard(), run="run", **others)
 
 
@@ -29,7 +31,9 @@ def perform(fal, folder, act=None, watch=None, told=None, change=lambda service:
     act = act or (lambda service: jobs.generate(a_job(), service))
 
     async def run():
-        report = (told if told is not None else []).append
+        def report(step, words):
+            (told if told is not None else []).append(words)
+
         async with open_service(fal.environment | environ, folder, watch or Watch(), report) as service:
             return await act(change(replace(service, poll_seconds=(0.02,))))
 
@@ -42,25 +46,8 @@ def generate(fal, folder, job=None, **others):
 
 def beside(target, *arguments, **others):
     """Run in a thread; returns a function that gives the result or raises the error."""
-    outcome = {}
-
-    def run():
-        try:
-            outcome["result"] = target(*arguments, **others)
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-
-    def result():
-        thread.join(30)  # a silent call is given up after 60 s
-        assert not thread.is_alive()
-        if "error" in outcome:
-            raise outcome["error"]
-        return outcome["result"]
-
-    return result
+    future = ThreadPoolExecutor(1).submit(target, *arguments, **others)
+    return partial(future.result, timeout=30)  # a silent call is given up after 60 s
 
 
 def wait_until(condition, seconds=30):

@@ -1,9 +1,7 @@
 """Where requests go, which addresses may be read, where the key comes from, and that it shows nowhere."""
 
-import copy
 import logging
 import os
-import pickle
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,9 @@ from pulid_sdxl.hosted import endpoints, job, pictures
 from pulid_sdxl.hosted.endpoints import (
     BACKUP_QUEUE,
     HIDDEN,
+    QUEUE,
     Endpoints,
     Key,
-    QuietFilter,
     check_address,
     check_webhook,
     find_key,
@@ -21,7 +19,7 @@ from pulid_sdxl.hosted.endpoints import (
     is_public,
     quieten,
 )
-from pulid_sdxl.hosted.errors import MissingKey, UnsafeAddress
+from pulid_sdxl.hosted.errors import HostedError
 from pulid_sdxl.pulid.errors import InputError
 from yarl import URL
 
@@ -67,19 +65,12 @@ def test_plain_http_will_do_for_this_machine(url):
 @pytest.mark.parametrize(
     "url",
     [
-        "http://fal.run",
-        "http://192.168.0.2",
-        "http://127.0.0.1.example.com",
-        "ftp://fal.run",
-        "fal.run",
-        "https://",
-        "https://me:word@fal.run",
-        "https://fal.run?a=b",
-        "https://fal.run:port",
+        "http://fal.run", "http://192.168.0.2", "http://127.0.0.1.example.com", "ftp://fal.run", "fal.run", "https://",
+        "https://me:word@fal.run", "https://fal.run?a=b", "https://fal.run:port",
     ],
-)
+)  # fmt: skip
 def test_an_address_that_is_not_safe_is_refused_and_not_repeated(url):
-    with pytest.raises(UnsafeAddress, match="PULID_FAL_REST_URL is not an address that a key may be sent to") as caught:
+    with pytest.raises(HostedError, match="PULID_FAL_REST_URL is not an address that a key may be sent to") as caught:
         Endpoints.from_environment({"PULID_FAL_REST_URL": url})
     assert url not in str(caught.value).replace("https://host", "")
 
@@ -88,13 +79,7 @@ def test_the_key_may_go_to_queue_and_rest_alone():
     found = Endpoints()
     for url in ("https://queue.fal.run/a", "https://rest.fal.ai/c", "https://queue.falrun.com/d"):
         assert found.may_see_key(URL(url))
-    for url in (
-        "https://fal.run/b",
-        "https://v3.fal.media/a",
-        "http://queue.fal.run/a",
-        "https://queue.fal.run:444/a",
-        "https://queue.fal.run.example.com",
-    ):
+    for url in ("https://fal.run", "https://v3.fal.media", "http://queue.fal.run", "https://queue.fal.run:444"):
         assert not found.may_see_key(URL(url))
 
 
@@ -105,9 +90,9 @@ def test_no_key_goes_anywhere_through_a_proxy():
 
 
 def test_the_backup_address_belongs_to_fals_own_queue_alone():
-    assert Endpoints().backup_queue == BACKUP_QUEUE
-    assert Endpoints(queue=URL("https://other.example")).backup_queue is None
-    assert Endpoints(proxy=URL("https://proxy.example")).backup_queue is None
+    other, proxy = URL("https://other.example"), URL("https://proxy.example")
+    assert Endpoints().queues == [QUEUE, BACKUP_QUEUE]
+    assert Endpoints(queue=other).queues == [other] and Endpoints(proxy=proxy).queues == [QUEUE]
 
 
 # ---- Addresses that others name ----
@@ -134,51 +119,20 @@ def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
 @pytest.mark.parametrize(
     "url",
     [
-        "http://v3.fal.media/a.png",
-        "https://v3.fal.media:8443/a.png",
-        "https://me@v3.fal.media/a.png",
-        "https://10.0.0.1/a.png",
-        *(
-            f"https://{host}/a.png"
-            for host in (
-                "127.1",
-                "0",
-                "2130706433",
-                "0177.0.0.1",
-                "0x7f.0.0.1",
-                "0x7f000001",
-                "[::ffff:127.0.0.1]",
-                "[::]",
-                "1",
-                "10.0.0.1.",
-                "127.0.0.1..",
-                "localhost",
-                "localhost.",
-                "a.LOCALHOST",
-                "8.8.8.8.8",
-                "08.8.8.8",
-                "[fe80::1%25a]",
-                "%31%32%37.0.0.1",
-                "a b.example",
-                "\uff11\uff10.0.0.1",
-                "127\u30020\u30020\u30021",
-                "8.8.8.010",
-                "-",
-                "_._.0x",
-            )
-        ),
-        "https://[::1]/a.png",
-        "http://127.0.0.2:5001/a.png",
-        "http://localhost:5000/a.png",
-        "ftp://v3.fal.media/a.png",
-        "file:///etc/passwd",
-        "a.png",
-        "//v3.fal.media/a.png",
-        "https://[",
+        "http://v3.fal.media/a.png", "https://v3.fal.media:8443/a.png", "https://me@v3.fal.media/a.png", "https://[",
+        "http://127.0.0.2:5001/a.png", "http://localhost:5000/a.png", "ftp://v3.fal.media/a.png", "file:///etc/passwd",
+        "a.png", "//v3.fal.media/a.png",
+        *(f"https://{host}/a.png" for host in (
+            "10.0.0.1", "127.1", "0", "2130706433", "0177.0.0.1", "0x7f.0.0.1", "0x7f000001", "[::ffff:127.0.0.1]",
+            "[::]", "[::1]", "1", "10.0.0.1.", "127.0.0.1..", "localhost", "localhost.", "a.LOCALHOST",
+            "nas", "nas.local", "8.8.8.8.8", "08.8.8.8", "8.8.8.010", "[fe80::1%25a]",
+            "%31%32%37.0.0.1", "a b.example", "-", "_._.0x",
+            "\uff11\uff10.0.0.1", "127\u30020\u30020\u30021",
+        )),
     ],
-)
+)  # fmt: skip
 def test_addresses_that_are_not_safe_are_refused(url):
-    with pytest.raises(UnsafeAddress):
+    with pytest.raises(HostedError):
         check_address(url, HERE)
 
 
@@ -192,7 +146,7 @@ def test_public_addresses_are_read_and_a_storage_beside_a_service_on_this_machin
     [Endpoints(), Endpoints(queue=HERE.queue), Endpoints(rest=HERE.rest), Endpoints(proxy=URL("http://127.0.0.1:9"))],
 )
 def test_nothing_on_this_machine_is_read_for_a_service_that_is_elsewhere(elsewhere):
-    with pytest.raises(UnsafeAddress):
+    with pytest.raises(HostedError):
         check_address("http://127.0.0.1:9/a.png", elsewhere)
 
 
@@ -239,7 +193,7 @@ def test_a_webhook_is_shown_until_this_machines_owner_has_allowed_its_host(tmp_p
 
 def key_file(folder, text, mode=0o600):
     path = folder / "fal.toml"
-    path.write_text(text, encoding="utf-8")
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     path.chmod(mode)
     return path
 
@@ -274,14 +228,14 @@ def test_the_file_has_a_line_as_in_toml(tmp_path, text, key):
     assert found({}, key_file(tmp_path, text)) == f"Key {key}"
 
 
-@pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c"])
+@pytest.mark.parametrize("text", ['FAL_KEY = "a:b', "# FAL_KEY=a:b", "a:b", "FAL_KEY", "FAL_KEY=a:b c", "\udcff"])
 def test_a_file_without_such_a_line_is_named(tmp_path, text):
-    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
+    with pytest.raises(HostedError, match=r"fal\.toml cannot be read"):
         found({}, key_file(tmp_path, text))
 
 
 def test_an_empty_line_does_not_take_the_next_ones_text(tmp_path):
-    with pytest.raises(MissingKey, match="none was found"):
+    with pytest.raises(HostedError, match="none was found"):
         found({}, key_file(tmp_path, "FAL_KEY =\nother:text\n"))
 
 
@@ -290,11 +244,9 @@ def test_a_file_that_is_closed_to_us_is_told_as_that(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     file = key_file(tmp_path, "FAL_KEY=a:b")
-    for name in ("stat", "read_text"):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, name, closed)
-            with pytest.raises(MissingKey, match=r"may not read .*fal\.toml.*chown, chmod 600"):
-                find_key({}, file)
+    monkeypatch.setattr(Path, "read_text", closed)
+    with pytest.raises(HostedError, match=r"fal\.toml cannot be read \(PermissionError\).*chown, chmod 600"):
+        find_key({}, file)
 
 
 def test_another_file_can_be_named(tmp_path):
@@ -316,14 +268,14 @@ def test_white_space_around_a_key_is_no_part_of_it_and_a_colon_is_not_needed(tmp
 
 def test_no_key_is_said_with_the_variable_and_the_file_but_no_private_path(tmp_path):
     file = tmp_path / "someone" / "user" / "__pulid" / "fal.toml"
-    with pytest.raises(MissingKey, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
+    with pytest.raises(HostedError, match=r"variable FAL_KEY.*user/__pulid/fal\.toml") as caught:
         find_key({"FAL_KEY_ID": "half"}, file)
     assert str(tmp_path) not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["a:b\r\nX-Evil: 1", "a:b c", "a:\x07b", "schlüssel:b"])
 def test_a_key_with_control_characters_is_refused_without_being_shown(value, tmp_path):
-    with pytest.raises(MissingKey, match="characters that no key has") as caught:
+    with pytest.raises(HostedError, match="characters that no key has") as caught:
         find_key({"FAL_KEY": value}, tmp_path / "none")
     assert value not in str(caught.value)
 
@@ -331,24 +283,14 @@ def test_a_key_with_control_characters_is_refused_without_being_shown(value, tmp
 @pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o606])
 def test_a_key_file_that_others_can_read_is_refused(tmp_path, mode):
-    with pytest.raises(MissingKey, match="chmod 600"):
+    with pytest.raises(HostedError, match="chmod 600"):
         find_key({}, key_file(tmp_path, f"FAL_KEY={VALUE}", mode))
-
-
-def test_a_key_file_that_is_no_text_is_named(tmp_path):
-    file = key_file(tmp_path, "")
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(MissingKey, match=r"fal\.toml cannot be read"):
-        find_key({}, file)
 
 
 def test_a_key_shows_nowhere_but_in_its_header():
     key = Key(VALUE)
     shown = f"{key} {key!r} {[key]} {key.account} {vars(Key).keys()}"
     assert not any(part in shown for part in VALUE.split(":"))
-    for write in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="never written"):
-            write(key)
     assert key.header == {"Authorization": f"Key {VALUE}"}
 
 
@@ -368,7 +310,6 @@ def test_no_logger_writes_the_key(caplog, name):
     try:
         with caplog.at_level(logging.DEBUG):
             logging.getLogger(name).warning("sent %s", {"Authorization": f"Key {VALUE}"})
-            logging.getLogger(name).error("Authorization: Bearer %s", "other-token-of-somebody")
             try:
                 raise ValueError(VALUE)
             except ValueError:
@@ -376,17 +317,7 @@ def test_no_logger_writes_the_key(caplog, name):
     finally:
         forget()
     assert "failed" in caplog.text and "ValueError" in caplog.text
-    assert not any(part in caplog.text for part in (*VALUE.split(":"), "other-token"))
-
-
-def test_a_logger_keeps_one_filter_however_many_runs_there_are():
-    for number in range(3):
-        quieten(Key(f"key{number}:secret"))
-    try:
-        filters = [f for f in logging.getLogger("asyncio").filters if isinstance(f, QuietFilter)]
-    finally:
-        forget()
-    assert len(filters) == 1
+    assert not any(part in caplog.text for part in VALUE.split(":"))
 
 
 def forget():

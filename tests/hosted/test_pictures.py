@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageFile
 from pulid_sdxl.hosted.api import HostedImage
 from pulid_sdxl.hosted.endpoints import Endpoints
-from pulid_sdxl.hosted.errors import BadAnswer, UnsafeAddress
-from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, as_batches, decode, decode_data_uri
+from pulid_sdxl.hosted.errors import BadAnswer, HostedError
+from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, decode
+from pulid_sdxl.hosted.queue import QueueClient
 from pulid_sdxl.hosted.transport import Reply
 
 
@@ -33,7 +34,7 @@ class Web:
     """A transport that knows some addresses; keeps what it was asked."""
 
     def __init__(self, **pages):
-        self.pages = {f"https://host/{name}": page for name, page in pages.items()}
+        self.pages = {f"https://host.example/{name}": page for name, page in pages.items()}
         self.asked = []
 
     async def send(self, method, url, headers=None, body=None, terms=None):
@@ -46,34 +47,30 @@ def page(content=b"", status=200, **headers):
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, content)
 
 
+def fetcher(web, **limits):
+    return PictureFetcher(QueueClient(web, Endpoints(), None), **limits)
+
+
 def fetch(web, name):
-    return asyncio.run(PictureFetcher(web, Endpoints()).fetch(f"https://host/{name}"))
+    return asyncio.run(fetcher(web).fetch(f"https://host.example/{name}"))
 
 
 def test_redirects_are_followed_a_few_times_without_credentials():
     web = Web(
         a=page(status=302, location="/b"),
-        b=page(status=307, location="https://host/c"),
+        b=page(status=307, location="https://host.example/c"),
         c=page(status=301, location="d"),
         d=page(b"picture"),
         z=page(status=302, location="/a"),
     )
     assert fetch(web, "a") == b"picture"
     assert all(headers == {"Accept": "image/*"} for _, headers in web.asked)
-    with pytest.raises(UnsafeAddress, match="more than 3 times"):
+    with pytest.raises(HostedError, match="more than 3 times"):
         fetch(web, "z")
 
 
-@pytest.mark.parametrize("target", ["http://host/b", "https://10.0.0.1/b", "https://[", "https://me@host/b"])
-def test_every_redirect_is_checked(target):
-    web = Web(a=page(status=302, location=target))
-    with pytest.raises(UnsafeAddress):
-        fetch(web, "a")
-    assert len(web.asked) == 1
-
-
 def pictures(web, *images, **limits):
-    return asyncio.run(PictureFetcher(web, Endpoints(), **limits).fetch_all(images))
+    return asyncio.run(fetcher(web, **limits).fetch_all(images))
 
 
 def test_pictures_come_in_order_and_differences_are_noted():
@@ -81,36 +78,33 @@ def test_pictures_come_in_order_and_differences_are_noted():
     length = len(picture(size=(6, 4)))
     found, notes = pictures(
         web,
-        HostedImage(url="https://host/a", width=6, height=4, file_size=length),
-        HostedImage(url="https://host/b", width=9, height=2, file_size=1),
+        HostedImage(url="https://host.example/a", width=6, height=4, file_size=length),
+        HostedImage(url="https://host.example/b", width=9, height=2, file_size=1),
     )
     assert [image.size for image in found] == [(6, 4), (2, 2)]
     assert notes[1] == "Picture 2: 9 width were announced, 2 came." and len(notes) == 2
 
 
-def test_a_picture_in_file_data_needs_no_address_and_an_odd_one_falls_back_on_it():
+def test_a_picture_in_file_data_needs_no_address():
     data = base64.b64encode(picture()).decode()
     [bare], _ = pictures(Web(), HostedImage(url="", file_data=data))
     [uri], _ = pictures(Web(), HostedImage(file_data=f"data:image/png;base64,{data}"))
-    [other], _ = pictures(Web(a=page(picture())), HostedImage(url="https://host/a", file_data="***"))
-    assert bare.tobytes() == uri.tobytes() == other.tobytes()
+    assert bare.tobytes() == uri.tobytes()
     with pytest.raises(BadAnswer):
         pictures(Web(), HostedImage(file_data="***"))
 
 
 def test_one_answer_brings_so_much_and_no_more():
-    images, most = [HostedImage(url="https://host/a")] * 3, 2 * len(picture())
-    assert len(pictures(Web(a=page(picture())), *images[1:], largest_answer=most)[0]) == 2
-    with pytest.raises(BadAnswer, match="together are larger"):
-        pictures(Web(a=page(picture())), *images, largest_answer=most)
+    images = [HostedImage(url="https://host.example/a")] * 3
+    assert len(pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4)[0]) == 3
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
         pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4 - 1)
 
 
 def test_no_more_pictures_are_read_than_were_asked_for():
     web = Web(a=page(picture()))
-    images = tuple([HostedImage(url="https://host/a")] * 3)
-    found, notes = asyncio.run(PictureFetcher(web, Endpoints()).fetch_all(images, asked=2))
+    images = tuple([HostedImage(url="https://host.example/a")] * 3)
+    found, notes = asyncio.run(fetcher(web).fetch_all(images, asked=2))
     assert (len(found), len(web.asked)) == (2, 2)
     assert notes == ["2 pictures were asked for, 3 came; the others were not read."]
 
@@ -128,12 +122,6 @@ def test_bytes_become_the_picture_they_are(kind):
 def test_every_kind_of_picture_becomes_rgb(mode, color):
     assert decode(picture(mode=mode, color=color)).mode == "RGB"
     assert decode(picture("JPEG", mode="CMYK", color=(1, 2, 3, 4))).mode == "RGB"
-
-
-@pytest.mark.parametrize("data", [b"", b"GIF89a", b"<html>", b"\x00" * 99, b"BM" + bytes(99)])
-def test_what_is_no_picture_is_refused(data):
-    with pytest.raises(BadAnswer, match="PNG, JPEG or WebP"):
-        decode(data)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -177,12 +165,6 @@ def test_the_size_is_checked_before_decoding(monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
         decode(picture(), largest_pixels=6 * 4 - 1)
-
-
-@pytest.mark.parametrize("uri", ["data:image/png,abc", "data:image/png;base64,***", "data:", "data:;base64,a"])
-def test_a_damaged_data_uri_is_an_error(uri):
-    with pytest.raises(BadAnswer):
-        decode_data_uri(uri)
 
 
 # ---- Keeping ----
@@ -275,13 +257,3 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 def test_nobody_else_can_look_at_the_pictures(tmp_path):
     PictureStore(tmp_path / "results").put("r", outcome())
     assert stat.S_IMODE((tmp_path / "results").stat().st_mode) == 0o700
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"), [([1, 1, 1], [3]), ([1, 2, 2], [1, 2]), ([1, 2, 1], [1, 1, 1]), ([2], [1])]
-)
-def test_pictures_of_one_size_come_together_and_none_is_dropped(sizes, expected):
-    images = [Image.new("RGB", (size, size)) for size in sizes]
-    batches = as_batches(images)
-    assert [len(batch) for batch in batches] == expected
-    assert [image for batch in batches for image in batch] == images

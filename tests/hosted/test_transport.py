@@ -5,8 +5,8 @@ import socket
 from contextlib import asynccontextmanager
 
 import pytest
-from pulid_sdxl.hosted.errors import AnswerLost, BadAnswer, Unreachable, UnsafeAddress
-from pulid_sdxl.hosted.transport import AiohttpTransport, PublicResolver, Terms
+from pulid_sdxl.hosted.errors import AnswerLost, BadAnswer, HostedError, Unreachable
+from pulid_sdxl.hosted.transport import PublicResolver, Terms, Transport
 from yarl import URL
 
 FIVE_SECONDS = Terms(seconds=5)
@@ -50,9 +50,9 @@ async def hang_up(writer):
 
 def exchange(answer, method="GET", terms=FIVE_SECONDS, times=1):
     async def run():
-        async with server(answer) as (url, requests), AiohttpTransport() as transport:
+        async with server(answer) as (url, requests), Transport() as transport:
             for _ in range(times):
-                reply = await transport.send(method, url, SECRET, b"body" if method != "GET" else None, terms)
+                reply = await transport.send(method, url, SECRET, b"body" if method != "GET" else b"", terms)
             return reply, requests
 
     return asyncio.run(run())
@@ -70,45 +70,21 @@ def test_nobody_there_proves_that_nothing_was_sent():
         port = probe.getsockname()[1]
 
     async def run():
-        async with AiohttpTransport() as transport:
+        async with Transport() as transport:
             await transport.send("POST", URL(f"http://127.0.0.1:{port}"), SECRET)
 
-    with pytest.raises(Unreachable, match=r"No connection to 127\.0\.0\.1 came about \(refused\), so nothing was sent"):
+    with pytest.raises(Unreachable, match=r"127\.0\.0\.1 did not get all of it \(refused\), so nothing was accepted"):
         asyncio.run(run())
-
-
-def test_no_secure_connection_proves_that_nothing_was_sent():
-    async def run():
-        async with server(says("HTTP/1.1 200 OK\n\n")) as (url, _), AiohttpTransport() as transport:
-            await transport.send("POST", url.with_scheme("https"), SECRET)
-
-    with pytest.raises(Unreachable, match="nothing was sent"):
-        asyncio.run(run())
-
-
-@pytest.mark.parametrize("method", ["GET", "PUT", "POST"])
-def test_a_connection_that_breaks_off_is_not_repeated(method):
-    requests = []
-
-    async def run():
-        async with server(hang_up) as (url, seen), AiohttpTransport() as transport:
-            try:
-                await transport.send(method, url, SECRET)
-            finally:
-                requests.extend(seen)
-
-    with pytest.raises(AnswerLost, match="broke off"):
-        asyncio.run(run())
-    assert len(requests) == 1
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (silence, "did not answer within 0.3 s"),
-        (says("HTTP/1.1 200 OK\nContent-Length: 9\n\nhalf"), "broke off"),
-        (says("nonsense\n\n"), "broke off"),
-        (says("HTTP/1.1 200 OK\nContent-Length: nine\n\n"), "broke off"),
+        (silence, "no whole answer .no answer in time"),
+        (says("HTTP/1.1 200 OK\nContent-Length: 9\n\nhalf"), "gave no whole answer"),
+        (hang_up, "gave no whole answer"),
+        (says("nonsense\n\n"), "gave no whole answer"),
+        (says("HTTP/1.1 200 OK\nContent-Length: nine\n\n"), "gave no whole answer"),
     ],
 )
 def test_what_was_sent_without_a_whole_answer_is_lost(answer, words):
@@ -120,11 +96,6 @@ def test_what_was_sent_without_a_whole_answer_is_lost(answer, words):
 def test_an_answer_beyond_the_limit_is_not_read(head):
     with pytest.raises(BadAnswer, match="larger than"):
         exchange(says(f"HTTP/1.1 200 OK\n{head}\n\n{'x' * 2000}"), terms=Terms(limit=1000))
-
-
-def test_an_answer_that_was_compressed_unasked_is_not_read():
-    with pytest.raises(BadAnswer, match="compressed"):
-        exchange(says("HTTP/1.1 200 OK\nContent-Encoding: gzip\nContent-Length: 2\n\nxx"))
 
 
 def test_a_redirect_is_an_answer_and_a_cookie_is_forgotten():
@@ -153,11 +124,11 @@ def through(monkeypatch, answer, url, **environ):
     heard = []
 
     async def run():
-        async with server(answer) as (proxy, seen), AiohttpTransport(public=True) as transport:
+        async with server(answer) as (proxy, seen), Transport() as transport:
             for name, value in environ.items():
                 monkeypatch.setenv(name, value.format(proxy=f"{proxy.host}:{proxy.port}"))
             try:
-                await transport.send("POST", URL(url), SECRET, b"body", FIVE_SECONDS)
+                await transport.send("POST", URL(url), SECRET, b"body", Terms(seconds=5, public=True))
             finally:
                 heard.extend(seen)
 
@@ -172,7 +143,7 @@ def test_the_environments_proxy_is_asked_and_sees_no_key(monkeypatch, scheme):
     [heard], words = through(monkeypatch, refuse, "https://v3.fal.media/a", HTTPS_PROXY=scheme + "me:pw@{proxy}")
     assert heard.startswith(b"CONNECT v3.fal.media:443 HTTP/1.1")
     assert b"Proxy-Authorization: Basic bWU6cHc=" in heard and b"secret" not in heard
-    assert "the proxy refused it, HTTP 407" in words and "nothing was sent" in words
+    assert "the proxy refused it, HTTP 407" in words and "nothing was accepted" in words
 
 
 def test_no_proxy_is_honoured_and_a_netrc_is_not_read(monkeypatch, tmp_path):
@@ -196,7 +167,7 @@ def test_a_private_name_is_refused_behind_a_proxy_too(monkeypatch):
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.1" if host == "inside.example" else host, port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    with pytest.raises(UnsafeAddress):
+    with pytest.raises(HostedError):
         through(monkeypatch, hang_up, "https://inside.example/a", HTTPS_PROXY="http://{proxy}")
 
 
@@ -216,7 +187,7 @@ def test_fals_own_names_are_trusted_by_tls_whatever_their_addresses_look_like(mo
     if trusted:
         assert asyncio.run(run())[0]["host"] == address
     else:
-        with pytest.raises(UnsafeAddress):
+        with pytest.raises(HostedError):
             asyncio.run(run())
 
 
@@ -242,11 +213,13 @@ def test_every_address_that_a_name_leads_to_must_be_public(monkeypatch, found, s
         raise OSError("not from a test")
 
     async def run():
-        async with AiohttpTransport(public=True) as transport:
-            await transport.send("GET", URL("https://pictures.example/a"))
+        async with Transport() as transport:
+            await transport.send("GET", URL("https://pictures.example/a"), terms=Terms(public=True))
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(socket.socket, "connect", connect)
-    with pytest.raises(Unreachable if safe else UnsafeAddress, match="nothing was sent" if safe else "private address"):
+    with pytest.raises(
+        Unreachable if safe else HostedError, match="nothing was accepted" if safe else "private address"
+    ):
         asyncio.run(run())
     assert set(tried) == (set(found) if safe else set())

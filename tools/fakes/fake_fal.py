@@ -17,7 +17,6 @@ import json
 import secrets
 import socket
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
@@ -28,28 +27,25 @@ import aiohttp
 import numpy as np
 from aiohttp import web
 
-from .fake_faults import BeforeBody, Call, Fault, reset
+from .fake_faults import BEFORE_BODY, Call, Fault
 from .fake_model import RANDOM_SEED, BadReference, pictures, png, problems, read_references
 
 ADDRESS = "127.0.0.1"
 MODEL = "fal-ai/pulid"
 EVERY = 0  # as `nth` of a plan
 FILE_DAYS = 7  # that files are kept unless a lifecycle says otherwise
-WEBHOOK_PAUSE = 0.05  # seconds
 MOST_BODY = 256 << 20  # bytes
 RECEIVED = 64 << 10  # bytes that lie ready at most before they are read: what is not read has not left its sender
 
 # Which origins are there, and which of them may see the key, in the Authorization header only.
 ORIGINS = ("queue", "rest", "cdn", "foreign", "proxy")
 TRUSTED = {"queue", "rest"}
-# The public names of what the origins stand for; a proxy is given these.
 PUBLIC_CDN = "https://v3.fal.media"
-PUBLIC = {"https://queue.fal.run": "queue", "https://rest.fal.ai": "rest"}
 
 # origin, method, path, route: the name that plans and records use, and the method of FakeFal that answers
-REQUEST = "/{owner}/{app}/requests/{id}"
+REQUEST = f"/{MODEL}/requests/{{id}}"
 ROUTES = (
-    ("queue", "POST", "/{endpoint:[^/]+/[^/]+}", "submit"),
+    ("queue", "POST", f"/{MODEL}", "submit"),
     ("queue", "GET", REQUEST + "/status{slash:/?}", "status"),
     ("queue", "GET", REQUEST, "result"),
     ("queue", "PUT", REQUEST + "/cancel", "cancel"),
@@ -82,7 +78,6 @@ class Seen:
     query: dict[str, str]
     headers: dict[str, str]  # names in lower case
     body: bytes
-    moment: float  # time.monotonic()
 
     @property
     def json(self) -> Any:
@@ -99,7 +94,6 @@ class Job:
 
     id: str
     input: dict[str, Any]
-    webhook: str | None = None
     polls: int = 0
     cancelled: bool = False
     done: bool = False
@@ -113,16 +107,6 @@ class File:
     expires: float  # on the fake clock
 
 
-@dataclass
-class Clock:
-    """Seconds since the server's start, moved by hand."""
-
-    now: float = 0.0
-
-    def advance(self, seconds: float) -> None:
-        self.now += seconds
-
-
 class FakeFal:
     """A context manager, for sync and async tests alike: the server lives in a thread of its own.
 
@@ -130,14 +114,17 @@ class FakeFal:
     script     what a job's first, second ... status request says: a queue position, or a status; the last one stays.
                Read at each request, so changing it moves the jobs that are there.
     obeys      whether a running job ends when it is cancelled
+    clock      seconds, moved by hand: files expire by it
     internet   URL -> content: what is public on the web, for references
-    webhooks   (address, JSON) of each that would have gone out
     prices     the price list, as the platform API gives it
+
+    The addresses end with _url: foreign is nobody's, and answers every GET with a picture; proxy is one as
+    @fal-ai/server-proxy 1.2.1 is, formula_proxy as <https://docs.fal.ai/model-apis/model-endpoints/server-side> says.
     """
 
     def __init__(self) -> None:
         self.key = f"{uuid.uuid4()}:{secrets.token_hex(16)}"
-        self.clock = Clock()
+        self.clock = 0.0
         self.leaks: list[str] = []
         self.internet: dict[str, bytes] = {}
         self.files: dict[str, File] = {}
@@ -151,7 +138,6 @@ class FakeFal:
         self._held = asyncio.Event()
         self.script: tuple[int | str, ...] = ("IN_PROGRESS", "COMPLETED")
         self.obeys = True
-        self.webhooks: list[tuple[str, dict[str, Any]]] = []
         self.prices: list[dict[str, Any]] = []
         self.requests: list[Seen] = []
         self.jobs: dict[str, Job] = {}
@@ -188,33 +174,6 @@ class FakeFal:
         """The variables that point the pack's client here."""
         return {"FAL_KEY": self.key, "PULID_FAL_QUEUE_URL": self.queue_url, "PULID_FAL_REST_URL": self.rest_url}
 
-    @property
-    def queue_url(self) -> str:
-        return self._urls["queue"]
-
-    @property
-    def rest_url(self) -> str:
-        return self._urls["rest"]
-
-    @property
-    def cdn_url(self) -> str:
-        return self._urls["cdn"]
-
-    @property
-    def foreign_url(self) -> str:
-        """A host that is nobody's: it answers every GET with a picture."""
-        return self._urls["foreign"]
-
-    @property
-    def proxy_url(self) -> str:
-        """A proxy as @fal-ai/server-proxy 1.2.1 is one."""
-        return self._urls["proxy"] + "/server-proxy"
-
-    @property
-    def formula_proxy_url(self) -> str:
-        """A proxy as <https://docs.fal.ai/model-apis/model-endpoints/server-side> describes one."""
-        return self._urls["proxy"] + "/formula"
-
     # --- life ---
 
     def __enter__(self) -> "FakeFal":
@@ -235,8 +194,6 @@ class FakeFal:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
 
     async def _start(self) -> None:
-        self._closing = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self._session = aiohttp.ClientSession(auto_decompress=False)
         self._urls: dict[str, str] = {}
         self._runners: list[web.AppRunner] = []
@@ -252,11 +209,11 @@ class FakeFal:
             await web.SockSite(runner, listening).start()
             self._urls[origin] = f"http://{ADDRESS}:{runner.addresses[0][1]}"
             self._runners.append(runner)
+        self.queue_url, self.rest_url, self.cdn_url, self.foreign_url, proxy = self._urls.values()
+        self.proxy_url, self.formula_proxy_url = f"{proxy}/server-proxy", f"{proxy}/formula"
 
     async def _stop(self) -> None:
-        self._closing.set()
         self._held.set()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._session.close()
         await self._close()
 
@@ -269,11 +226,11 @@ class FakeFal:
         async def enter(request: web.Request) -> web.StreamResponse:
             self._calls[route] += 1
             fault = self._plans.pop((route, self._calls[route]), None) or self._plans.get((route, EVERY))
-            before_body = fault is reset or isinstance(fault, BeforeBody)
+            before_body = fault in BEFORE_BODY
             body = b"" if before_body else await request.read()
             headers = {name.lower(): value for name, value in request.headers.items()}
             path, query = request.path_qs, dict(request.query)
-            seen = Seen(origin, route, request.method, path, query, headers, body, time.monotonic())
+            seen = Seen(origin, route, request.method, path, query, headers, body)
             self.requests.append(seen)
             self._watch(seen)
 
@@ -301,11 +258,6 @@ class FakeFal:
     def _refusal(self, seen: Seen) -> web.Response | None:
         if seen.authorization == f"Key {self.key}":
             return None
-        if not seen.authorization:
-            return failure(401, "Authentication is required to access this application.")
-        scheme, _, credentials = seen.authorization.partition(" ")
-        if scheme == "Key" and ":" not in credentials:
-            return failure(401, "Invalid Key Authorization header format. Expected '<key_id>:<key_secret>'.")
         return failure(401, "No user found for Key ID and Secret")
 
     async def _unknown(self, request: web.Request, seen: Seen) -> web.Response:
@@ -314,44 +266,19 @@ class FakeFal:
     # --- queue ---
 
     async def _submit(self, request: web.Request, seen: Seen) -> web.Response:
-        job = self._accept(request, seen)
-        if isinstance(job, web.Response):
-            return job
-        if job.webhook:
-            task = asyncio.create_task(self._finish_and_call(job, job.webhook))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return web.json_response({"status": "IN_QUEUE", **self._handle(job), "queue_position": 0})
-
-    def _accept(self, request: web.Request, seen: Seen) -> Job | web.Response:
         """From here on it costs money. Any JSON object will do: a queue knows no model's schema."""
-        if request.match_info["endpoint"] != MODEL:
-            return failure(404, f'Application "{request.match_info["endpoint"].split("/")[-1]}" not found')
-        try:
-            body = seen.json
-        except ValueError:
-            return failure(422, [{"loc": ["body"], "msg": "JSON decode error", "type": "json_invalid"}])
-        job = Job(str(uuid.uuid4()), body, seen.query.get("fal_webhook"))
+        job = Job(str(uuid.uuid4()), seen.json)
         self.jobs[job.id] = job
-        self.most_open = max(self.most_open, len(self._open()))
-        return job
-
-    def _open(self) -> list[Job]:
-        return [job for job in self.jobs.values() if not job.done]
+        self.most_open = max(self.most_open, sum(not job.done for job in self.jobs.values()))
+        return web.json_response({"status": "IN_QUEUE", **self._handle(job), "queue_position": 0})
 
     def _handle(self, job: Job) -> dict[str, str]:
         base = f"{self.queue_url}/{MODEL}/requests/{job.id}"
-        return {
-            "request_id": job.id,
-            "response_url": base,
-            "status_url": f"{base}/status",
-            "cancel_url": f"{base}/cancel",
-        }
+        urls = {"response_url": base, "status_url": f"{base}/status", "cancel_url": f"{base}/cancel"}
+        return {"request_id": job.id, **urls}
 
     def _job(self, request: web.Request) -> Job | None:
-        """The job of a request's path; an unknown id, or another model's, is none."""
-        info = request.match_info
-        return self.jobs.get(info["id"]) if f"{info['owner']}/{info['app']}" == MODEL else None
+        return self.jobs.get(request.match_info["id"])
 
     async def _status(self, request: web.Request, seen: Seen) -> web.Response:
         job = self._job(request)
@@ -429,7 +356,7 @@ class FakeFal:
         own = f"{self.cdn_url}/files/"
         if self.here(url).startswith(own):
             file = self.files.get(self.here(url).removeprefix(own))
-            if file and self.clock.now < file.expires:
+            if file and self.clock < file.expires:
                 return file.content
         elif url in self.internet:
             return self.internet[url]
@@ -442,7 +369,7 @@ class FakeFal:
 
     def _store(self, content: bytes, content_type: str, name: str, lifetime: float) -> str:
         place = f"{secrets.token_hex(8)}/{name}"
-        self.files[place] = File(content, content_type, self.clock.now + lifetime)
+        self.files[place] = File(content, content_type, self.clock + lifetime)
         return f"{self.cdn_url}/files/{place}"
 
     async def _initiate(self, request: web.Request, seen: Seen) -> web.Response:
@@ -460,7 +387,7 @@ class FakeFal:
 
     async def _download(self, request: web.Request, seen: Seen) -> web.Response:
         file = self.files.get(request.match_info["name"])
-        if file is None or self.clock.now >= file.expires:
+        if file is None or self.clock >= file.expires:
             return failure(404, "File not found")
         return web.Response(body=file.content, content_type=file.content_type)
 
@@ -468,54 +395,19 @@ class FakeFal:
         made = pictures({"prompt": "foreign", "image_size": {"width": 64, "height": 64}}, 0, [])
         return web.Response(body=png(made[0]), content_type="image/png")
 
-    # --- webhooks ---
-
-    async def _finish_and_call(self, job: Job, webhook: str) -> None:
-        """Run the job without anybody asking, and note what its webhook would be told."""
-        while not job.done and self.script[-1] != "COMPLETED" and not self._closing.is_set():
-            await asyncio.sleep(WEBHOOK_PAUSE)
-        self._settle(job)
-        status, body, _ = job.outcome
-        result = {"status": "OK"} if status == 200 else {"status": "ERROR", "error": f"Status code: {status}"}
-        self.webhooks.append((webhook, {"request_id": job.id, "gateway_request_id": job.id, **result, "payload": body}))
-
     # --- proxies ---
 
     async def _formula(self, request: web.Request, seen: Seen) -> web.Response:
         if seen.method not in ("GET", "POST"):
             return failure(405, "Method not allowed")
-        behind = self._behind(seen.headers.get("x-fal-target-url", ""))
-        if behind is None:
-            return failure(412, "Invalid x-fal-target-url header")
-        origin, path = behind
-        return await self._forward(seen, self._urls[origin] + path, f"Key {self.key}", seen.headers)
+        return await self._server_proxy(request, seen)
 
     async def _server_proxy(self, request: web.Request, seen: Seen) -> web.Response:
-        target = seen.headers.get("x-fal-target-url", "")
-        behind = self._behind(target)
-        if behind is None:
-            return web.json_response("Invalid request", status=400)
-        origin, path = behind
-        allowed = origin != "rest" or path == "/storage/upload/initiate?storage_type=fal-cdn-v3"
-        if seen.method not in ("GET", "POST", "PUT") or not allowed:
-            return web.json_response("Invalid request", status=400)
-        forwarded = {name: value for name, value in seen.headers.items() if name.startswith("x-fal-")}
-        return await self._forward(seen, self._urls[origin] + path, seen.authorization or f"Key {self.key}", forwarded)
-
-    def _behind(self, target: str) -> tuple[str, str] | None:
-        """The origin and path that a proxy's target means, by its public name or by its address here."""
-        for base, origin in {**PUBLIC, **{self._urls[origin]: origin for origin in TRUSTED}}.items():
-            if target.startswith(f"{base}/"):
-                return origin, target.removeprefix(base)
-        return None
-
-    async def _forward(self, seen: Seen, url: str, authorization: str, forwarded: dict[str, str]) -> web.Response:
-        dropped = {"host", "content-length", "authorization", "x-fal-target-url", "accept-encoding", "connection"}
-        headers = {name: value for name, value in forwarded.items() if name not in dropped}
-        headers |= {"content-type": "application/json", "x-fal-client-proxy": "fake", "authorization": authorization}
-        async with self._session.request(
-            seen.method, url, headers=headers, data=seen.body or None, allow_redirects=False
-        ) as response:
+        target = seen.headers["x-fal-target-url"]
+        assert any(target.startswith(f"{self._urls[origin]}/") for origin in TRUSTED)
+        headers = {name: value for name, value in seen.headers.items() if name.startswith("x-fal-")}
+        headers |= {"content-type": "application/json", "authorization": f"Key {self.key}"}
+        async with self._session.request(seen.method, target, headers=headers, data=seen.body or None) as response:
             content = await response.read()
             kept = {name: value for name, value in response.headers.items() if name.lower().startswith("x-fal-")}
             return web.Response(status=response.status, body=content, headers=kept, content_type=response.content_type)

@@ -56,12 +56,6 @@ class Call:
 Fault = Callable[[Call], Awaitable[web.StreamResponse]]
 
 
-def body_of(response: web.Response) -> bytes:
-    """The body of an answer of the fake, which is always in memory."""
-    assert isinstance(response.body, bytes)
-    return response.body
-
-
 def head(response: web.Response, length: int | None) -> bytes:
     """The start of an HTTP/1.1 answer, with this content length instead of the true one; None leaves it out."""
     headers = {**response.headers, "Connection": "close"}
@@ -75,17 +69,9 @@ def head(response: web.Response, length: int | None) -> bytes:
 # --- the connection ---
 
 
-async def accept_then_drop(call: Call) -> web.StreamResponse:
-    """The request is taken, its answer never leaves."""
-    await call.handle()
-    return call.drop()
-
-
-async def accept_then_stall(call: Call) -> web.StreamResponse:
-    """The request is taken, then nothing: for the client's own timeout."""
-    await call.handle()
-    await call.wait()
-    return call.drop()
+async def right(call: Call) -> web.StreamResponse:
+    """What the server would have answered."""
+    return await call.handle()
 
 
 async def reset(call: Call) -> web.StreamResponse:
@@ -94,30 +80,26 @@ async def reset(call: Call) -> web.StreamResponse:
 
 
 async def stall(call: Call) -> web.StreamResponse:
-    """Nothing is accepted and nothing comes."""
+    """Nothing is accepted and nothing comes: for the client's own timeout."""
     await call.wait()
     return call.drop()
 
 
-async def right(call: Call) -> web.StreamResponse:
-    """What the server would have answered."""
-    return await call.handle()
-
-
-def once(holds: Callable[[], object]) -> Fault:
-    """The right answer, as soon as this holds; the request is taken before."""
+def accepted(then: Fault) -> Fault:
+    """The request is taken, its answer never leaves, and this happens."""
 
     async def fault(call: Call) -> web.StreamResponse:
-        response = await call.handle()
-        while not holds() and not call.closing.is_set():
-            await call.wait(0.01)
-        return response
+        await call.handle()
+        return await then(call)
 
     return fault
 
 
-def once_then(holds: Callable[[], object], then: Fault) -> Fault:
-    """Another fault, as soon as this holds."""
+accept_then_drop, accept_then_stall = accepted(reset), accepted(stall)
+
+
+def once(holds: Callable[[], object], then: Fault = right) -> Fault:
+    """The right answer or another fault, as soon as this holds."""
 
     async def fault(call: Call) -> web.StreamResponse:
         while not holds() and not call.closing.is_set():
@@ -127,14 +109,7 @@ def once_then(holds: Callable[[], object], then: Fault) -> Fault:
     return fault
 
 
-class BeforeBody:
-    """A fault that acts while the body is still on its way."""
-
-    def __init__(self, act: Fault):
-        self.act = act
-
-    async def __call__(self, call: Call) -> web.StreamResponse:
-        return await self.act(call)
+BEFORE_BODY: set[Fault] = {reset}  # act while the body is still on its way
 
 
 def unread(then: Fault) -> Fault:
@@ -145,7 +120,8 @@ def unread(then: Fault) -> Fault:
         await call.wait(0.1)
         return await then(call)
 
-    return BeforeBody(fault)
+    BEFORE_BODY.add(fault)
+    return fault
 
 
 def read_slowly(pause: float) -> Fault:
@@ -159,18 +135,18 @@ def read_slowly(pause: float) -> Fault:
         call.request._read_bytes = bytes(body)
         return await call.handle()
 
-    return BeforeBody(fault)
+    BEFORE_BODY.add(fault)
+    return fault
 
 
-def drip(seconds: float, size: int = 1) -> Fault:
-    """The right answer, `size` bytes at a time with `seconds` between them."""
+def drip(seconds: float) -> Fault:
+    """The right answer, byte by byte with `seconds` between them."""
 
     async def fault(call: Call) -> web.StreamResponse:
         response = await call.handle()
-        body = body_of(response)
-        call.send(head(response, len(body)))
-        for start in range(0, len(body), size):
-            if call.closing.is_set() or not call.send(body[start : start + size]):
+        call.send(head(response, len(response.body)))
+        for byte in response.body:
+            if call.closing.is_set() or not call.send(bytes([byte])):
                 break
             await call.wait(seconds)
         return call.close()
@@ -178,20 +154,19 @@ def drip(seconds: float, size: int = 1) -> Fault:
     return fault
 
 
-async def truncated(call: Call) -> web.StreamResponse:
-    """Half of the body, then the end."""
-    response = await call.handle()
-    body = body_of(response)
-    call.send(head(response, len(body)) + body[: len(body) // 2])
-    return call.close()
+def partly(declared: float, sent: float) -> Fault:
+    """The right answer, with a content length of one part of the body, and another part of it."""
+
+    async def fault(call: Call) -> web.StreamResponse:
+        response = await call.handle()
+        size = len(response.body)
+        call.send(head(response, int(size * declared)) + response.body[: int(size * sent)])
+        return call.close()
+
+    return fault
 
 
-async def wrong_length(call: Call) -> web.StreamResponse:
-    """A content length of half the body, and all of the body after it."""
-    response = await call.handle()
-    body = body_of(response)
-    call.send(head(response, len(body) // 2) + body)
-    return call.close()
+truncated, wrong_length = partly(1, 0.5), partly(0.5, 1)
 
 
 # --- the answer ---
@@ -216,22 +191,8 @@ def gateway(status: int) -> Fault:
     return answer(status, page, content_type="text/html")
 
 
-def accepted_then_gateway(status: int) -> Fault:
-    """A gateway that lost the answer of a request which was accepted."""
-
-    async def fault(call: Call) -> web.StreamResponse:
-        await call.handle()
-        return await gateway(status)(call)
-
-    return fault
-
-
 def busy(retry_after: str | None = None) -> Fault:
     return answer(429, {"detail": "Too many requests"}, {"Retry-After": retry_after} if retry_after else None)
-
-
-def locked(reason: str = "Exhausted balance. Top up your balance at fal.ai/dashboard/billing.") -> Fault:
-    return answer(403, {"detail": f"User is locked. Reason: {reason}"})
 
 
 def redirect(target: str, status: int = 302) -> Fault:
@@ -253,7 +214,7 @@ def altered(change: Callable[[Any], Any]) -> Fault:
 
     async def fault(call: Call) -> web.StreamResponse:
         response = await call.handle()
-        data = json.loads(body_of(response))
+        data = json.loads(response.body)
         changed = change(data)
         headers = {name: value for name, value in response.headers.items() if name.lower().startswith("x-fal-")}
         return web.json_response(data if changed is None else changed, status=response.status, headers=headers)
@@ -269,17 +230,6 @@ def without(*names: str) -> Fault:
 def with_values(**values: Any) -> Fault:
     """The right answer with these keys set: an unknown status, logs null, a seed beyond 64 bits, an error."""
     return altered(lambda data: {**data, **values})
-
-
-def served_like(seed: bytes) -> Fault:
-    """The right answer with these bytes in the place of its seed, whether they are JSON or not."""
-
-    async def fault(call: Call) -> web.StreamResponse:
-        response = await call.handle()
-        body = body_of(response)
-        return web.Response(body=body.replace(b'"seed": 7', b'"seed": ' + seed), content_type="application/json")
-
-    return fault
 
 
 # --- pictures ---
