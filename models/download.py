@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from ..pulid.errors import DownloadError, WeightsError
 from ..pulid.packages import import_package
 from .catalogue import Copy, WeightFile
-from .locate import fault_of, file_state, shown
+from .locate import fault_of, file_state, in_the_way, shown
 
 HUGGING_FACE = "https://huggingface.co"
 STAGING = ".pulid-download"  # a folder beside the file, for what is not whole yet
@@ -84,7 +84,8 @@ def fetch(
     except OSError as error:
         raise DownloadError(
             f"{record.name} could not be written to {shown(folder)} ({error.strerror or type(error).__name__}). "
-            "Check the rights and the disk, then run again."
+            + (in_the_way(target) or "Check the rights and the disk, or name another folder in extra_model_paths.yaml.")
+            + " Then run again."
         ) from error
 
 

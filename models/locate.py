@@ -52,14 +52,18 @@ class ModelFolders:
 
     def locate(self, file: WeightFile) -> Path | None:
         """Where the file lies, if it does."""
-        candidates: Iterator[Path]
+        return next(filter(os.path.isfile, self._places(file)), None)
+
+    def in_the_way(self, file: WeightFile) -> str | None:
+        """What lies in the file's place and is no file, in words; None where nothing does."""
+        return next(filter(None, map(in_the_way, self._places(file))), None)
+
+    def _places(self, file: WeightFile) -> Iterator[Path]:
         if file.name == ANTELOPEV2_ZIP.name:
-            candidates = (folder / place / file.name for folder in self.of(file) for place in ZIP_PLACES)
-        elif file.folders == ANTELOPEV2:
-            candidates = (place / file.name for place in self._antelopev2(self.elsewhere))
-        else:
-            candidates = _candidates(file.name, file, self.of(file), self.elsewhere)
-        return next(filter(_is_file, candidates), None)
+            return (folder / place / file.name for folder in self.of(file) for place in ZIP_PLACES)
+        if file.folders == ANTELOPEV2:
+            return (place / file.name for place in self._antelopev2(self.elsewhere))
+        return _candidates(file.name, file, self.of(file), self.elsewhere)
 
     def destination(self, file: WeightFile) -> Path:
         """The folder that a download of the file goes to. Raises MissingWeights where none is configured."""
@@ -79,7 +83,7 @@ class ModelFolders:
         ours = _antelopev2_places(self.of(SCRFD))
 
         def held(place: Path) -> int:
-            return sum(_is_file(place / file.name) for file in ANTELOPEV2_FILES)
+            return sum(os.path.isfile(place / file.name) for file in ANTELOPEV2_FILES)
 
         whole = (place for place in (*ours, *elsewhere) if held(place) == len(ANTELOPEV2_FILES))
         best = next(whole, None) or max(ours, key=held, default=None)
@@ -104,14 +108,9 @@ def find(file: WeightFile | str, folders: Iterable[Path | str], elsewhere: Itera
     candidates = [*_candidates(Path(*relative.parts), record, places, elsewhere)]
     candidates += [place / relative.name for place in places]  # a folder of another machine, while it lies flat here
     for candidate in candidates:
-        if _is_file(candidate):
+        if os.path.isfile(candidate):
             return candidate
-    if broken := next((candidate for candidate in candidates if _is_broken_link(candidate)), None):
-        raise MissingWeights(
-            f"{shown(broken)} is a link that leads nowhere: to {shown(Path(os.readlink(broken)))}. Put the file there, "
-            "or delete the link and put the file itself in its place."
-        )
-    raise MissingWeights(_missing(name, record, places))
+    raise MissingWeights(next(filter(None, map(in_the_way, candidates)), None) or _missing(name, record, places))
 
 
 def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = ()) -> Path:
@@ -124,7 +123,7 @@ def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = (
     """
     places = _antelopev2_places(map(Path, folders))
     for place in (*places, *elsewhere):
-        if all(_is_file(place / file.name) for file in ANTELOPEV2_FILES):
+        if all(os.path.isfile(place / file.name) for file in ANTELOPEV2_FILES):
             return place
     target = places[0] if places else Path("models", *ANTELOPEV2)
     raise MissingWeights(
@@ -150,24 +149,27 @@ def unpack_antelopev2(
         raise DamagedWeights(
             f"{shown(archive)} is not the zip that was published: {fault}. Delete it and get it again."
         )
-    target = folders.destination(missing[0])
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=".unpacking-", dir=target) as folder,
-            zipfile.ZipFile(archive) as opened,
-        ):
-            entries = {Path(entry).name: entry for entry in opened.namelist()}
-            for file in missing:
-                part = Path(opened.extract(entries[file.name], folder))
-                if fault := fault_of(file, part):
-                    raise DamagedWeights(f"{shown(archive)} holds another {file.name} than was published: {fault}.")
-                os.replace(part, target / file.name)
-    except OSError as error:
-        raise DownloadError(
-            f"{shown(archive)} could not be unpacked into {shown(target)} ({error.strerror}). Check the rights and the "
-            "room there, or put the files themselves there."
-        ) from error
+    best, refusals = folders.destination(missing[0]), list[OSError]()
+    for target in dict.fromkeys((best, *_antelopev2_places(folders.of(SCRFD)))):
+        try:
+            return _unpack(archive, files if refusals else missing, target)  # half here and half there serves nobody
+        except OSError as error:
+            refusals.append(error)
+    raise DownloadError(
+        f"{shown(archive)} could not be unpacked into {shown(best)} ({refusals[0].strerror}). Check the rights and the "
+        "room; or unpack the zip into a folder of your own, named in extra_model_paths.yaml, under insightface."
+    ) from refusals[0]
+
+
+def _unpack(archive: Path, files: Iterable[WeightFile], target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=target) as folder, zipfile.ZipFile(archive) as opened:
+        entries = {Path(entry).name: entry for entry in opened.namelist()}
+        for file in files:
+            part = Path(opened.extract(entries[file.name], folder))
+            if fault := fault_of(file, part):
+                raise DamagedWeights(f"{shown(archive)} holds another {file.name} than was published: {fault}.")
+            os.replace(part, target / file.name)
 
 
 def other_programs(environment: Mapping[str, str], home: Path) -> tuple[Path, ...]:
@@ -222,6 +224,25 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def in_the_way(path: Path) -> str | None:
+    """What lies at a path where a file should be, and what to do about it; None where nothing does, or a file."""
+    name = shown(path)
+    if os.path.isdir(path):
+        return f"{name} is a folder, where a file should be. Move it away; if it holds the file, put that here."
+    try:
+        path.open("rb").close()
+    except PermissionError as error:
+        closed = next(filter(os.path.exists, (path, *path.parents)))
+        return f"{shown(closed)}: {error.strerror}. Give the user that ComfyUI runs as the right to read it."
+    except (OSError, ValueError):
+        if os.path.islink(path):
+            return (
+                f"{name} is a link that leads nowhere: to {shown(Path(os.readlink(path)))}. Put the file there, or "
+                "delete the link and put the file itself in its place."
+            )
+    return None
+
+
 def _candidates(
     name: Path | str, record: WeightFile | None, folders: Iterable[Path], elsewhere: Iterable[Path]
 ) -> Iterator[Path]:
@@ -248,21 +269,7 @@ def _snapshots(repository: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name != main)
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
-
-
-def _is_broken_link(path: Path) -> bool:
-    try:
-        return path.is_symlink() and not path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-FOREIGN_NAME = re.compile(r"flux|instantid|ip[-_]?adapter(?!_pulid)", re.IGNORECASE)
+FOREIGN_NAME = re.compile(r"flux|krea|chroma|sd_?1\.?5|instantid|photomaker|faceid|ip[-_]?adapter(?!_pulid)", re.I)
 
 
 def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:

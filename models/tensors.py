@@ -19,7 +19,7 @@ from torch import Tensor
 from ..pulid.errors import DamagedWeights, ForeignWeights, MissingWeights, PulidError, WeightsError
 from ..pulid.packages import describe
 from .catalogue import BY_NAME
-from .locate import not_weights
+from .locate import in_the_way, not_weights
 
 SAFETENSORS = rb"(?s).{5}\0\0\0{"  # length of the header, below 2 ** 40, and a JSON object
 ZIP = rb"PK\x03\x04"  # PyTorch's pickles since 1.6
@@ -109,6 +109,8 @@ def label(path: Path) -> str:
 
 def unread(path: Path, words: str) -> WeightsError:
     """The error for a file that the system could not read; `words` are the system's."""
+    if blocked := in_the_way(path):
+        return WeightsError(blocked)
     words = words.replace(str(path), path.name)
     return WeightsError(
         f"{label(path)} could not be read: {words}. The file may be whole: keep it, free what is short or mend what "

@@ -1,8 +1,4 @@
-"""Holds what a node is given against what its schema asks for, before anything is done with it.
-
-ComfyUI checks most of what is written on a node; what comes through a link it believes, whatever another pack gives,
-and it leaves to a node what that has taken over in `validate_inputs`.
-"""
+"""Holds what a node is given against its schema: ComfyUI believes what comes through a link, and much besides."""
 
 import inspect
 import math
@@ -23,16 +19,11 @@ from ..pulid.photo import BRIGHTEST
 from .types import IdentitySocket, LoadedPulid, PlaceSocket, PulidSocket
 
 Node = TypeVar("Node", bound=io.ComfyNode)
-NUMBERS = (int, float, np.integer, np.floating)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def checked(node: type[Node]) -> type[Node]:
-    """A class decorator: `execute` gets values of the kinds that the schema names.
-
-    Nothing (None) for an optional input is as if it were not connected. Raises InputError that names the input, what it
-    takes, what was found and what to do.
-    """
+    """A class decorator: `execute` gets what the schema asks for, or raises InputError; None is no optional input."""
     inner = node.execute.__func__
     signature, taken_over = inspect.signature(inner), inspect.signature(node.validate_inputs).parameters
 
@@ -51,8 +42,8 @@ def checked(node: type[Node]) -> type[Node]:
             if one.optional:
                 values = [value for value in values or () if value is not None]
             # Which names serve, where the node has taken that over, it says itself.
-            check = _text if name in taken_over else KINDS[str(one.io_type)]
-            values = [check(one, value) for value in values]
+            kind = "STRING" if name in taken_over else str(one.io_type)
+            values = [KINDS[kind](one, value) if kind in KINDS else _plain(one, value, kind) for value in values]
             if values or not one.optional:
                 given.arguments[name] = values if listed else values[0]
             else:
@@ -85,16 +76,11 @@ def read_mask(mask: object, name: str, as_given: bool = False) -> Tensor:
     return read if as_given else read.clamp(0, 1)
 
 
-def _mask(one: io.Input, value: object) -> Tensor:
-    return read_mask(value, one.id)
-
-
 def _image(one: io.Input, value: object) -> Tensor:
     remedy = "Connect a node that gives an IMAGE."
     expected = "an image batch (pictures, height, width, channels) of floats 0 to 1, with 1, 3 or 4 channels"
     if not isinstance(value, Tensor):
-        latent = isinstance(value, dict) and "samples" in value
-        _refuse(one.id, expected, value, "Put VAE Decode between." if latent else remedy)
+        _refuse(one.id, expected, value, "Put VAE Decode between." if _named(value) == "a LATENT" else remedy)
     if value.ndim == 3:
         remedy = "Is it a mask? Put Convert Mask to Image between. A single picture needs a first dimension of 1."
     elif value.ndim == 4 and value.shape[-1] not in (1, 3, 4) and value.shape[1] in (1, 3, 4):
@@ -106,7 +92,7 @@ def _image(one: io.Input, value: object) -> Tensor:
     if value.ndim != 4 or value.shape[-1] not in (1, 3, 4) or value.numel() == 0 or value.dtype not in FLOATS:
         _refuse(one.id, expected, value, remedy)
     _check_range(one.id, expected, value)
-    return value
+    return value.expand(-1, -1, -1, 3) if value.shape[-1] == 1 else value
 
 
 def _check_range(name: str, expected: str, batch: Tensor, most: float = BRIGHTEST) -> None:
@@ -124,57 +110,47 @@ def _number(one: io.Input, value: Any) -> float:
     least, most = (-np.inf if one.min is None else one.min), (np.inf if one.max is None else one.max)
     whole = str(one.io_type) == "INT"
     expected = f"{'a whole' if whole else 'a'} number from {least} to {most}"
-    fits = isinstance(value, NUMBERS) and not isinstance(value, bool) and least <= value <= most
+    fits = (
+        _a(int, float, np.integer, np.floating)(one, value) and not isinstance(value, bool) and least <= value <= most
+    )
     if not fits or (whole and value != int(value)):
         _refuse(one.id, expected, value, "Set it on the node, or connect a number within that.")
     return int(value) if whole else float(value)
 
 
-def _yes_or_no(one: io.Input, value: object) -> bool:
-    if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, NUMBERS) and value in (0, 1)):
-        _refuse(one.id, "yes or no (a BOOLEAN)", value, "Set it on the node, or connect a BOOLEAN.")
-    return bool(value)
+def _a(*kinds: type) -> Callable[[io.Input, Any], bool]:
+    return lambda one, value: isinstance(value, kinds)
 
 
-def _text(one: io.Input, value: object) -> str:
-    if not isinstance(value, str):
-        _refuse(one.id, "a text", value, "Set it on the node, or connect a STRING.")
+# What a value must be, how that is told, and what to do. A MODEL is known by what is asked of it, since packs wrap it.
+PLAIN: dict[str, tuple[str, Callable[[io.Input, Any], bool], str]] = {
+    "BOOLEAN": ("yes or no", lambda one, value: _a(bool, np.bool_, int)(one, value) and value in (0, 1), "Connect"),
+    "STRING": ("a text", _a(str), "Set or connect"),
+    "COMBO": ("one of: {}", lambda one, value: isinstance(value, str) and value in one.options, "Choose"),
+    "MODEL": ("what a node gives that loads a model", lambda one, value: hasattr(value, "get_model_object"), "Connect"),
+    PulidSocket.io_type: ("what Load PuLID (SDXL) gives", _a(LoadedPulid), "Connect"),
+    IdentitySocket.io_type: ("what PuLID Encode Identity or Load Identity gives", _a(IdEmbedding), "Connect"),
+    PlaceSocket.io_type: (
+        "what PuLID Face Crop gives as place",
+        lambda one, value: isinstance(value, list) and {type(place) for place in value} == {Place},
+        "Connect",
+    ),
+}
+
+
+def _plain(one: io.Input, value: Any, kind: str) -> Any:
+    expected, fits, remedy = PLAIN[kind]
+    if not fits(one, value):
+        options = ", ".join(map(repr, getattr(one, "options", None) or ()))
+        _refuse(one.id, expected.format(options), value, f"{remedy} that.")
     return value
 
 
-def _choice(one: io.Input, value: object) -> str:
-    if not isinstance(value, str) or value not in one.options:
-        _refuse(one.id, f"one of: {', '.join(map(repr, one.options))}", value, "Choose one on the node.")
-    return value
-
-
-def _made_by(maker: str, fits: Callable[[object], bool]) -> Callable[[io.Input, object], Any]:
-    def check(one: io.Input, value: object) -> object:
-        if not fits(value):
-            _refuse(one.id, f"what {maker} gives", value, "Connect that.")
-        return value
-
-    return check
-
-
-# What each of ComfyUI's types is held against. A MODEL is known by what is asked of it, since packs wrap it.
+# The checks of ComfyUI's types that need more than that.
 KINDS: dict[str, Callable[[io.Input, Any], Any]] = {
     "IMAGE": _image,
-    "MASK": _mask,
-    "INT": _number,
-    "FLOAT": _number,
-    "BOOLEAN": _yes_or_no,
-    "STRING": _text,
-    "COMBO": _choice,
-    "MODEL": _made_by("a node that loads a model (MODEL)", lambda value: hasattr(value, "get_model_object")),
-    PulidSocket.io_type: _made_by("Load PuLID (SDXL)", lambda value: isinstance(value, LoadedPulid)),
-    IdentitySocket.io_type: _made_by(
-        "PuLID Encode Identity or PuLID Load Identity", lambda value: isinstance(value, IdEmbedding)
-    ),
-    PlaceSocket.io_type: _made_by(
-        "PuLID Face Crop as place",
-        lambda value: isinstance(value, list) and bool(value) and all(isinstance(one, Place) for one in value),
-    ),
+    "MASK": lambda one, value: read_mask(value, one.id),
+    **dict.fromkeys(("INT", "FLOAT"), _number),
 }
 
 
@@ -184,15 +160,8 @@ def _refuse(name: str, expected: str, value: object, remedy: str) -> NoReturn:
 
 def _named(value: Any) -> str:
     """What a value is, for people: kind and shape, never all of its content."""
-    if value is None:
-        return "nothing (None)"
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-    if isinstance(value, np.ndarray):
-        return f"a NumPy array of shape {value.shape}, {value.dtype}"
-    if isinstance(value, dict):
-        return "a LATENT" if "samples" in value else f"a dictionary of {len(value)}"
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    kind = type(value).__qualname__
-    return f"{reprlib.repr(value)} ({kind})" if isinstance(value, (str, *NUMBERS)) else f"a {kind}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, dict) and "samples" in value:
+        return "a LATENT"
+    return f"{reprlib.repr(value)} ({type(value).__qualname__})"

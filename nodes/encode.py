@@ -13,7 +13,7 @@ from ..pulid.cache import ResultCache
 from ..pulid.encode import Encoded, EncodeSettings, FaceChoice, NoFace, Photograph, Step, encode, photographs
 from ..pulid.faces import ORDERS, Selection
 from ..pulid.identity import IdEmbedding
-from ..pulid.photo import read_photo, read_size
+from ..pulid.photo import cut_off, read_photo, read_size, shrunk
 from ..pulid.preview import draw_selection, on_one_size
 from ..pulid.tokens import Photos, read_numbers
 from .checked import checked
@@ -90,14 +90,15 @@ class PulidEncode(io.ComfyNode):
 
 def size_note(pixels: Tensor, found: Selection) -> str:
     """How large the face was as it was encoded, and whether the photograph has more of it."""
-    height, width = pixels.shape[:2]
     photo = read_size(pixels)
     cut_from = found.cut_from or photo
     x0, y0, x1, y1 = found.faces[found.index].box
     face = [round(side * cut_from[0] / photo[0]) for side in (x1 - x0, y1 - y0)]
     text = f" The face was {face[0]} x {face[1]} px as it was encoded."
-    if cut_from[0] < width:
-        text += f" The photograph was shrunk from {width} x {height} to {cut_from[0]} x {cut_from[1]} px."
+    if words := cut_off(pixels):
+        text += f" It is a photograph {words}."
+    if words := shrunk(pixels, cut_from):
+        text += f" The photograph was {words}."
         if min(face) < SMALL_FACE:
             text += ' There is more of the face in it: set resolution to "full photograph".'
     return text

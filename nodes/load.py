@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -109,36 +109,34 @@ def _weight_files(pulid_file: str, eva_clip: str, folders: ModelFolders) -> list
 
 def lacking(
     pulid_file: str, eva_clip: str, folders: ModelFolders, needs: Iterable[catalogue.Need] = catalogue.NEEDS
-) -> list[catalogue.WeightFile | str]:
-    """What the loader needs and does not find: files of the catalogue, and names that it does not know."""
+) -> list[catalogue.WeightFile | tuple[str, str]]:
+    """What the loader needs and does not find; names that the catalogue does not know, with what is said of them."""
     asked = {"pulid_file": pulid_file, "eva_clip": eva_clip}
-    found: list[catalogue.WeightFile | str] = []
+    found: list[catalogue.WeightFile | tuple[str, str]] = []
     for need in needs:
-        name = named(asked.get(need.input, NONE_YET), need.files[0])
-        file = next((file for file in need.files if file.name == name), None)
-        if file is None:
-            found += [] if _is_there(name, need.files[0], folders) else [name]
-        elif not folders.locate(file) and not (
+        name, file = named(asked.get(need.input, NONE_YET), need.files[0]), None
+        try:
+            # A workflow may name a folder of the machine that it comes from; the catalogue says where the file goes.
+            file = next((file for file in need.files if file.name == PureWindowsPath(name).name), None)
+            if file is None or file.name != name:
+                folders.find(name, like=need.files[0])
+                continue
+        except (MissingWeights, InputError) as error:
+            found.append(file if file and isinstance(error, MissingWeights) else (name, str(error)))
+            continue
+        if not folders.locate(file) and not (
             file.folders == catalogue.ANTELOPEV2 and folders.locate(catalogue.ANTELOPEV2_ZIP)
         ):
             found.append(file)
     return found
 
 
-def _is_there(name: str, like: catalogue.WeightFile, folders: ModelFolders) -> bool:
-    try:
-        return folders.find(name, like=like).is_file()
-    except (MissingWeights, InputError):
-        return False
-
-
-def missing_message(missing: list[catalogue.WeightFile | str], folders: ModelFolders) -> str:
+def missing_message(missing: list[catalogue.WeightFile | tuple[str, str]], folders: ModelFolders) -> str:
     """All that is missing in one message: which files, the shortest way to them, and where each comes from and goes."""
     files = [file for file in missing if isinstance(file, catalogue.WeightFile)]
-    unknown = [name for name in missing if isinstance(name, str)]
-    lines = [f"Missing: {', '.join(unknown + [file.name for file in files])}."]
-    if unknown:
-        lines.append(f"Choose another file instead of {', '.join(unknown)}: it is in none of the model folders.")
+    unknown = dict(file for file in missing if isinstance(file, tuple))
+    lines = [f"Missing: {', '.join((*unknown, *(file.name for file in files)))}.", *unknown.values()]
+    lines += filter(None, map(folders.in_the_way, files))
     if files:
         megabytes = sum(file.size or 0 for file in files) / 1e6
         lines.append(f"Set missing_files to download and run again ({megabytes:.0f} MB). Or fetch by hand:")

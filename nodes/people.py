@@ -38,6 +38,7 @@ from .apply import END, MODEL, PATCHED, PULID, START, PulidApply
 from .checked import checked
 from .encode import step_of
 from .lists import by_size, only_ones, rows
+from .seen import notes_on
 from .similarity import FLATTERED
 from .texts import described
 from .types import IdentitySocket, LoadedPulid
@@ -92,6 +93,8 @@ class PulidBestPhotos(io.ComfyNode):
         photos = [taken[number].pixels[None] for number in choice.best]
         notes = [f"{len(photos)} of {len(taken)} photographs taken, {best} asked for."]
         notes += [f"Photo {number + 1}: {why}." for number, why in sorted(choice.left_out.items())]
+        boxes = [look.face.box if isinstance(look, Portrait) else None for look in looks]
+        notes += notes_on("Photo", [one.pixels for one in taken], boxes)
         if choice.further:
             notes.append(f"Not needed: {', '.join(str(number + 1) for number in choice.further)}.")
         shown = {**ui.PreviewImage(sheet, cls=cls).as_dict(), "text": notes}
@@ -181,7 +184,9 @@ class PulidLikenessGate(io.ComfyNode):
         ]
         line = None if keep_ == "best" else least
         chart = score_chart(columns, line, floor, title).float().div_(255)[None]
-        text = [*_said(title, likenesses, rule, floor), FLATTERED]
+        boxes = [_shown_face(*pair) for pair in zip(seen, likenesses, strict=True)]
+        looked_at.notes += notes_on("Picture", pictures, boxes)
+        text = [*_said(title, likenesses, rule, floor), *looked_at.notes, FLATTERED]
         shown = {**ui.PreviewImage(chart, cls=cls).as_dict(), "text": text}
         return io.NodeOutput(
             _batches(pictures, passed), _batches(pictures, rejected), numbers, report(likenesses, passed), chart,
@@ -196,6 +201,7 @@ class _Looking:
         if not pictures:
             raise InputError("There is no picture to look at. Connect at least one.")
         self.analyzer, self.reference, self.strangers = loaded.networks.analyzer, reference, strangers
+        self.notes: list[str] = []
         self._step, self._done = step_of(len(pictures) + len(reference) + len(strangers)), 0
 
     def pictures(self, kind: str, pictures: Sequence[Tensor]) -> list[Recognised]:
@@ -223,6 +229,8 @@ class _Looking:
             faceless = [str(number) for number, found in enumerate(seen, start=1) if not found.faces]
             if faceless:
                 raise InputError(f"Reference {', '.join(faceless)} shows no face. Use photographs where it is in view.")
+            boxes = [max(found.faces, key=lambda face: face.area).box for found in seen]
+            self.notes += notes_on("Reference", self.reference, boxes)
             return mean_direction(torch.stack([found.largest for found in seen]))[None]
         if identity is None:
             raise InputError("Connect an identity, or reference photographs of the person, to compare with.")

@@ -1,6 +1,7 @@
 """The node that says how alike the faces of pictures are to a person."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -9,11 +10,12 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..pulid.errors import InputError, NoFaceError
-from ..pulid.faces import FaceAnalyzer, FoundFaces, find_faces, in_order
+from ..pulid.faces import FaceAnalyzer, FoundFaces, Heard, find_faces, in_order
 from ..pulid.people import mean_direction, similarities
 from ..pulid.photo import Photo, read_photo
 from ..pulid.preview import draw_boxes
 from .checked import checked
+from .seen import notes_on
 from .texts import described
 from .types import LoadedPulid, PulidSocket
 
@@ -44,14 +46,17 @@ class PulidFaceSimilarity(io.ComfyNode):
     @classmethod
     def execute(cls, pulid: LoadedPulid, reference: Tensor, image: Tensor) -> io.NodeOutput:
         progress = ProgressBar(len(reference) + len(image))
-        person = _person(pulid.networks.analyzer, reference, progress)
-        drawn, scored = [], {}
-        for name, photo, found in _detected(pulid.networks.analyzer, image, "Picture", progress):
+        analyzer = cast(FaceAnalyzer, Heard(pulid.networks.analyzer, throw_exception_if_processing_interrupted))
+        person = _person(analyzer, reference, progress)
+        drawn, scored, compared = [], {}, []
+        for name, photo, found in _detected(analyzer, image, "Picture", progress):
             boxes = [face.box for face in found.faces]
-            scores = similarities(_recognised(pulid.networks.analyzer, photo, found), person).tolist() if boxes else []
+            looks = [found.embedding(face, photo, analyzer) for face in found.faces]
+            scores = similarities(torch.stack(looks), person).tolist() if looks else []
             chosen = scores.index(max(scores)) if scores else None
             drawn.append(draw_boxes(photo, boxes, [f"{score:.2f}" for score in scores], chosen))
             scored[name] = scores
+            compared.append(None if chosen is None else boxes[chosen])
         best = [max(scores) for scores in scored.values() if scores]
         if not best:
             raise NoFaceError(
@@ -61,7 +66,12 @@ class PulidFaceSimilarity(io.ComfyNode):
         lines = [f"{name}: {_described(scores)}" for name, scores in scored.items()]
         mean = sum(best) / len(best)
         annotated = torch.stack(drawn).float().div_(255)
-        text = [*lines, f"Mean of {len(best)} of {len(image)}: {mean:.3f}", FLATTERED]
+        text = [
+            *lines,
+            f"Mean of {len(best)} of {len(image)}: {mean:.3f}",
+            *notes_on("Picture", list(image), compared),
+            FLATTERED,
+        ]
         shown = {**ui.PreviewImage(annotated, cls=cls).as_dict(), "text": text}
         return io.NodeOutput(mean, "\n".join(lines), annotated, ui=shown)
 
@@ -82,7 +92,6 @@ def _detected(
 ) -> Iterator[tuple[str, Photo, FoundFaces]]:
     """For each picture of a batch its name in messages, the photograph and its faces."""
     for number, picture in enumerate(batch, start=1):
-        throw_exception_if_processing_interrupted()
         name = f"{kind} {number} of {len(batch)}"
         try:
             photo = read_photo(picture)
@@ -90,15 +99,6 @@ def _detected(
             raise InputError(f"{name}: {error}") from error
         yield name, photo, find_faces(photo, analyzer)
         progress.update(1)
-
-
-def _recognised(analyzer: FaceAnalyzer, photo: Photo, found: FoundFaces) -> Tensor:
-    """Embeddings (F, 512); with many faces in a picture this takes a while, so it can be interrupted."""
-    embeddings = []
-    for face in found.faces:
-        throw_exception_if_processing_interrupted()
-        embeddings.append(found.embedding(face, photo, analyzer))
-    return torch.stack(embeddings)
 
 
 def _described(scores: list[float]) -> str:

@@ -41,14 +41,9 @@ def place_of(face: tuple[float, float, float, float], size: tuple[int, int], con
 
 
 def cut(picture: Tensor, place: Place, side: int) -> Tensor:
-    """The place's square of a picture (H, W, 1, or 3 or more) -> (side, side, 3) 0..1."""
+    """The place's square of a picture (H, W, 3 or more) -> (side, side, 3) 0..1."""
     x0, y0, x1, y1 = place.square
-    return resize(_colours(picture)[y0:y1, x0:x1, :3], side).clamp(0, 1)  # bicubic curves go beyond
-
-
-def _colours(picture: Tensor) -> Tensor:
-    """Grey (H, W, 1) as (H, W, 3); all else as it is."""
-    return picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture
+    return resize(picture[y0:y1, x0:x1, :3], side).clamp(0, 1)  # bicubic curves go beyond
 
 
 def mask_of(face: tuple[float, float, float, float], place: Place, side: int) -> Tensor:
@@ -67,7 +62,6 @@ def paste(picture: Tensor, crop: Tensor, place: Place, feather: float) -> Tensor
 
     Raises InputError for a picture of another size than the one the crop was taken from, and for NaN.
     """
-    picture, crop = _colours(picture), _colours(crop)
     height, width = picture.shape[:2]
     if (width, height) != place.size:
         raise InputError(

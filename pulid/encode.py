@@ -10,16 +10,17 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .cache import ResultCache
-from .encoders import STAGES
+from .encoders import STAGES, PerceiverAttention
 from .errors import InputError, NoFaceError
-from .faces import FaceAnalyzer, Selection, find_face, find_largest_and_central
+from .eva import Block
+from .faces import FaceAnalyzer, Heard, Selection, find_face, find_largest_and_central
 from .identity import PREVIEWS, FaceCrop, IdEmbedding
 from .networks import PhotoNetworks, PulidWeights
 from .onednn import quick_linear
@@ -28,6 +29,7 @@ from .photo import digest, read_photo
 from .preview import thumbnails
 from .tokens import Photos, face_vectors, identity_of, reads_together
 
+PARTS = (Block, PerceiverAttention, nn.Sequential)  # of the vision tower and the ID encoders
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
 
 # BiSeNet's labels that become white: background, ears, earring, neck, necklace, cloth and hat.
@@ -181,7 +183,8 @@ def encode(
         left = ["No photograph was left."] if settings.skip else []
         raise NoFaceError("\n".join(left + faceless))
     counts = _counts(settings, seen)
-    return Encoded(identify(encoded, weights, settings.photos, settings.id_mix, counts), tuple(seen))
+    with _heard_within(weights.encoder.module, partial(step, len(taken))):
+        return Encoded(identify(encoded, weights, settings.photos, settings.id_mix, counts), tuple(seen))
 
 
 def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tensor | None:
@@ -217,17 +220,19 @@ def see(
             step(number)
             if seen[number] is not None:
                 continue
-            heard = _Heard(networks.analyzer, partial(step, number))
+            heard = cast(FaceAnalyzer, Heard(networks.analyzer, partial(step, number)))
             try:
-                found[number] = settings.choice.find(taken[number], cast(FaceAnalyzer, heard))
+                found[number] = settings.choice.find(taken[number], heard)
             except NoFaceError as error:
                 seen[number] = faceless = NoFace(str(error))
                 cache.put(keys[number], faceless)
             except InputError as error:
                 raise InputError(f"Photograph {number + 1} of {len(taken)}: {error}") from error
         if found:
-            with _heard_within(networks.tower.module, partial(step, max(found))):
-                faces = _through_networks(list(found.values()), weights, networks, settings.choice, together)
+            now = partial(step, max(found))
+            with _heard_within(networks.tower.module, now), _heard_within(weights.encoder.module, now):
+                seeing = replace(networks, analyzer=cast(FaceAnalyzer, Heard(networks.analyzer, now)))
+                faces = _through_networks(list(found.values()), weights, seeing, settings.choice, together)
             for number, face in zip(found, faces, strict=True):
                 seen[number] = face
                 cache.put(keys[number], face, face.tensors)
@@ -235,28 +240,11 @@ def see(
     return [one for one in seen if one is not None]
 
 
-class _Heard:
-    """An analyzer that lets the user interrupt before each look at a photograph: on a CPU one may take a second."""
-
-    def __init__(self, analyzer: FaceAnalyzer, step: Callable[[], None]):
-        self._analyzer, self._step = analyzer, step
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._analyzer, name)
-        if not callable(found):
-            return found
-
-        def look(*args: Any) -> Any:
-            self._step()
-            return found(*args)
-
-        return look
-
-
 @contextmanager
-def _heard_within(tower: nn.Module, step: Callable[[], None]) -> Iterator[None]:
-    """The same before each block of the vision tower."""
-    hooks = [block.register_forward_pre_hook(lambda *_: step()) for block in getattr(tower, "blocks", ())]
+def _heard_within(network: nn.Module, step: Callable[[], None]) -> Iterator[None]:
+    """The user can interrupt before each part of a network, of which one pass takes seconds on a CPU."""
+    parts = [part for part in network.modules() if isinstance(part, PARTS)]
+    hooks = [part.register_forward_pre_hook(lambda *_: step()) for part in parts]
     try:
         yield
     finally:
@@ -274,7 +262,8 @@ def _through_networks(
     """Sends chosen faces through the networks together. Rows are copied, so that one kept keeps no others alive."""
     crops = torch.stack([crop.pixels for _, crop in found])
     arcface = torch.stack([crop.arcface for _, crop in found])
-    grey = shrink(grey_on_white(crops, networks.analyzer.parse(crops)), antialias=choice.antialias)
+    labels = torch.cat([networks.analyzer.parse(crop) for crop in crops.split(1)])
+    grey = shrink(grey_on_white(crops, labels), antialias=choice.antialias)
     device = networks.tower.load()
     with quick_linear(device):
         features = networks.tower.module.features(to_vision_input(grey).to(device))

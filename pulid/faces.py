@@ -6,7 +6,7 @@ facexlib's alignment, https://github.com/xinntao/facexlib
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import InputError, NoFaceError
 from .identity import FaceCrop
 from .packages import import_package
-from .photo import Photo, Size
+from .photo import Photo, Size, washed_out
 
 # Sides of the square that a photograph is fitted into for InsightFace's detector, px, in the order they are tried: the
 # authors' 640 first, then smaller for close-ups, which the detector finds too large, then larger for small faces.
@@ -138,6 +138,24 @@ VIEWS = (
 )
 
 
+class Heard:
+    """An analyzer that lets the user interrupt before each look at a photograph: on a CPU one may take a second."""
+
+    def __init__(self, analyzer: FaceAnalyzer, step: Callable[[], None]):
+        self._analyzer, self._step = analyzer, step
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._analyzer, name)
+        if not callable(found):
+            return found
+
+        def look(*args: Any) -> Any:
+            self._step()
+            return found(*args)
+
+        return look
+
+
 @dataclass(frozen=True, eq=False)
 class FoundFaces:
     """All faces of a photograph, in its own pixels."""
@@ -204,15 +222,17 @@ def find_face(
     """
     found = find_faces(photo, analyzer)
     size = photo.shape[1], photo.shape[0]
-    if not found.faces and (shade := int(photo.min())) == photo.max():
+    if not found.faces and (words := washed_out(photo)):
         raise NoFaceError(
-            f"No face: the photograph is one colour all over (level {shade} of 255). A 16-bit grey picture is read as "
-            "all white: save it with 8 bits a channel. Else look at the node that made it."
+            f"No face: the photograph is {words}. A 16-bit grey picture is read as all white: save it with 8 bits a "
+            "channel. Else look at the node that made it."
         )
     faces = in_order(found.faces, order, size)
     if mask is not None:
         faces = under_mask(faces, mask, size)
-    face = pick(faces, index)
+    face, how = pick(faces, index), found.how
+    if mask is not None and (doubt := mask_doubt(face, mask, size)):
+        how = f"{how}. {doubt}"
     twin = same_face(face, found.for_alignment) if found.detected else None
     landmarks = (twin or face).landmarks
     source, there, points = photo, face, landmarks
@@ -223,7 +243,7 @@ def find_face(
     crop = align(source, points)
     arcface = found.embedding(there, source, analyzer)
     cut_from = source.shape[1], source.shape[0]
-    return Selection(faces, index, found.how, cut_from), _face_crop(crop, arcface, face, landmarks)
+    return Selection(faces, index, how, cut_from), _face_crop(crop, arcface, face, landmarks)
 
 
 def scaled(points: np.ndarray, to: Photo, of: Photo) -> np.ndarray:
@@ -288,7 +308,6 @@ def in_order(faces: Iterable[Face], order: str, size: Size) -> list[Face]:
 
 def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
     """The faces whose box the mask (H, W) touches, best covered first. InputError if it touches none of them."""
-    height, width = mask.shape
     if not mask.any():
         raise InputError(
             "The mask is empty. LoadImage gives an empty mask for a picture without transparency: disconnect it, or "
@@ -296,9 +315,7 @@ def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
         )
     covered = []
     for face in faces:
-        x0, x1 = (int(x / size[0] * width) for x in face.box[::2])
-        y0, y1 = (int(y / size[1] * height) for y in face.box[1::2])
-        inside = mask[max(y0, 0) : max(y1, 0) + 1, max(x0, 0) : max(x1, 0) + 1]
+        inside = _inside(face, mask, size)
         covered.append(inside.mean().item() if inside.numel() else 0.0)
     touched = [index for index in range(len(faces)) if covered[index] > 0]
     if faces and not touched:
@@ -307,6 +324,21 @@ def under_mask(faces: Sequence[Face], mask: Tensor, size: Size) -> list[Face]:
             "invert it (InvertMask) if it was cut out the other way round."
         )
     return [faces[index] for index in sorted(touched, key=lambda index: -covered[index])]
+
+
+def _inside(face: Face, mask: Tensor, size: Size) -> Tensor:
+    height, width = mask.shape
+    x0, x1 = (int(x / size[0] * width) for x in face.box[::2])
+    y0, y1 = (int(y / size[1] * height) for y in face.box[1::2])
+    return mask[max(y0, 0) : max(y1, 0) + 1, max(x0, 0) : max(x1, 0) + 1]
+
+
+def mask_doubt(face: Face, mask: Tensor, size: Size) -> str | None:
+    """That the mask lies beside the face rather than on it, as one does that was cut out the other way round."""
+    inside = _inside(face, mask, size)
+    on, rest = inside.mean().item(), (mask.sum() - inside.sum()).item() / max(mask.numel() - inside.numel(), 1)
+    words = f"The mask covers {on:.0%} of the face and {rest:.0%} of the rest: is it inverted? Put Invert Mask between"
+    return words if on < 0.5 <= rest else None
 
 
 def pick(faces: Sequence[Face], index: int) -> Face:

@@ -8,7 +8,7 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .cache import ResultCache
 from .errors import InputError, NoFaceError
-from .faces import Face, FaceAnalyzer, find_faces
+from .faces import Face, FaceAnalyzer, Heard, find_faces
 from .packages import import_package
 from .photo import digest, read_photo
 
@@ -67,16 +67,14 @@ def recognise_all(
 ) -> Recognised:
     """Every face of a picture (H, W, C), recognised; one that the cache has is not looked at again.
 
-    step  is called before each face, and may raise, to stop. Raises InputError for a picture that cannot be used.
+    step  is called before each look, and may raise, to stop. Raises InputError for a picture that cannot be used.
     """
     key = analyzer.source, digest(picture)
     if (known := cache.get(key)) is None:
         photo = read_photo(picture)
-        found = find_faces(photo, analyzer)
-        embeddings = []
-        for face in found.faces:
-            step()
-            embeddings.append(found.embedding(face, photo, analyzer))
+        heard = cast(FaceAnalyzer, Heard(analyzer, step))
+        found = find_faces(photo, heard)
+        embeddings = [found.embedding(face, photo, heard) for face in found.faces]
         known = Recognised(tuple(found.faces), torch.stack(embeddings) if embeddings else torch.zeros(0, 512))
         cache.put(key, known, [known.embeddings])
     return known

@@ -17,6 +17,7 @@ Size = tuple[int, int]  # width, height in pixels
 
 LONG_EDGE = 1024  # the authors shrink larger photographs to this
 BRIGHTEST = 16.0  # beyond it, pixels were meant as 0..255; a little above 1 is what upscalers leave
+WASHED_OUT = 0.02  # of a picture; where less is neither black nor white, nobody sees a face in it
 SHORT_EDGE = 16  # px; below this there is nothing to detect, and the detectors' own resizing rounds to nothing
 
 
@@ -58,6 +59,34 @@ def read_size(image: Tensor, long_edge: float = LONG_EDGE) -> Size:
     height, width = image.shape[:2]
     scale = min(long_edge / max(height, width, 1), 1)
     return int(width * scale), int(height * scale)
+
+
+def shrunk(image: Tensor, to: Size | None = None) -> str | None:
+    """That a photograph (H, W, C) was shrunk, to `to` or as `read_photo` does, and by how much; None if it was not."""
+    height, width = image.shape[:2]
+    to = to or read_size(image)
+    return (
+        f"shrunk from {width} x {height} to {to[0]} x {to[1]} px ({width / to[0]:.1f} times)" if to[0] < width else None
+    )
+
+
+def washed_out(photo: Photo) -> str | None:
+    """That hardly anything is to be seen: one colour, or all but WASHED_OUT of it black or white; else None."""
+    lowest, highest = int(photo.min()), int(photo.max())
+    if lowest == highest:
+        return f"one colour all over (level {lowest} of 255)"
+    for level, colour in ((0, "black"), (255, "white")):
+        if (share := float((photo == level).all(axis=-1).mean())) > 1 - WASHED_OUT:
+            return f"{share:.1%} {colour}"
+    return None
+
+
+def cut_off(image: Tensor) -> str | None:
+    """That pixels lie beyond 0 to 1, which is black to white; None where they do not."""
+    lowest, highest = (float(value) for value in image.aminmax())
+    if lowest >= -1 / 255 and highest <= 1 + 1 / 255:
+        return None
+    return f"with pixels from {lowest:.2f} to {highest:.2f}: what lies beyond 0 to 1 is taken as black or white"
 
 
 def digest(tensor: Tensor) -> bytes:

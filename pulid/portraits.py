@@ -6,6 +6,8 @@ The marks are this pack's own; the head's pose is that of scaled orthographic pr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from .cache import ResultCache
 from .encode import FaceChoice, Photograph
 from .errors import InputError, NoFaceError
-from .faces import CROP_LANDMARKS, Face, FaceAnalyzer
+from .faces import CROP_LANDMARKS, Face, FaceAnalyzer, Heard
 from .identity import FaceCrop
 from .packages import import_package
 from .people import mean_direction, similarities
@@ -218,7 +220,8 @@ def look_at_all(
     for number, photograph in enumerate(photographs):
         step(number)
         try:
-            looks.append(look_at(photograph, analyzer, choice, cache))
+            heard = cast(FaceAnalyzer, Heard(analyzer, partial(step, number)))
+            looks.append(look_at(photograph, heard, choice, cache))
         except InputError as error:
             raise InputError(f"Photograph {number + 1} of {len(photographs)}: {error}") from error
     step(len(photographs))

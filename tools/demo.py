@@ -27,7 +27,7 @@ from .workflow import BYPASSED, ObjectInfo, Prompt, Workflow, WorkflowError, fin
 
 BASE = ROOT / ".cache" / "demo"
 OUTPUT = ROOT / "output"
-WORKFLOW = ROOT / "workflows" / "pulid_simple.json"
+WORKFLOW = ROOT / "workflows" / "pulid_01_simple.json"
 # Without a GPU and with a stand-in checkpoint there is nothing to see in more pixels or steps.
 QUICK_SIZE = 448, 576
 # What stands in, when there is no ComfyUI, for things that are no files.

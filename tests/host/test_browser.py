@@ -301,7 +301,7 @@ def panel(editor):
 
 
 def test_what_a_node_says_stays_on_it_and_in_no_workflow(editor, renderer):
-    editor.open(json.loads((ROOT / "workflows" / "pulid_simple.json").read_text(encoding="utf-8")))
+    editor.open(json.loads((ROOT / "workflows" / "pulid_01_simple.json").read_text(encoding="utf-8")))
     graph = "() => Object.fromEntries(app.graph.serialize().nodes.map(node => [node.id, node.widgets_values]))"
     before, prompt = editor.page.evaluate(graph), editor.page.evaluate("async () => (await app.graphToPrompt()).output")
     editor.page.evaluate(SENT, {"PuLID_Encode": OUTPUTS["PuLID_Encode"]})
@@ -331,7 +331,7 @@ def test_what_a_node_says_stays_on_it_and_in_no_workflow(editor, renderer):
 
 @pytest.mark.skipif(VERSION < LISTS_MISSING, reason="this editor's tabs are clicked in another way")
 def test_notes_are_back_with_the_tab_they_belong_to(editor, renderer):
-    first, other = (ROOT / "workflows" / f"{name}.json" for name in ("pulid_simple", "pulid_hosted"))
+    first, other = (ROOT / "workflows" / f"{name}.json" for name in ("pulid_01_simple", "pulid_13_hosted"))
     editor.open(json.loads(first.read_text(encoding="utf-8")))
     editor.page.evaluate(SENT, {"PuLID_Encode": OUTPUTS["PuLID_Encode"]})
     panel(editor).wait_for()
@@ -352,7 +352,7 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
         place.rename(server.base / place.name)
     try:
         editor.restart()
-        editor.open(json.loads((ROOT / "workflows" / "pulid_save_identity.json").read_text(encoding="utf-8")))
+        editor.open(json.loads((ROOT / "workflows" / "pulid_06_save_identity.json").read_text(encoding="utf-8")))
         for opener in editor.page.get_by_text("View details").all():
             opener.click()
         editor.page.wait_for_timeout(1000)
@@ -376,7 +376,7 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
 
 @pytest.mark.skipif(VERSION < LISTS_MISSING, reason="this editor has no apps yet")
 def test_the_simple_workflow_is_an_app_too(editor):
-    editor.open(json.loads((ROOT / "workflows" / "pulid_simple.json").read_text(encoding="utf-8")))
+    editor.open(json.loads((ROOT / "workflows" / "pulid_01_simple.json").read_text(encoding="utf-8")))
     editor.page.evaluate("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
     try:
         for label in ("image", "text", "method", "weight", "seed"):

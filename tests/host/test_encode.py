@@ -99,7 +99,7 @@ def test_a_small_face_of_a_large_photograph_is_said_and_can_be_had_in_full():
     large[0, 1000:1008, 1000:1008] = 1
     _, out = encode(large, face="center")
     note = out.ui["text"][0]
-    assert "The photograph was shrunk from 2048 x 2048 to 1024 x 1024 px. There is more of the face in it" in note
+    assert "shrunk from 2048 x 2048 to 1024 x 1024 px (2.0 times). There is more of the face in it" in note
     _, full = encode(large, face="center", resolution="full photograph")
     assert "x 80 px as it was encoded." in full.ui["text"][0] and "shrunk" not in full.ui["text"][0]
 

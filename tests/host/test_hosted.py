@@ -376,7 +376,7 @@ def test_the_pages_example_arrives_to_the_letter(driver, fal):
 
 
 def test_the_shipped_workflow_runs(driver, fal):
-    workflow = json.loads((ROOT / "workflows" / "pulid_hosted.json").read_text(encoding="utf-8"))
+    workflow = json.loads((ROOT / "workflows" / "pulid_13_hosted.json").read_text(encoding="utf-8"))
     graph = Graph()
     graph.nodes = to_prompt(workflow, driver.server.object_info())
     set_inputs(graph.nodes, "LoadImage", image="one.png")

@@ -188,8 +188,7 @@ def test_the_zip_of_antelopev2_spares_its_download(models, hub):
 
 @pytest.mark.parametrize(
     "name",
-    ["https://evil.example/pulid.safetensors", "glintr100.onnx", "antelopev2.zip", "sub/pulid_v1.1.safetensors",
-     "../pulid_v1.1.safetensors"],
+    ["https://evil.example/pulid.safetensors", "glintr100.onnx", "antelopev2.zip", "../pulid_v1.1.safetensors"],
 )  # fmt: skip
 def test_no_name_in_a_workflow_becomes_an_address(models, hub, name):
     fetch_missing(name, name)
@@ -250,10 +249,10 @@ def test_a_file_of_ones_own_that_is_missing_is_not_offered_for_download(models, 
     linked(models, comfyui)
     with pytest.raises(MissingWeights) as caught:
         run("stop", "mine.safetensors")
-    assert str(caught.value) == (
-        "Missing: mine.safetensors.\n"
-        "Choose another file instead of mine.safetensors: it is in none of the model folders."
-    )
+    first, second = str(caught.value).splitlines()
+    assert first == "Missing: mine.safetensors."
+    assert second.startswith("mine.safetensors was not found. Looked in: ")
+    assert second.endswith(", or choose another file.")
 
 
 def test_no_error_carries_a_path_before_its_name():

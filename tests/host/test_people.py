@@ -381,3 +381,26 @@ def test_a_picture_without_that_face_is_named():
         PulidFaceCrop.execute(loaded(), batch, "largest", 0, 64, 2.0)
     with pytest.raises(InputError, match="Picture 1 of 2: There is no face with index 1"):
         PulidFaceCrop.execute(loaded(), batch, "largest", 1, 64, 2.0)
+
+
+# ---- What was looked at ----
+
+
+def odd_pictures():
+    large = picture((1000, 1000, 0), height=2048, width=2048)
+    large[0, 998:1003, 998:1003] = large[0, 1000, 1000].clone()
+    bright = picture((100, 100, 0))
+    bright[0, 0, 0] = 1.5
+    return [large, bright, torch.ones(1, 64, 64, 3) * 0.5]
+
+
+def test_what_was_looked_at_is_said():
+    for text in (
+        gate(*odd_pictures(), reference=odd_pictures()[:2]).ui["text"],
+        best_photos(*odd_pictures()).ui["text"],
+    ):
+        said = "\n".join(text)
+        assert " 1: shrunk from 2048 x 2048 to 1024 x 1024 px (2.0 times)." in said
+        assert " 2: with pixels from 0.00 to 1.50: what lies beyond" in said
+        assert " 3: one colour all over (level 128 of 255)." in said
+        assert "Faces as they were looked at: 40 x 40 px" in said

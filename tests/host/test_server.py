@@ -340,8 +340,8 @@ def test_a_photograph_becomes_a_picture_twice_the_same(server, prompt):
 
 @pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.stem)
 def test_shipped_workflows_run(server, info, path):
-    if path.stem == "pulid_load_identity":  # which takes what the other one keeps
-        server.run(small(path.with_name("pulid_save_identity.json"), info))
+    if path.stem == "pulid_07_load_identity":  # which takes what the other one keeps
+        server.run(small(path.with_name("pulid_06_save_identity.json"), info))
         info = server.object_info()
     prompt = small(path, info)
     outputs = server.run(prompt)
@@ -380,7 +380,7 @@ def test_what_cannot_be_done_is_answered_in_words(server, prompt, node, inputs, 
 
 
 def test_one_set_of_values_makes_a_picture_here_and_one_at_the_service(server, info, fal):
-    prompt = of_file(WORKFLOWS[0].with_name("local_and_hosted.json"), info)
+    prompt = of_file(WORKFLOWS[0].with_name("pulid_14_local_and_hosted.json"), info)
     by_title = {node["_meta"]["title"]: node["inputs"] for node in prompt.values()}
     for name, value in (("Width", 128), ("Height", 192), ("Steps", 2), ("Seed", 5), ("ID scale", 0.6)):
         by_title[name]["value"] = value

@@ -79,7 +79,8 @@ def test_the_best_face_of_each_picture_counts_and_the_mean_is_theirs():
 
     assert mean == pytest.approx((np.cos(np.pi / 3) + np.cos(np.pi / 6)) / 2, abs=1e-5)
     assert lines == "Picture 1 of 2: 0.500\nPicture 2 of 2: 0.866, the best of 3 faces"
-    assert ui["text"] == [*lines.split("\n"), "Mean of 2 of 2: 0.683", FLATTERED]
+    sizes = "Faces as they were looked at: 40 x 35 px (picture 2) to 40 x 38 px (picture 1)."
+    assert ui["text"] == [*lines.split("\n"), "Mean of 2 of 2: 0.683", sizes, FLATTERED]
 
 
 def test_a_picture_without_a_face_gets_no_score_and_does_not_count():

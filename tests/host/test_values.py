@@ -1,7 +1,4 @@
-"""Values that ComfyUI lets through to a node: through a link it believes everything, in a prompt much.
-
-Every input of every node that runs here gets every wrong value, through ComfyUI's own execution.
-"""
+"""Every input of every node that runs here gets every wrong value that ComfyUI lets through, by its own execution."""
 
 import asyncio
 import inspect
@@ -174,13 +171,9 @@ def here(tmp_path, monkeypatch, model):
     monkeypatch.setattr(host, "other_programs", lambda environment, home: ())
     host.register_folders()
     for node in (Give, Take, *GOOD):
-        monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, name_of(node), node)
+        monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, node.__name__, node)
     PulidSaveIdentity.execute(IDENTITY, "anna")
     Give.values = {"model": model}
-
-
-def name_of(node):
-    return node.__name__
 
 
 def good_inputs(node):
@@ -201,7 +194,7 @@ def run(node, given, constant=()):
     executor = execution.PromptExecutor(server)
     executor.cache_args = {"ram": 0.0, "ram_inactive": 0.0}  # newer hosts ask for them
     Give.values = {**Give.values, **given}
-    prompt = {"node": {"class_type": name_of(node), "inputs": {}}}
+    prompt = {"node": {"class_type": node.__name__, "inputs": {}}}
     for name, value in given.items():
         prompt[name] = {"class_type": "Give", "inputs": {"name": name}}
         prompt["node"]["inputs"][name] = value if name in constant else [name, 0]
@@ -215,7 +208,7 @@ def run(node, given, constant=()):
     return f"{failed[0]['exception_type']}: {failed[0]['exception_message']}" if failed else None
 
 
-@pytest.mark.parametrize("node", GOOD, ids=name_of)
+@pytest.mark.parametrize("node", GOOD, ids=lambda node: node.__name__)
 def test_what_is_right_passes_through_links_and_as_constants(node):
     given = good_inputs(node)
     plain = [name for name, value in given.items() if isinstance(value, (str, int, float, bool))]
@@ -224,7 +217,7 @@ def test_what_is_right_passes_through_links_and_as_constants(node):
         assert result is None if node is not PulidLoader else f"pulid.{MissingWeights.__name__}: Missing:" in result
 
 
-@pytest.mark.parametrize("node", GOOD, ids=name_of)
+@pytest.mark.parametrize("node", GOOD, ids=lambda node: node.__name__)
 def test_a_wrong_value_is_refused_in_words_that_name_its_input(node):
     good, unsaid = good_inputs(node), {}
     looked_for = inspect.signature(node.validate_inputs).parameters  # names of files, whatever they are
@@ -246,7 +239,7 @@ WRITABLE = {"nothing", "a latent", "text", "a number", "NaN", "yes", "another ch
 CONVERTED = {"INT", "STRING", "BOOLEAN"}  # where ComfyUI makes a value of the right kind out of it
 
 
-@pytest.mark.parametrize("node", [node for node in GOOD if node is not PulidLoader], ids=name_of)
+@pytest.mark.parametrize("node", [node for node in GOOD if node is not PulidLoader], ids=lambda node: node.__name__)
 def test_other_forms_of_a_right_value_and_nothing_for_an_optional_one_pass(node):
     given, failed = good_inputs(node), {}
     for one in node.define_schema().inputs:

@@ -9,7 +9,6 @@ import io
 import re
 import socket
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 

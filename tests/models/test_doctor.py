@@ -10,6 +10,7 @@ import pytest
 from pulid_sdxl import run as commands
 from pulid_sdxl.models import catalogue, doctor, extra_model_paths, inventory, locate, onnx_providers
 from pulid_sdxl.models.doctor import Finding
+from pulid_sdxl.pulid import packages
 from pulid_sdxl.pulid.errors import InputError, MissingPackage
 from pulid_sdxl.pulid.packages import import_package, pip_command
 from pulid_sdxl.tools import ROOT, develop
@@ -66,7 +67,7 @@ def test_a_hollow_package_is_named_with_how_it_got_so_and_the_command(package, m
     with pytest.raises(MissingPackage) as caught:
         import_package(module)
 
-    for words in (repr(top), "hollow", "mixed" if top in ("cv2", "onnxruntime") else "removed in part", f"{name}\n"):
+    for words in (repr(top), "hollow", "mixed" if top in ("cv2", "onnxruntime") else "removed in part", name):
         assert words in str(caught.value)
     if top not in ("facexlib",) or "detection" in module:  # what the doctor tries
         [finding] = doctor.try_package(top)
@@ -93,6 +94,63 @@ def test_a_broken_package_is_named_with_its_own_words_and_the_command(package, s
     assert command in str(caught.value)
     assert "is installed, but cannot be imported" in str(caught.value)
     assert finding.text.endswith("cannot be imported") and command in finding.remedy
+
+
+@pytest.mark.parametrize("module", HOLLOW[2:])
+def test_a_package_without_the_part_that_is_needed_is_hollow(package, module):
+    package(module.partition(".")[0], "")
+    with pytest.raises(MissingPackage, match=rf"is installed, but hollow: {module.rpartition('.')[0]}"):
+        import_package(module)
+
+
+@pytest.mark.parametrize("top", ["cv2", "onnxruntime"])
+def test_a_folder_that_was_left_behind_is_no_package(package, monkeypatch, tmp_path, top):
+    package(top, "")
+    (tmp_path / "packages" / top / "__init__.py").unlink()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "packages")])
+    with pytest.raises(MissingPackage, match=rf"(?s)'{top}' is installed, but hollow: {top}\..*uninstall -y.*install"):
+        import_package(top)
+
+
+@pytest.mark.parametrize(("other", "module"), [("cv2", "insightface.model_zoo"), ("torchvision", "facexlib.parsing")])
+def test_a_fault_of_what_a_package_is_built_on_is_told_as_that(package, other, module):
+    package(other, "")
+    with pytest.raises(MissingPackage, match=f"^The Python package '{other}' is installed, but hollow"):
+        import_package(module)
+
+
+@pytest.mark.parametrize("source", ["raise ImportError('DLL load failed')", ""], ids=["broken", "hollow"])
+@pytest.mark.parametrize(
+    ("builds", "commands"),
+    [
+        (["onnxruntime-gpu"], "onnxruntime-gpu"),
+        (["onnxruntime", "onnxruntime-gpu"], "uninstall -y onnxruntime onnxruntime-gpu .*install onnxruntime-gpu\n"),
+        (["opencv-python", "opencv-contrib-python"], "uninstall -y opencv-python .*install opencv-contrib-python\n"),
+    ],
+)
+def test_the_build_that_was_chosen_is_the_one_to_install_and_never_a_second(
+    package, monkeypatch, builds, commands, source
+):
+    top = "cv2" if "opencv" in builds[0] else "onnxruntime"
+    package(top, source)
+    monkeypatch.setattr(packages, "installed", lambda of: builds)
+    with pytest.raises(MissingPackage, match=f"(?s){commands}") as caught:
+        import_package(top)
+    assert "install onnxruntime\n" not in str(caught.value)
+    assert ("spoil each other" in str(caught.value)) == (len(builds) > 1 and bool(source))
+
+
+def test_a_package_of_which_pip_has_the_record_alone_is_removed_first(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(MissingPackage, match=r"(?s)though pip believes.*uninstall -y scikit-image\n.*--upgrade scikit"):
+        import_package("skimage")
+
+
+def test_torchvision_stays_the_one_of_this_torch(package, monkeypatch):
+    package("torchvision", "raise OSError('undefined symbol')")
+    monkeypatch.setattr(packages, "version", lambda name: "0.21.0+cu124")
+    with pytest.raises(MissingPackage, match=r"torchvision==0\.21\.0 --index-url \S+/whl/cu124\n"):
+        import_package("torchvision")
 
 
 def test_a_package_whose_own_needs_are_missing_names_those(package):

@@ -93,7 +93,7 @@ def test_several_faces_go_in_one_after_the_other_and_keep_what_was_done():
     [
         (torch.zeros(64, 64, 3), (301, 200), "300 x 200 px, and is to be put back into one of 301 x 200 px"),
         (torch.zeros(64, 65, 3), SIZE, "square RGB"),
-        (torch.zeros(64, 64, 2), SIZE, "square RGB"),
+        (torch.zeros(64, 64, 1), SIZE, "square RGB"),
         (torch.full((64, 64, 3), float("nan")), SIZE, "without NaN"),
     ],
 )

@@ -363,3 +363,11 @@ def test_a_photograph_of_one_colour_is_told_as_that(shade, words):
 def test_an_empty_mask_is_told_as_that():
     with pytest.raises(InputError, match="mask is empty"):
         faces.under_mask([face_at(20, 20)], torch.zeros(64, 64), (64, 64))
+
+
+def test_a_mask_that_lies_around_the_face_rather_than_on_it_is_said(photo):
+    x0, y0, x1, y1 = (round(value / 10) for value in MIDDLE.box)
+    around = 1 - mask_over((y0 + 1, y1, x0 + 1, x1))
+    found = faces.find_face(photo, FakeAnalyzer([MIDDLE]), mask=around)[0]
+    assert "of the rest: is it inverted?" in found.how
+    assert "inverted" not in faces.find_face(photo, FakeAnalyzer([MIDDLE]), mask=torch.ones(30, 40))[0].how

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from pulid_sdxl.pulid.errors import InputError
-from pulid_sdxl.pulid.photo import digest, read_photo
+from pulid_sdxl.pulid.photo import cut_off, digest, read_photo, shrunk, washed_out
 
 
 @pytest.fixture
@@ -90,3 +90,18 @@ def test_pixels_of_0_to_255_are_told_as_that():
     with pytest.raises(InputError, match="up to 255; expected 0 to 1"):
         read_photo(torch.full((64, 64, 3), 255.0))
     read_photo(torch.full((64, 64, 3), 1.2))  # as upscalers leave it
+
+
+def test_what_there_is_to_know_of_a_photograph_is_put_into_words():
+    white = np.full((100, 100, 3), 255, np.uint8)
+    assert washed_out(white) == "one colour all over (level 255 of 255)"
+    white[:10, :10] = 0  # as a 16-bit grey picture comes: all but its darkest pixels white
+    assert washed_out(white) == "99.0% white" and washed_out(255 - white) == "99.0% black"
+    white[:20] = 100
+    assert washed_out(white) is None
+    assert cut_off(torch.tensor([-0.5, 1.4])) == (
+        "with pixels from -0.50 to 1.40: what lies beyond 0 to 1 is taken as black or white"
+    )
+    assert cut_off(torch.rand(9, 9, 3)) is None
+    assert shrunk(torch.zeros(2048, 4096, 3)) == "shrunk from 4096 x 2048 to 1024 x 512 px (4.0 times)"
+    assert shrunk(torch.zeros(64, 64, 3)) is None

@@ -176,7 +176,7 @@ def test_photographs_of_any_size_are_looked_at_once_and_one_without_a_face_is_sa
     taken = photographs([photograph((100, 100)), photograph(height=120), photograph((60, 60), width=111)])
     looks = look_at_all(taken, analyzer, FaceChoice(), cache, steps.append)
     assert [look if isinstance(look, str) else look.marks.side for look in looks] == [40, "no face", 40]
-    assert steps == [0, 1, 2, 3]
+    assert sorted(set(steps)) == [0, 1, 2, 3] and len(steps) > 20  # and before every look
     before = analyzer.looks
     assert look_at_all(taken, analyzer, FaceChoice(), cache)[0] is looks[0] and analyzer.looks == before
 

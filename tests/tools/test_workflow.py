@@ -150,7 +150,7 @@ def test_misfits_are_named(change, expected):
 
 
 def test_one_set_of_values_drives_the_local_and_the_hosted_side():
-    flow = json.loads((SHIPPED[0].parent / "local_and_hosted.json").read_text(encoding="utf-8"))
+    flow = json.loads((SHIPPED[0].parent / "pulid_14_local_and_hosted.json").read_text(encoding="utf-8"))
     nodes, sources = {node["type"]: node for node in flow["nodes"]}, {link[0]: link[1] for link in flow["links"]}
 
     def source(node_type, name):
@@ -171,6 +171,11 @@ def test_one_set_of_values_drives_the_local_and_the_hosted_side():
     texts = [node for node in flow["nodes"] if node["type"] == "CLIPTextEncode"]
     written = {sources[slot["link"]] for node in texts for slot in node["inputs"] if slot["name"] == "text"}
     assert {source("PuLID_Hosted", "prompt"), source("PuLID_Hosted", "negative_prompt")} == written
+
+
+def test_shipped_workflows_come_in_an_order_where_names_are_sorted_the_simple_one_first():
+    assert SHIPPED[0].stem == "pulid_01_simple"
+    assert [path.stem.split("_")[1] for path in SHIPPED] == [f"{number:02}" for number in range(1, len(SHIPPED) + 1)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
