@@ -56,9 +56,7 @@ class HostedRequest:
     num_images: int = Field(default=1, ge=1, le=MOST_PICTURES)
     guidance_scale: float = 1.2
     num_inference_steps: int = 4
-    seed: int | None = Field(
-        default=None, ge=0
-    )  # None: the service chooses one, and no other request is equal to this one
+    seed: int | None = Field(default=None, ge=0)  # None: the service chooses, and no other request equals this one
     image_size: tuple[Side, Side] | str = (768, 1024)  # width and height in pixels, or a name of PRESETS
     id_scale: float = 0.8
     mode: str = "fidelity"
