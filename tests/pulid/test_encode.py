@@ -170,6 +170,24 @@ def test_an_interrupt_is_heard_before_every_network_and_within_the_vision_tower(
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("photos", ["one person", "average"])
+def test_every_part_of_a_network_is_preceded_by_a_look_at_whether_to_go_on(weights, tower, photos):
+    """On a CPU a tower or an encoder of many photographs takes many seconds; a part of one, a fraction of a second."""
+    events = []
+    found = (part for network in (tower, weights.encoder.module) for part in network.modules())
+    hooks = [
+        part.register_forward_pre_hook(lambda *_: events.append("part"))
+        for part in found
+        if isinstance(part, encoding.PARTS)
+    ]
+    run(images(3), weights, fakes.photo_networks(tower=tower), step=lambda _: events.append("step"), photos=photos)
+    for hook in hooks:
+        hook.remove()
+    parts = [index for index, event in enumerate(events) if event == "part"]
+    assert len(parts) > len(tower.blocks) and {events[index + 1] for index in parts} == {"step"}
+
+
+@torch.inference_mode()
 def test_photographs_without_a_face_stop_or_are_skipped():
     taken = [torch.zeros(64, 64, 3), *images(1), torch.zeros(64, 64, 3)]
     with pytest.raises(NoFaceError) as caught:
