@@ -234,7 +234,7 @@ def as_sampled(options: Mapping, x: Tensor) -> dict[str, Any]:
     placement = run._own(tuple(x.shape), uuids, None)
     for mask in masks:
         mask.prepare(x, placement)
-    return {rows.KEY: rows.Call(run, placement, ()), "uuids": list(uuids)}
+    return {rows.KEY: rows.Call(run, placement), "uuids": list(uuids)}
 
 
 def rows_of(batch: int) -> list[int]:

@@ -115,6 +115,8 @@ def standins(group: str, make: Callable[[Path], None]) -> Path:
         for place in ("checkpoints", "pulid", "clip_vision"):
             (partial / place).mkdir(parents=True)
         make(partial)
+        for file in partial.glob("*/**/*.*"):
+            file.chmod(0o644)  # as a download has it; safetensors leaves it to its user alone
         partial.rename(folder)
     return folder
 
