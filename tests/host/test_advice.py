@@ -215,6 +215,8 @@ def as_user(number):
     if os.getuid() == 0:
         os.seteuid(number)
     try:
+        if not os.access(__file__, os.R_OK, effective_ids=True):
+            pytest.skip("THIS CHECKOUT IS CLOSED to everybody but root, so nobody else can try it")
         yield
     finally:
         os.seteuid(before)
