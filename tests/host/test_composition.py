@@ -229,7 +229,7 @@ def test_an_empty_mask_has_no_effect_and_says_so(model, pulid, identity, said, m
 
 @pytest.mark.parametrize("mask", [[[1.0]], "white", 1.0])
 def test_what_is_no_mask_is_told_in_words(model, pulid, identity, mask):
-    with pytest.raises(InputError, match="attn_mask must be a mask .*, found"):
+    with pytest.raises(InputError, match=r"attn_mask must be a mask .*, found"):
         apply(model, pulid, identity, attn_mask=mask)
 
 
