@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pulid.errors import InputError
+from .checked import checked
 from .texts import described
 
 Value = TypeVar("Value")
@@ -40,6 +41,7 @@ def by_size(pictures: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 @described
+@checked
 class PulidPhotoList(io.ComfyNode):
     """In place of ComfyUI's Batch Images, which cuts every picture to the size of the first."""
 
@@ -61,5 +63,9 @@ class PulidPhotoList(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **photos: Tensor | None) -> io.NodeOutput:
-        return io.NodeOutput([photos[name] for name in sorted(photos) if photos[name] is not None])
+    def execute(
+        cls, photo_1: Tensor, photo_2: Tensor | None = None, photo_3: Tensor | None = None,
+        photo_4: Tensor | None = None, photo_5: Tensor | None = None, photo_6: Tensor | None = None,
+    ) -> io.NodeOutput:  # fmt: skip
+        photos = photo_1, photo_2, photo_3, photo_4, photo_5, photo_6
+        return io.NodeOutput([photo for photo in photos if photo is not None])

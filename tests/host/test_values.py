@@ -26,6 +26,7 @@ from pulid_sdxl.nodes.apply import PulidApply, PulidApplyAdvanced
 from pulid_sdxl.nodes.closeup import PulidFaceCrop, PulidFacePaste
 from pulid_sdxl.nodes.combine import PulidCombineIdentities
 from pulid_sdxl.nodes.encode import PulidEncode
+from pulid_sdxl.nodes.lists import PulidPhotoList
 from pulid_sdxl.nodes.load import PulidLoader
 from pulid_sdxl.nodes.people import PulidApplyPeople, PulidBestPhotos, PulidLikenessGate, PulidPlacePeople
 from pulid_sdxl.nodes.save_load import PulidLoadIdentity, PulidSaveIdentity
@@ -90,6 +91,7 @@ PICTURE, MASK = picture(), torch.ones(1, 64, 64)
 GOOD = {
     PulidLoader: {},
     PulidEncode: {"pulid": ALONE, "image": PICTURE, "mask": MASK},
+    PulidPhotoList: {f"photo_{number}": PICTURE for number in range(1, 7)},
     PulidCombineIdentities: {"identity_1": IDENTITY, "identity_2": IDENTITY},
     PulidSaveIdentity: {"identity": IDENTITY, "filename_prefix": "anna"},
     PulidLoadIdentity: {"identity_file": "anna_00001_.safetensors"},
