@@ -25,6 +25,20 @@ def inference():
         yield
 
 
+@pytest.fixture
+def own_folders(tmp_path, monkeypatch):
+    """Input, output, temporary and model folders of a test's own, of which ComfyUI knows nothing else yet."""
+    import folder_paths
+
+    for kind in ("input", "output", "temp"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
 def model():
     """A MODEL with the whole of SDXL's UNet at a tenth of its width."""

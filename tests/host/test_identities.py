@@ -15,7 +15,6 @@ from pulid_sdxl.tools import ROOT, comfy_host
 
 comfy_host.enter(os.environ["COMFYUI"])
 
-import folder_paths
 import numpy as np
 import torch
 from PIL import Image
@@ -29,17 +28,11 @@ from pulid_sdxl.tools.comfy_server import ADDRESS, ComfyServer, ServerError
 
 
 @pytest.fixture(autouse=True)
-def folders(tmp_path, monkeypatch):
+def folders(own_folders, monkeypatch):
     """Output, temporary and model folders of this test's own, known to ComfyUI as at a start."""
-    for kind in ("input", "output", "temp"):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(host, "OWN_FOLDERS", {host.IDENTITIES: {".safetensors", ".png"}})
     host.register_folders()
-    return tmp_path
+    return own_folders
 
 
 def identity(version="v1", tokens=10, preview=True):

@@ -160,16 +160,10 @@ def model():
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, model):
+def here(own_folders, monkeypatch, model):
     """Our nodes and the two of this test in a ComfyUI whose folders are the test's own; one identity is saved."""
-    for kind in ("input", "output", "temp"):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
-    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {})
-    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     for name in host.VISION_FOLDERS:
-        folder_paths.add_model_folder_path(name, str(tmp_path / "models" / name))
+        folder_paths.add_model_folder_path(name, str(own_folders / "models" / name))
     monkeypatch.setattr(host, "other_programs", lambda environment, home: ())
     host.register_folders()
     for node in (Give, Take, *GOOD):
