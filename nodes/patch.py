@@ -114,17 +114,16 @@ class AttentionPatch:
     mask: TokenMask | None = None
     base: Replacement | None = None
     added: list[tuple[Callable, dict]] = field(default_factory=list)
-    _ways: dict[tuple, tuple[HeadKV, Fuse]] = field(init=False, repr=False)
+    _ways: dict[tuple, Fuse] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._ways = {(self.kv.keys.device, self.kv.keys.dtype): (self.kv, fuse_for(self.kv))}
+        self._ways = {(self.kv.keys.device, self.kv.keys.dtype): fuse_for(self.kv, self.fusion)}
 
-    def _way(self, q: Tensor) -> tuple[HeadKV, Fuse]:
-        """Keys and values like q, converted once where a model computes in another dtype than it said or elsewhere."""
+    def _way(self, q: Tensor) -> Fuse:
+        """With keys and values like q, converted once where a model computes in another dtype than it said."""
         where = q.device, q.dtype
         if where not in self._ways:
-            kv = self.kv.to(q)
-            self._ways[where] = kv, fuse_for(kv)
+            self._ways[where] = fuse_for(self.kv.to(q), self.fusion)
         return self._ways[where]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
@@ -145,7 +144,6 @@ class AttentionPatch:
                 q, k, v, extra_options["n_heads"],
                 attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options,
             )  # fmt: skip
-        kv, fuse = self._way(q)
         strength = None
         if schedule is not None:
             strengths = {} if call is None else call.strengths
@@ -156,8 +154,8 @@ class AttentionPatch:
         if self.mask is not None:
             grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
             mask = self.mask.tokens(q, grid, placement)
-        rows, alone = placement.identities(kv.rows - 1), self.base is None
-        out = fuse(q, base, kv, rows, self.fusion, strength, mask, overwrite=alone)
+        rows, alone = placement.identities(self.kv.rows - 1), self.base is None
+        out = self._way(q)(q, base, rows, strength, mask, overwrite=alone)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
 
     def _with_added(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:

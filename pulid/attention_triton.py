@@ -4,34 +4,17 @@ q and base are read twice and the output is written once; nothing as large as an
 Both kernels compute the attention, since reading q again costs less than keeping what came of it. Sums go through a
 small table and from there in a fixed order: the same input gives the same picture to the bit.
 
-`fuse` in attention.py is the definition; `fuse_for` in kernels.py says where this one stands in for it.
+`fuse` in attention.py is the definition; fused.py launches these.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from .attention import FACE_TOKENS, Fusion, HeadKV
-from .triton_launch import Launch
-
-# Positions that a program works on at a time, and its warps; the quickest of those tried on an H100.
-SUMS_BLOCK, SUMS_WARPS = 64, 4
-PLAIN, PROJECTED = (64, 4), (32, 1)  # of the kernel that writes, without and with a projection
-TABLE = 16  # rows of the table of sums: a program of the first kernel fills one
-WIDTHS, MOST_TOKENS = (16, 32, 64, 128), 128  # of a head; of an identity
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def fits(kv: HeadKV) -> bool:
-    """Whether the kernels take these keys and values, and queries of their dtype."""
-    _, heads, tokens, width = kv.keys.shape
-    steps = tokens * heads * width, width, heads * width, 1  # as SiteKV.prepare lays them out
-    laid_out = kv.keys.stride() == kv.values.stride() == steps
-    return kv.keys.dtype in DTYPES and width in WIDTHS and FACE_TOKENS <= tokens <= MOST_TOKENS and laid_out
+@triton.jit
+def _row(rows, image, BITS: tl.constexpr):
+    """The row of keys and values that an image of the batch uses: BITS of `rows` for each, the first one lowest."""
+    return ((rows.to(tl.int64) >> (image * BITS)) & ((1 << BITS) - 1)).to(tl.int32)
 
 
 @triton.jit
@@ -62,10 +45,11 @@ def _to_face(logits, tokens, zeros, FACE: tl.constexpr, T: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, T)[None, :] < FACE, _attention(logits, tokens, zeros, T), 0.0), 1)
 
 
-@triton.jit
-def _sums(
-    q, base, keys, values, rows, table, N, tokens, kept, zeros,
-    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def sums(
+    q, base, table, keys, values, rows, N, tokens, kept, zeros,
+    BITS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    FACE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """table (2, B, programs, C): sums over a program's STEPS blocks of base * A and of base squared.
 
@@ -73,7 +57,7 @@ def _sums(
     """
     image, head, program = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     images, programs = tl.num_programs(0) // H, tl.num_programs(1)
-    row = tl.load(rows + image)
+    row = _row(rows, image, BITS)
     k, v = _head(keys, row, head, kept, tokens, H, D, T), _head(values, row, head, kept, tokens, H, D, T)
     through, squares = tl.zeros((T, D), tl.float32), tl.zeros((BLOCK, D), tl.float32)
     for step in range(STEPS):
@@ -93,35 +77,37 @@ def _sums(
     tl.store(into + images * programs * H * D, tl.sum(squares, 0))
 
 
-@triton.jit
-def _headless(
-    q, keys, rows, face, N, tokens, kept, zeros,
-    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def headless(
+    q, table, keys, rows, N, summed, tokens, kept, zeros,
+    BITS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """face (B, programs) for SHARED_V2: attention to the face tokens by logits summed over heads, over positions."""
+    """For SHARED_V2, behind the sums in the table: (B, programs), attention to the face tokens by logits summed over
+    heads, over positions."""
     image, program = tl.program_id(0), tl.program_id(1)
     n = program * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows + image)
+    row = _row(rows, image, BITS)
     raw = tl.zeros((BLOCK, T), tl.float32)
     for head in range(H):
         k = tl.trans(_head(keys, row, head, kept, tokens, H, D, T))
         raw = tl.dot(tl.load(_tile(q, image, head, n, N, H, D), n[:, None] < N, 0.0), k, raw, input_precision="ieee")
     shares = tl.where(n < N, _to_face(raw, tokens, zeros, FACE, T), 0.0)
+    face = table + 2 * tl.num_programs(0) * summed * H * D
     tl.store(face + image * tl.num_programs(1) + program, tl.sum(shares, 0))
 
 
-@triton.jit
-def _output(
-    q, base, keys, values, rows, table, strength, mask, out, N, summed, tokens, kept, zeros,
-    H: tl.constexpr, D: tl.constexpr, T: tl.constexpr, FUSION: tl.constexpr, MASK: tl.constexpr,
-    BLOCK: tl.constexpr, TABLE: tl.constexpr,
+@triton.jit(do_not_specialize=["rows"])
+def output(
+    q, base, table, strength, mask, out, keys, values, rows, N, summed, tokens, kept, zeros,
+    BITS: tl.constexpr, H: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    FUSION: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """out = base + strength * mask * (A - (1 - m) * share * base), from a table of `summed` rows; FUSION by value."""
     image, head, program = tl.program_id(0) // H, tl.program_id(0) % H, tl.program_id(1)
     images = tl.num_programs(0) // H
     n = program * BLOCK + tl.arange(0, BLOCK)
     inside = n[:, None] < N
-    row = tl.load(rows + image)
+    row = _row(rows, image, BITS)
     b = tl.load(_tile(base, image, head, n, N, H, D), inside, 0.0).to(tl.float32)
     x = tl.load(_tile(q, image, head, n, N, H, D), inside, 0.0)
     k, v = _head(keys, row, head, kept, tokens, H, D, T), _head(values, row, head, kept, tokens, H, D, T)
@@ -151,50 +137,3 @@ def _output(
     if MASK:
         added *= tl.load(mask + (image * N if MASK == 2 else 0) + n, n < N, 0.0).to(tl.float32)[:, None]
     tl.store(_tile(out, image, head, n, N, H, D), (b + added).to(out.dtype.element_ty), inside)
-
-
-@lru_cache(256)
-def _on(device: torch.device, rows: tuple[int, ...]) -> Tensor:
-    """Kept, since a copy to a GPU makes the host wait: int32, as long as the batch."""
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-SUMS, HEADLESS, OUTPUT = Launch(_sums), Launch(_headless), Launch(_output)
-
-
-def fuse(
-    q: Tensor, base: Tensor, kv: HeadKV, rows: Sequence[int], fusion: Fusion,
-    strength: Tensor | None = None, mask: Tensor | None = None, overwrite: bool = False,
-) -> Tensor:  # fmt: skip
-    """attention.fuse, where kv `fits`: on its device and in its dtype."""
-    q, base = q.contiguous(), base.contiguous()
-    batch, positions, channels = q.shape
-    _, heads, kept, width = kv.keys.shape
-    tokens, zeros = kept - bool(kv.zero_tokens), float(kv.zero_tokens)
-    block, warps = PLAIN if fusion is Fusion.PLAIN else PROJECTED
-    programs = -(-positions // block)
-    steps = -(-positions // (SUMS_BLOCK * TABLE))
-    summed = -(-positions // (SUMS_BLOCK * steps))
-    which, table = _on(q.device, tuple(rows)), None
-    of_head = heads, width, max(16, 1 << (tokens - 1).bit_length())
-    if fusion is not Fusion.PLAIN:
-        sums = 2 * batch * summed * channels
-        face = {Fusion.ORTHOGONAL_V2: batch * heads * positions, Fusion.SHARED_V2: batch * programs}.get(fusion, 0)
-        table = q.new_empty(sums + face, dtype=torch.float32)
-        by_head = FACE_TOKENS if fusion is Fusion.ORTHOGONAL_V2 else 0
-        SUMS(
-            (batch * heads, summed, 1), (q, base, kv.keys, kv.values, which, table),
-            (positions, tokens, kept, zeros, *of_head, by_head, SUMS_BLOCK, steps), SUMS_WARPS,
-        )  # fmt: skip
-        if fusion is Fusion.SHARED_V2:
-            HEADLESS(
-                (batch, programs, 1), (q, kv.keys, which, table[sums:]),
-                (positions, tokens, kept, zeros, *of_head, FACE_TOKENS, block), warps,
-            )  # fmt: skip
-    out = base if overwrite else torch.empty_like(base)
-    masks = 0 if mask is None else 1 if len(mask) == 1 else 2
-    OUTPUT(
-        (batch * heads, programs, 1), (q, base, kv.keys, kv.values, which, table, strength, mask, out),
-        (positions, summed, tokens, kept, zeros, *of_head, fusion.value, masks, block, TABLE), warps,
-    )  # fmt: skip
-    return out

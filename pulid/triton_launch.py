@@ -1,39 +1,54 @@
 """Launching Triton kernels with little work for the host."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
+from triton.runtime import driver
 
 ALIGNMENT = 16  # bytes: what Triton specialises a kernel for where a tensor begins at a multiple of it
+BY_ADDRESSES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)  # which took fewer arguments before
 
 
 class Launch:
-    """Launches a kernel that Triton is asked for once per set of sizes: its own lookup takes longer than the launch."""
+    """A kernel with all that is the same at each launch: its grid, its last tensors and its numbers.
 
-    def __init__(self, kernel: Any):
-        self._kernel = kernel
-        self._compiled: dict[tuple, Any] = {}
+    Triton is asked for it once: its own lookup takes longer than the launch, and it asks the driver where each tensor
+    lies. From then on it is handed addresses.
+    """
 
-    def __call__(
-        self, grid: tuple[int, int, int], tensors: Sequence[Tensor | None], numbers: tuple, warps: int
-    ) -> None:
-        """tensors and numbers are the kernel's arguments, in order; it is specialised for all of the numbers.
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], kept: Sequence[Tensor], numbers: tuple, warps: int):
+        """kept and numbers are the kernel's last arguments, in order; it is specialised for each number."""
+        self._kernel, self._grid, self._kept, self._numbers, self._warps = kernel, grid, kept, numbers, warps
+        self._run: Callable[[list[int | None]], None] | None = None
 
-        Raises ValueError for tensors on several devices.
-        """
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """tensors are the kernel's first arguments, on the current device; dtypes are the same at each launch."""
         if torch.compiler.is_compiling():
-            self._kernel[grid](*tensors, *numbers, num_warps=warps)
+            self._by_triton(tensors)
             return
-        [device] = {tensor.get_device() for tensor in tensors if tensor is not None}
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if any(pointer and pointer % ALIGNMENT for pointer in pointers):
-            self._kernel[grid](*tensors, *numbers, num_warps=warps)
-            return
-        key = device, warps, numbers, *(tensor is not None and tensor.dtype for tensor in tensors)
-        compiled = self._compiled.get(key)
-        if compiled is not None:
-            compiled[grid](*pointers, *numbers)  # of a tensor, Triton would ask the driver where it lies
-        elif (compiled := self._kernel[grid](*tensors, *numbers, num_warps=warps)) is not None:
-            self._compiled[key] = compiled  # Triton's interpreter has none
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if any(address and address % ALIGNMENT for address in addresses):
+            self._by_triton(tensors)
+        elif self._run is not None:
+            self._run(addresses)
+        else:
+            self._run = self._by_addresses(self._by_triton(tensors))
+
+    def _by_triton(self, tensors: Sequence[Tensor | None]) -> Any:
+        return self._kernel[self._grid](*tensors, *self._kept, *self._numbers, num_warps=self._warps)
+
+    def _by_addresses(self, compiled: Any) -> Callable[[list[int | None]], None] | None:
+        """A launch of what Triton has compiled; its interpreter compiles nothing."""
+        kept = [tensor.data_ptr() for tensor in self._kept]
+        if compiled is None or not BY_ADDRESSES or any(address % ALIGNMENT for address in kept):
+            return None
+        run, grid, function, facts = compiled.run, self._grid, compiled.function, compiled.packed_metadata
+        stream, device, last = driver.active.get_current_stream, self._kept[0].get_device(), (*kept, *self._numbers)
+
+        def launch(addresses: list[int | None]) -> None:
+            run(*grid, stream(device), function, facts, None, None, None, *addresses, *last)
+
+        return launch

@@ -100,7 +100,11 @@ class Call:
 
 def fuse_by(monkeypatch, watched):
     """Have every patch call this in the place of fuse."""
-    monkeypatch.setattr(patch.AttentionPatch, "_way", lambda self, q: (self.kv, watched))
+
+    def way(patch, q):
+        return lambda q, base, rows, *more, **named: watched(q, base, patch.kv, rows, patch.fusion, *more, **named)
+
+    monkeypatch.setattr(patch.AttentionPatch, "_way", way)
 
 
 @dataclass
