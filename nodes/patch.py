@@ -154,8 +154,9 @@ class AttentionPatch:
         if self.mask is not None:
             grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
             mask = self.mask.tokens(q, grid, placement)
-        rows, alone = placement.identities(self.kv.rows - 1), self.base is None
-        out = self._way(q)(q, base, rows, strength, mask, overwrite=alone)
+        rows = placement.identities(self.kv.rows - 1)
+        is_ours = self.base is None or isinstance(self.base, AttentionPatch)  # what others give, they may keep
+        out = self._way(q)(q, base, rows, strength, mask, overwrite=is_ours)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
 
     def _with_added(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:

@@ -56,6 +56,7 @@ def test_the_kernels_give_what_fuse_gives(
     size = 1 + (expected - base).abs().max()
     assert (out - expected).abs().max() <= 2e-5 * size
     assert torch.equal(q, kept[0]) and torch.equal(base, kept[1])
+    assert torch.equal(fused(q, base, kv, which, fusion, *more, overwrite=True), out) and torch.equal(base, out)
 
 
 @pytest.mark.parametrize("fusion", Fusion)
