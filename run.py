@@ -14,6 +14,8 @@ These set up nothing and use what is there; start them with the Python that star
     python run.py hosted list       requests to the hosted service that are known here; `hosted forget` deletes them
     python run.py batch             a graph and a table become pictures, over as many GPUs as there are
 
+`models` and `doctor` exit with 1 while something is to be done. What is asked for wrongly ends with 2.
+
 ComfyUI is looked for in --comfyui, COMFYUI_PATH (several: separated like PATH), around this folder when it lies in
 custom_nodes, and in ~/comfy/ComfyUI; otherwise the official repository is cloned into .cache/.
 
@@ -193,6 +195,7 @@ def show_progress(what: str, done: int, total: int | None) -> None:
 
 
 def doctor(hosts: list[Path], rest: list[str]) -> int:
+    """The report; 1 if it says that something is to be done."""
     mount_pack()
     from pulid_sdxl.models import doctor
     from pulid_sdxl.pulid.errors import PulidError
@@ -208,9 +211,10 @@ def doctor(hosts: list[Path], rest: list[str]) -> int:
         return 0
     around = HERE.parent if HERE.parent.name == "custom_nodes" else hosts[0] / "custom_nodes" if hosts else None
     host = hosts[0] if hosts else None
-    print(doctor.report(folders, host, around if around and around.is_dir() else None, ask, progress=checking))
+    findings = doctor.examine(folders, host, around if around and around.is_dir() else None, ask, progress=checking)
     show_progress("", 0, None)
-    return 0
+    print(doctor.text_of(findings))
+    return int(any(finding.remedy for finding in findings))
 
 
 MARK = "FOUND "  # what follows is ours; packages print at import

@@ -195,9 +195,12 @@ def test_a_provider_that_is_offered_and_does_not_load_is_told_with_its_reason(mo
     monkeypatch.setattr(onnx_providers, "why_not", lambda provider: "OSError: libcublasLt.so.12: cannot open")
     session = type("Session", (), {"get_providers": lambda self: ["CPUExecutionProvider"]})
     monkeypatch.setattr(import_package("onnxruntime"), "InferenceSession", lambda *_, **__: session())
+    first = []
+    monkeypatch.setattr(doctor, "import_package", first.append)
 
     cuda, cpu = doctor.onnx_providers()
 
+    assert first == ["torch"]  # whose libraries a provider finds in ComfyUI
     assert cuda.text == "CUDAExecutionProvider does not load: OSError: libcublasLt.so.12: cannot open"
     assert cuda.remedy and not cpu.remedy
 
@@ -294,7 +297,8 @@ def test_a_report_can_be_pasted_in_public(tmp_path, monkeypatch):
     write(home / "ComfyUI" / "comfyui_version.py", '__version__ = "0.3.64"')
     sized(home / "ComfyUI" / "models" / "pulid" / "pulid_v1.1.safetensors", 5)
 
-    text = doctor.report(folders, home / "ComfyUI", None, lambda name: [Finding(name, f"{home}/x")], environment)
+    findings = doctor.examine(folders, home / "ComfyUI", None, lambda name: [Finding(name, f"{home}/x")], environment)
+    text = doctor.text_of(findings)
 
     assert str(home) not in text and "alice" not in text and SECRET not in text
     assert "HTTPS_PROXY is proxy.example" in text
@@ -432,6 +436,14 @@ def test_an_altered_file_of_the_right_size_is_named_by_models_and_doctor_and_aft
         assert f"instead of {catalogue.SCRFD.sha256}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("remedy", "code", "last"), [("", 0, "Nothing to do."), ("Mend it.", 1, "Mend it.")])
+def test_doctor_fails_while_something_is_to_be_done(run, monkeypatch, tmp_path, capsys, remedy, code, last):
+    monkeypatch.setattr(run, "ask", lambda package: [Finding(package, "1.0", remedy if package == "facexlib" else "")])
+    monkeypatch.setattr(doctor, "files", lambda folders, progress: [Finding("file", "hash right")])
+    assert run.main(["doctor", "--models", str(tmp_path)]) == code
+    assert capsys.readouterr().out.strip().endswith(last)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -472,7 +484,7 @@ def test_doctor_and_models_run_where_nothing_is_installed_yet(tmp_path):
     def said(*arguments):
         command = [sys.executable, "-I", "-S", str(ROOT / "run.py"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == (arguments[0] == "models"), done.stderr
+        assert done.returncode == 1, done.stderr
         return done.stdout
 
     models = ["models", "--models", str(tmp_path)]
