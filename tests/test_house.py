@@ -52,10 +52,25 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
 
 
-def rooms_reached(path: str, tree: ast.Module) -> set[str]:
-    """The rooms that a file's relative imports lead to."""
+def reached(path: str, tree: ast.Module) -> Iterator[tuple[str, ...]]:
+    """Where a file's relative imports lead, from the root; the last part is a file or what it holds."""
     parts = PurePosixPath(path).parts
-    return {(*parts[:-level], *name.split("."))[0] for level, name in imports(tree) if level}
+    yield from ((*parts[:-level], *name.split(".")) for level, name in imports(tree) if level)
+
+
+def rooms_reached(path: str, tree: ast.Module) -> set[str]:
+    return {parts[0] for parts in reached(path, tree)}
+
+
+def in_circles(files: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """The files left when those that import none of the rest have gone, again and again; imports at any depth count."""
+    left = {}
+    for path, tree in files.items():
+        led = {"/".join(parts[:end]) + ".py" for parts in reached(path, tree) for end in (len(parts) - 1, len(parts))}
+        left[path] = led & {*files}
+    while free := [path for path, led in left.items() if not led & {*left}]:
+        left = {path: led for path, led in left.items() if path not in free}
+    return left
 
 
 def top_level(tree: ast.Module) -> set[str]:
@@ -77,6 +92,12 @@ def test_imports_never_run_backwards():
     files = parse(*ROOMS, "tools/**/*.py").items()
     found = {path: rooms_reached(path, tree) - MAY_IMPORT[path.split("/")[0]] for path, tree in files}
     assert {path: rooms for path, rooms in found.items() if rooms} == {}
+
+
+def test_imports_never_run_in_circles():
+    assert in_circles(parse(*ROOMS, "tools/**/*.py")) == {}
+    sources = {"tools/a.py": "from .fakes.b import f", "tools/fakes/b.py": "def f():\n    from .. import a", "c.py": ""}
+    assert [*in_circles({path: ast.parse(text) for path, text in sources.items()})] == [*sources][:2]
 
 
 def test_the_pack_reaches_itself_by_relative_imports_only():
