@@ -4,7 +4,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -43,7 +43,8 @@ def checked(node: type[Node]) -> type[Node]:
                 values = [value for value in values or () if value is not None]
             # Which names serve, where the node has taken that over, it says itself.
             kind = "STRING" if name in taken_over else str(one.io_type)
-            values = [KINDS[kind](one, value) if kind in KINDS else _plain(one, value, kind) for value in values]
+            check = KINDS.get(kind) or partial(_plain, kind=kind)
+            values = [_in_list(check, one, value, number, len(values)) for number, value in enumerate(values, start=1)]
             if values or not one.optional:
                 given.arguments[name] = values if listed else values[0]
             else:
@@ -52,6 +53,15 @@ def checked(node: type[Node]) -> type[Node]:
 
     node.execute = classmethod(execute)
     return node
+
+
+def _in_list(check: Callable[[io.Input, Any], Any], one: io.Input, value: Any, number: int, count: int) -> Any:
+    try:
+        return check(one, value)
+    except InputError as error:
+        if count == 1:
+            raise
+        raise InputError(f"{error} That is number {number} of the {count} in the list.") from error
 
 
 def read_mask(mask: object, name: str, as_given: bool = False) -> Tensor:
@@ -103,7 +113,8 @@ def _check_range(name: str, expected: str, batch: Tensor, most: float = BRIGHTES
             continue
         what = f"pixels of {lowest:g} to {highest:g}" if finite else "NaN or infinite pixels"
         remedy = "Divide by 255." if BRIGHTEST < highest <= 255 else "Check the node that made them."
-        raise InputError(f"{name} must be {expected}, found {what} in number {number} of {len(batch)}. {remedy}")
+        where = f" in number {number} of {len(batch)}" if len(batch) > 1 else ""
+        raise InputError(f"{name} must be {expected}, found {what}{where}. {remedy}")
 
 
 def _number(one: io.Input, value: Any) -> float:

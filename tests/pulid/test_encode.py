@@ -283,8 +283,7 @@ def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
     ("settings", "words"),
     [
         ({"photos": "one person", "counts": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
-        ({"photos": "average", "counts": (1.0, -1.0)}, "0 or more"),
-        ({"photos": "average", "counts": (0.0, 0.0)}, "not all 0"),
+        ({"photos": "average", "counts": (0.0, 0.0)}, "not all be 0"),
     ],
 )
 @torch.inference_mode()
