@@ -279,6 +279,7 @@ def test_hashes_are_compared_where_asked_for(tmp_path):
     assert entry.fault.startswith("sha256 ") and not entry.whole
     assert heard[-1] == catalogue.V1_1.size
     assert "ALTERED" in inventory.table(entries) and entry.fault in inventory.table(entries)
+    assert "ALTERED" not in inventory.table(inventory.inventory(folders_below(tmp_path)))
 
 
 # ---- The text ----
@@ -494,14 +495,3 @@ def test_doctor_and_models_run_where_nothing_is_installed_yet(tmp_path):
     report = said("doctor")
     assert "no torch here, so this is not ComfyUI's Python" in report
     assert "ComfyUI   none found" in report
-
-
-def test_an_altered_file_of_the_right_size_is_named_where_hashes_are_compared(tmp_path):
-    place = tmp_path / "facexlib" / catalogue.BISENET.name
-    place.parent.mkdir()
-    with place.open("wb") as altered:
-        altered.truncate(catalogue.BISENET.size)
-    folders = locate.ModelFolders({"facexlib": [place.parent]})
-    by_hash = doctor.files(folders, lambda file, done: None)
-    assert [finding.text for finding in by_hash if "ALTERED: sha256" in finding.text]
-    assert [finding.text for finding in doctor.files(folders) if "ALTERED" in finding.text] == []
