@@ -87,22 +87,30 @@ def read_mask(mask: object, name: str, as_given: bool = False) -> Tensor:
 
 
 def _image(one: io.Input, value: object) -> Tensor:
-    remedy = "Connect a node that gives an IMAGE."
     expected = "an image batch (pictures, height, width, channels) of floats 0 to 1, with 1, 3 or 4 channels"
     if not isinstance(value, Tensor):
-        _refuse(one.id, expected, value, "Put VAE Decode between." if _named(value) == "a LATENT" else remedy)
-    if value.ndim == 3:
-        remedy = "Is it a mask? Put Convert Mask to Image between. A single picture needs a first dimension of 1."
-    elif value.ndim == 4 and value.shape[-1] not in (1, 3, 4) and value.shape[1] in (1, 3, 4):
-        remedy = "Its channels come first: move them last."
-    elif value.ndim == 4 and value.numel() == 0:
-        remedy = "The image batch is empty: connect at least one picture."
-    elif value.dtype not in FLOATS:
-        remedy = "Convert it to floats, 0 for black and 1 for white."
-    if value.ndim != 4 or value.shape[-1] not in (1, 3, 4) or value.numel() == 0 or value.dtype not in FLOATS:
+        _refuse(one.id, expected, value, "Put VAE Decode between." if _named(value) == "a LATENT" else CONNECT)
+    if remedy := _no_image(value):
         _refuse(one.id, expected, value, remedy)
     _check_range(one.id, expected, value)
     return value.expand(-1, -1, -1, 3) if value.shape[-1] == 1 else value
+
+
+CHANNELS = (1, 3, 4)
+CONNECT = "Connect a node that gives an IMAGE."
+
+
+def _no_image(value: Tensor) -> str:
+    """What helps against a tensor that is no image batch; nothing where it is one."""
+    if value.ndim == 3:
+        return "Is it a mask? Put Convert Mask to Image between. A single picture needs a first dimension of 1."
+    if value.ndim == 4 and value.shape[-1] not in CHANNELS and value.shape[1] in CHANNELS:
+        return "Its channels come first: move them last."
+    if value.ndim == 4 and not value.numel():
+        return "The image batch is empty: connect at least one picture."
+    if value.dtype not in FLOATS:
+        return "Convert it to floats, 0 for black and 1 for white."
+    return "" if value.ndim == 4 and value.shape[-1] in CHANNELS else CONNECT
 
 
 def _check_range(name: str, expected: str, batch: Tensor, most: float = BRIGHTEST) -> None:

@@ -162,31 +162,31 @@ class PulidLikenessGate(io.ComfyNode):
         count: list[int], when_none: list[str], identity: list[IdEmbedding | None] | None = None,
         reference: list[Tensor] | None = None, strangers: list[Tensor] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        loaded, keep_, least, most, none, person = only_ones(
+        loaded, kept, least, most, none, person = only_ones(
             pulid=pulid, keep=keep, threshold=threshold, count=count, when_none=when_none, identity=identity or [None]
         )
+        rule = Rule(kept, least, most, best_if_none=none == "best one")
         pictures = rows(images)
         looked_at = _Looking(loaded, pictures, rows(reference), rows(strangers))
         people = looked_at.people(person)
         seen = looked_at.pictures("Picture", pictures)
-        likenesses = [match(one.embeddings, people) for one in seen]
         floor = looked_at.floor(people)
+
+        likenesses = [match(one.embeddings, people) for one in seen]
         scores = [likeness.score for likeness in likenesses]
-        rule = Rule(keep_, least, most, best_if_none=none == "best one")
-        passed = passing(scores, rule)
         numbers = [MISSING if score is None else score for score in scores]
-        ranked = sorted(range(len(pictures)), key=lambda index: -numbers[index])
-        rejected = [index for index in ranked if index not in passed]
+        passed = passing(scores, rule)
+        rejected = sorted({*range(len(pictures))} - {*passed}, key=lambda index: (-numbers[index], index))
+
         title = f"{len(passed)} of {len(pictures)} pass"
-        columns = [
-            Column(read_photo(pictures[i]), i + 1, scores[i], i in passed, _shown_face(seen[i], likenesses[i]))
-            for i in (*passed, *rejected)
-        ]
-        line = None if keep_ == "best" else least
-        chart = score_chart(columns, line, floor, title).float().div_(255)[None]
         boxes = [_shown_face(*pair) for pair in zip(seen, likenesses, strict=True)]
-        looked_at.notes += notes_on("Picture", pictures, boxes)
-        text = [*_said(title, likenesses, rule, floor), *looked_at.notes, FLATTERED]
+        columns = [
+            Column(read_photo(pictures[i]), i + 1, scores[i], i in passed, boxes[i]) for i in (*passed, *rejected)
+        ]
+        line = None if rule.keep == "best" else rule.threshold
+        chart = score_chart(columns, line, floor, title).float().div_(255)[None]
+        notes = [*looked_at.notes, *notes_on("Picture", pictures, boxes)]
+        text = [*_said(title, likenesses, rule, floor), *notes, FLATTERED]
         shown = {**ui.PreviewImage(chart, cls=cls).as_dict(), "text": text}
         return io.NodeOutput(
             _batches(pictures, passed), _batches(pictures, rejected), numbers, report(likenesses, passed), chart,
