@@ -1,6 +1,6 @@
 """The sites by themselves on a card, for bench_card.py: against the references, float64, and what must be moved."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..pulid.attention import METHODS, Fusion, SiteKV, fuse
+from ..pulid.attention import METHODS, Fusion, HeadKV, SiteKV, fuse
 from ..pulid.kernels import fuse_for
 from .card import FULL, TOKENS, WEIGHT, Bench, Card, Figure
 from .conformance import FOLDER, Reference, attention_official, attention_shared_workflows
 
 HEAD = 64  # channels of one
+
+
+def bound(function: Callable[..., Tensor], kv: HeadKV, fusion: Fusion) -> Callable[..., Tensor]:
+    """What takes the same as `fuse`, with these keys and values: to be called with (q, base, rows)."""
+    return lambda q, base, rows, **more: function(q, base, kv, rows, fusion, **more)
+
+
+WAYS = {"fused": lambda kv, fusion: bound(fuse_for(kv), kv, fusion), "eager": partial(bound, fuse)}
 
 
 def correctness(bench: Bench) -> Iterator[Figure]:
@@ -25,11 +33,14 @@ def correctness(bench: Bench) -> Iterator[Figure]:
     from . import host_unet
 
     reference = Reference(FOLDER, bench.card.kind)
-    ways = {"fused": lambda q, base, kv, *more, **named: fuse_for(kv)(q, base, kv, *more, **named), "eager": fuse}
-    for way, attend in ways.items():
+    for name, way in WAYS.items():
+
+        def attend(q, base, kv, rows, fusion, way=way, **more):
+            return way(kv, fusion)(q, base, rows, **more)
+
         for part in (attention_official, attention_shared_workflows):
             errors = [line.error for line in part(reference, attend)]
-            yield where(f"{part.__name__}, {way}: worst of {len(errors)}", max(errors), "", 2e-5)
+            yield where(f"{part.__name__}, {name}: worst of {len(errors)}", max(errors), "", 2e-5)
     for line in host_unet.lines(reference):
         yield where(line.vector, line.error, "", 2e-5)
 
@@ -76,7 +87,7 @@ class Site:
             # As the projections compute, whatever they are stored in.
             tokens = self.tokens.to(torch.promote_types(q.dtype, torch.float32))
             kv = SiteKV(self._linear("id_k", tokens), self._linear("id_v", tokens)).prepare(heads, 8, WEIGHT, q.dtype)
-            attended = fuse_for(kv)(q, attended, kv, [1, 0], fusion)
+            attended = WAYS["fused"](kv, fusion)(q, attended, [1, 0])
         return self._linear("out", attended)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
@@ -99,11 +110,12 @@ def launches(bench: Bench) -> Iterator[Figure]:
         method = versions["v1"]
         q, base, kv = parts_of_a_site(bench, bench.widths[-1], 2)
         prepared = kv.prepare(q.shape[-1] // HEAD, method.zero_tokens, WEIGHT)
-        for way, function in (("fused", fuse_for(prepared)), ("eager", fuse)):
-            function(q, base, prepared, [1, 0], method.fusion)
+        for way, of in WAYS.items():
+            attend = of(prepared, method.fusion)
+            attend(q, base, [1, 0])
             bench.card.wait()
             with profile(activities=[activity]) as profiled:
-                function(q, base, prepared, [1, 0], method.fusion)
+                attend(q, base, [1, 0])
                 bench.card.wait()
             kernels = [event for event in profiled.events() if event.device_type.name != "CPU"]
             yield Figure("launches", f"kernels per site, {name}, {way}", len(kernels))
@@ -121,13 +133,10 @@ def limit(bench: Bench) -> Iterator[Figure]:
             sites = [parts_of_a_site(bench, width, batch) for width in bench.widths]
             moved = passes * sum(q.nbytes for q, _, _ in sites)
             prepared = [kv.prepare(q.shape[-1] // HEAD, method.zero_tokens, WEIGHT) for q, _, kv in sites]
-            ways = {"fused": [fuse_for(kv) for kv in prepared], "eager": [fuse] * len(sites)}
             floor = moved / bandwidth / 1e6  # ms
-            for way, functions in ways.items():
-                called = [
-                    partial(function, q, base, kv, rows, method.fusion)
-                    for function, (q, base, _), kv in zip(functions, sites, prepared, strict=True)
-                ]
+            for way, of in WAYS.items():
+                fusing = (of(kv, method.fusion) for kv in prepared)
+                called = [partial(attend, q, base, rows) for attend, (q, base, _) in zip(fusing, sites, strict=True)]
                 taken = card.medians({way: card.as_one(called)}, bench.repeats)[way]
                 target_ratio = 1.5 if way == "fused" and card.kind != "cpu" else None
                 yield Figure("limit", f"70 sites, batch {batch}, {name}, {way}", taken, "ms")
