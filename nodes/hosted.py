@@ -22,10 +22,10 @@ from ..hosted import api, job, journal, references
 from ..hosted.pictures import Outcome
 from ..hosted.queue import SubmitOptions
 from ..hosted.service import Limits, Report, Service, Watch, open_service, read_guard
-from ..pulid.errors import InputError, about
+from ..pulid.errors import InputError
 from . import host
 from .background import run_in_background
-from .lists import rows
+from .lists import each
 from .texts import described
 
 CATEGORY = "PuLID"
@@ -164,7 +164,7 @@ def _options(values: Mapping[str, Any]) -> SubmitOptions:
 def _as_job(values: Mapping[str, Any]) -> job.Job:
     """A node's values, by name, as a job. Encodes the photographs, so it is called in the background."""
     as_is = values["reference_size"] == "as is"
-    photos = _encoded(values["reference_images"], as_is)
+    photos = each(values["reference_images"], lambda image: references.encode(image, as_is))
     photos += references.read_lines(values["reference_urls"], as_is)
     preset = values["image_size"]
     request = api.read_request(
@@ -185,15 +185,6 @@ def _as_job(values: Mapping[str, Any]) -> job.Job:
         limits=_limits(values),
         give_up=_given_up(values["force_resubmit"]),
     )
-
-
-def _encoded(batches: Sequence[Tensor] | None, as_is: bool) -> list[references.Reference]:
-    """All photographs of a list of batches. Raises InputError with the number of one that cannot be used."""
-    photographs, encoded = rows(batches), []
-    for number, photograph in enumerate(photographs, start=1):
-        with about(f"Photograph {number} of {len(photographs)}"):
-            encoded.append(references.encode(photograph, as_is))
-    return encoded
 
 
 def _limits(values: Mapping[str, Any]) -> Limits:
@@ -406,7 +397,7 @@ class PulidHostedUpload(io.ComfyNode):
             raise InputError("There is nothing to upload: connect at least one photograph, or choose a file.")
 
         async def work(service: Service) -> list[str]:
-            photos = _encoded(image, as_is)
+            photos = each(image, lambda picture: references.encode(picture, as_is))
             photos += [references.read_file(host.input_folder(), name) for name in names]
             return await job.upload(photos, seconds, service)
 

@@ -18,9 +18,11 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_execution.graph import ExecutionBlocker
-from pulid_sdxl.nodes import host, hosted, people
+from pulid_sdxl.hosted import references
+from pulid_sdxl.nodes import host, people
 from pulid_sdxl.nodes.apply import PulidApply
 from pulid_sdxl.nodes.closeup import PulidFaceCrop, PulidFacePaste
+from pulid_sdxl.nodes.lists import each
 from pulid_sdxl.nodes.people import PulidApplyPeople, PulidBestPhotos, PulidLikenessGate, PulidPlacePeople
 from pulid_sdxl.pulid.cache import ResultCache
 from pulid_sdxl.pulid.closeup import Place
@@ -401,7 +403,7 @@ HERE, ELSEWHERE = Place((0, 0, 64, 64), (300, 200)), Place((0, 0, 64, 64), (64, 
         (lambda: best_photos(*BROKEN[::2], torch.cat(BROKEN)), "in number 3 of 4.* number 3 of the 3 in the list"),
         (lambda: gate(*FOUR, strangers=BROKEN), "strangers must be .* number 2 of the 3"),
         (lambda: best_photos(picture(), torch.zeros(1, 4, 4, 3)), "Photograph 2 of 2: A photograph of 4 x 4"),
-        (lambda: hosted._encoded(BROKEN, False), "Photograph 3 of 4: A reference picture holds NaN"),
+        (lambda: each(BROKEN, references.encode), "Photograph 3 of 4: A reference picture holds NaN"),
     ],
 )
 def test_one_of_several_that_cannot_be_used_is_named(call, words):
