@@ -257,15 +257,12 @@ def test_people_of_a_draft_get_masks_in_order_and_their_boxes_make_the_same_ones
     assert torch.equal(again[0], masks) and again[2] == boxes
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({}, "Connect a draft picture, or write one box a line"),
-        ({"image": picture((50, 50, 0))}, "shows 1 face, and 2 people"),
-        ({"image": torch.cat([picture()] * 2)}, "A draft is one picture, found 2"),
-        ({"boxes": "0 0 1 1"}, "1 boxes for 2 people"),
-    ],
-)
+@pytest.mark.parametrize(("given", "words"), [
+    ({}, "Connect a draft picture, or write one box a line"),
+    ({"image": picture((50, 50, 0))}, "shows 1 face, and 2 people"),
+    ({"image": torch.cat([picture()] * 2)}, "A draft is one picture, found 2"),
+    ({"boxes": "0 0 1 1"}, "1 boxes for 2 people"),
+])  # fmt: skip
 def test_who_cannot_be_placed_is_said(given, words):
     with pytest.raises(InputError, match=words):
         place(**given)
@@ -317,14 +314,11 @@ def test_exchanged_people_exchange_places(model, pulid):
     assert (there - made(second, first, masks=masks)).abs().max() > 0.1 * effect
 
 
-@pytest.mark.parametrize(
-    ("masks", "weights", "words"),
-    [
-        (torch.ones(3, 8, 8), "0.8", "2 identities and 3 masks"),
-        (torch.ones(2, 8, 8), "0.8, 1, 2", "one for each of 2 people"),
-        (torch.ones(2, 8, 8), "0.8, 9", "Weight 2 of 2 must be a number from -1 to 5, found '9'"),
-    ],
-)
+@pytest.mark.parametrize(("masks", "weights", "words"), [
+    (torch.ones(3, 8, 8), "0.8", "2 identities and 3 masks"),
+    (torch.ones(2, 8, 8), "0.8, 1, 2", "one for each of 2 people"),
+    (torch.ones(2, 8, 8), "0.8, 9", "Weight 2 of 2 must be a number from -1 to 5, found '9'"),
+])  # fmt: skip
 def test_people_who_do_not_fit_are_refused(model, pulid, masks, weights, words):
     with pytest.raises(InputError, match=words):
         apply_people(model, pulid, identity(0, 40), masks, weights)
@@ -392,20 +386,17 @@ BROKEN = [BATCH, picture() * float("nan"), picture()]
 HERE, ELSEWHERE = Place((0, 0, 64, 64), (300, 200)), Place((0, 0, 64, 64), (64, 64))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: PulidFaceCrop.execute(loaded(), BATCH, "largest", 0, 64, 2.0), "Picture 2 of 2: No face"),
-        (lambda: PulidFaceCrop.execute(loaded(), BATCH, "largest", 1, 64, 2.0), "Picture 1 of 2: There is no face"),
-        (lambda: PulidFacePaste.execute(BATCH, BATCH[:, :64, :64], [HERE, ELSEWHERE], 0.1), "Picture 2 of 2: The crop"),
-        (lambda: place(boxes="0 0 1 1\n0 1 0 1"), "Line 2 of boxes"),
-        (lambda: best_photos(*BROKEN), "images must be .* That is number 2 of the 3 in the list"),
-        (lambda: best_photos(*BROKEN[::2], torch.cat(BROKEN)), "in number 3 of 4.* number 3 of the 3 in the list"),
-        (lambda: gate(*FOUR, strangers=BROKEN), "strangers must be .* number 2 of the 3"),
-        (lambda: best_photos(picture(), torch.zeros(1, 4, 4, 3)), "Photograph 2 of 2: A photograph of 4 x 4"),
-        (lambda: each(BROKEN, references.encode), "Photograph 3 of 4: A reference picture holds NaN"),
-    ],
-)
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: PulidFaceCrop.execute(loaded(), BATCH, "largest", 0, 64, 2.0), "Picture 2 of 2: No face"),
+    (lambda: PulidFaceCrop.execute(loaded(), BATCH, "largest", 1, 64, 2.0), "Picture 1 of 2: There is no face"),
+    (lambda: PulidFacePaste.execute(BATCH, BATCH[:, :64, :64], [HERE, ELSEWHERE], 0.1), "Picture 2 of 2: The crop"),
+    (lambda: place(boxes="0 0 1 1\n0 1 0 1"), "Line 2 of boxes"),
+    (lambda: best_photos(*BROKEN), "images must be .* That is number 2 of the 3 in the list"),
+    (lambda: best_photos(*BROKEN[::2], torch.cat(BROKEN)), "in number 3 of 4.* number 3 of the 3 in the list"),
+    (lambda: gate(*FOUR, strangers=BROKEN), "strangers must be .* number 2 of the 3"),
+    (lambda: best_photos(picture(), torch.zeros(1, 4, 4, 3)), "Photograph 2 of 2: A photograph of 4 x 4"),
+    (lambda: each(BROKEN, references.encode), "Photograph 3 of 4: A reference picture holds NaN"),
+])  # fmt: skip
 def test_one_of_several_that_cannot_be_used_is_named(call, words):
     with pytest.raises(InputError, match=words):
         call()

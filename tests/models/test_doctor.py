@@ -75,14 +75,10 @@ def test_a_hollow_package_is_named_with_how_it_got_so_and_the_command(package, m
         assert "pip" in finding.remedy
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "raise OSError('libcudart.so.12: cannot open shared object file')",
-        "raise ImportError('DLL load failed while importing x')",
-        "def broken(",
-    ],
-)
+@pytest.mark.parametrize("source", [
+    "raise OSError('libcudart.so.12: cannot open shared object file')",
+    "raise ImportError('DLL load failed while importing x')", "def broken(",
+])  # fmt: skip
 def test_a_broken_package_is_named_with_its_own_words_and_the_command(package, source):
     package("insightface", source)
 
@@ -120,14 +116,11 @@ def test_a_fault_of_what_a_package_is_built_on_is_told_as_that(package, other, m
 
 
 @pytest.mark.parametrize("source", ["raise ImportError('DLL load failed')", ""], ids=["broken", "hollow"])
-@pytest.mark.parametrize(
-    ("builds", "commands"),
-    [
-        (["onnxruntime-gpu"], "onnxruntime-gpu"),
-        (["onnxruntime", "onnxruntime-gpu"], "uninstall -y onnxruntime onnxruntime-gpu .*install onnxruntime-gpu\n"),
-        (["opencv-python", "opencv-contrib-python"], "uninstall -y opencv-python .*install opencv-contrib-python\n"),
-    ],
-)
+@pytest.mark.parametrize(("builds", "commands"), [
+    (["onnxruntime-gpu"], "onnxruntime-gpu"),
+    (["onnxruntime", "onnxruntime-gpu"], "uninstall -y onnxruntime onnxruntime-gpu .*install onnxruntime-gpu\n"),
+    (["opencv-python", "opencv-contrib-python"], "uninstall -y opencv-python .*install opencv-contrib-python\n"),
+])  # fmt: skip
 def test_the_build_that_was_chosen_is_the_one_to_install_and_never_a_second(
     package, monkeypatch, builds, commands, source
 ):
@@ -170,14 +163,10 @@ class Distribution:
         self.metadata, self.version = {"Name": name}, "1.0"
 
 
-@pytest.mark.parametrize(
-    ("names", "keep"),
-    [
-        (["onnxruntime", "onnxruntime_directml"], "onnxruntime-directml"),
-        (["onnxruntime", "onnxruntime-gpu", "onnxruntime-rocm"], "onnxruntime-gpu"),
-        (["onnxruntime-gpu"], None),
-    ],
-)
+@pytest.mark.parametrize(("names", "keep"), [
+    (["onnxruntime", "onnxruntime_directml"], "onnxruntime-directml"),
+    (["onnxruntime", "onnxruntime-gpu", "onnxruntime-rocm"], "onnxruntime-gpu"), (["onnxruntime-gpu"], None),
+])  # fmt: skip
 def test_two_builds_of_onnxruntime_are_one_too_many(monkeypatch, names, keep):
     names = [*names, "onnx", "onnxruntime-extensions", "numpy"]
     monkeypatch.setattr(doctor, "distributions", lambda: [Distribution(name) for name in names])
@@ -445,13 +434,10 @@ def test_doctor_fails_while_something_is_to_be_done(run, monkeypatch, tmp_path, 
     assert capsys.readouterr().out.strip().endswith(last)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "Name its folder with --comfyui, or its models with --models"),
-        (["--models", ".", "--download", "https://evil.example/x"], "No file 'https://evil.example/x' is known"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "Name its folder with --comfyui, or its models with --models"),
+    (["--models", ".", "--download", "https://evil.example/x"], "No file 'https://evil.example/x' is known"),
+])  # fmt: skip
 def test_models_says_what_it_does_not_know(run, capsys, arguments, words):
     assert run.main(["models", *arguments]) == 2
     assert words in capsys.readouterr().err

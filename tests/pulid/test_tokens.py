@@ -111,13 +111,10 @@ def test_numbers_are_one_for_all_or_one_each(text, count, numbers):
     assert read_weights(text, count, "people", least=-1) == numbers
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        *((text, r"one for each of 3 people, .*found ") for text in ("", "1, 2")),
-        *((f"1, {bad}, 3", rf"Weight 2 of 3 .* from 0 to 5, found '{bad}'") for bad in ("x", "nan", "inf", "-1", "6")),
-    ],
-)
+@pytest.mark.parametrize(("text", "words"), [
+    *((text, r"one for each of 3 people, .*found ") for text in ("", "1, 2")),
+    *((f"1, {bad}, 3", rf"Weight 2 of 3 .* from 0 to 5, found '{bad}'") for bad in ("x", "nan", "inf", "-1", "6")),
+])  # fmt: skip
 def test_other_texts_are_no_weights_and_the_wrong_one_is_named(text, words):
     with pytest.raises(InputError, match=words):
         read_weights(text, 3, "people", 0, 5)
