@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The pack's commands. Each sets up what it needs, once: a .venv beside this file, and a ComfyUI.
+"""The pack's commands. These set up what they need, once: a .venv beside this file, and a ComfyUI.
 
     python3 run.py demo             a picture of the person in a photograph, through ComfyUI's own server
     python3 run.py test             all tests, those that need ComfyUI once on every ComfyUI given
@@ -14,12 +14,14 @@ These set up nothing and use what is there; start them with the Python that star
     python run.py hosted list       requests to the hosted service that are known here; `hosted forget` deletes them
     python run.py batch             a graph and a table become pictures, over as many GPUs as there are
 
-ComfyUI is looked for in --comfyui, COMFYUI_PATH (several: separated like PATH), around this folder when it lies in
-custom_nodes, and in ~/comfy/ComfyUI; otherwise the official repository is cloned into .cache/.
+`run.py COMMAND --help` says what each takes. `models` and `doctor` exit with 1 while something is to be done.
 
-Standard library only, and for the last three parts of the pack that need no more; what developers use lies in
-tools/develop.py. A new command is a function that takes (hosts, rest) and a line in COMMANDS.
+ComfyUI is looked for in --comfyui FOLDER, COMFYUI_PATH (several: separated like PATH), around this folder when it lies
+in custom_nodes, and in ~/comfy/ComfyUI; demo, test and bench clone the official repository where there is none.
 """
+
+# Standard library only, and of the pack what needs no more; what developers use lies in tools/develop.py. A new command
+# is a function that takes (hosts, rest), a line in COMMANDS and one above.
 
 from __future__ import annotations  # so that an older Python gets to its message
 
@@ -95,6 +97,7 @@ def places(
     from pulid_sdxl.models.extra_model_paths import model_paths
     from pulid_sdxl.models.locate import ModelFolders, other_programs
 
+    parser.epilog = "--comfyui FOLDER names the ComfyUI; run.py --help says where it is looked for."
     parser.add_argument("--models", type=Path, metavar="DIR", help="a ComfyUI `models` folder; else the ComfyUI's own")
     parser.add_argument("--extra-model-paths", type=Path, action="append", default=[], metavar="FILE.yaml")
     known = parser.parse_args(rest)
@@ -110,7 +113,6 @@ def places(
 
 def models(hosts: list[Path], rest: list[str], needs: tuple[Need, ...] | None = None) -> int:
     """The table of files; 1 if the loader lacks any. `needs` stands in for those of the catalogue."""
-    mount_pack()
     from pulid_sdxl.models import catalogue, inventory
 
     files = tuple(file for need in needs for file in need.files) if needs else catalogue.CATALOGUE
@@ -193,24 +195,21 @@ def show_progress(what: str, done: int, total: int | None) -> None:
 
 
 def doctor(hosts: list[Path], rest: list[str]) -> int:
-    mount_pack()
+    """The report; 1 if it says that something is to be done."""
     from pulid_sdxl.models import doctor
-    from pulid_sdxl.pulid.errors import PulidError
 
     parser = argparse.ArgumentParser(prog="run.py doctor", description="Says what is installed and what is wrong.")
     parser.add_argument("--package", help=argparse.SUPPRESS)  # how it asks itself, see ask
-    try:
-        known, folders = places(parser, hosts, rest)
-    except PulidError as error:
-        raise Failure(str(error)) from error
+    known, folders = places(parser, hosts, rest)
     if known.package:
         print(MARK + json.dumps([finding.__dict__ for finding in doctor.try_package(known.package)]))
         return 0
     around = HERE.parent if HERE.parent.name == "custom_nodes" else hosts[0] / "custom_nodes" if hosts else None
     host = hosts[0] if hosts else None
-    print(doctor.report(folders, host, around if around and around.is_dir() else None, ask, progress=checking))
+    findings = doctor.examine(folders, host, around if around and around.is_dir() else None, ask, progress=checking)
     show_progress("", 0, None)
-    return 0
+    print(doctor.text_of(findings))
+    return int(any(finding.remedy for finding in findings))
 
 
 MARK = "FOUND "  # what follows is ours; packages print at import
@@ -237,37 +236,41 @@ def ask(package: str) -> list:
 
 
 def span(text: str) -> float:
-    """30d, 12h -> seconds. Raises ValueError or TypeError, as argparse wants it."""
-    return int(text[:-1]) * {"d": 24.0 * 3600, "h": 3600.0}.get(text[-1:])  # type: ignore[operator]
+    """30d, 12h -> seconds."""
+    number, unit = text[:-1], {"d": 24.0 * 3600, "h": 3600.0}.get(text[-1:])
+    if unit is None or not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected days or hours, such as 30d or 12h, found {text!r}")
+    return int(number) * unit
 
 
 def hosted(hosts: list[Path], rest: list[str]) -> int:
     """Lists or forgets what this machine keeps of hosted requests, those of every user with --multi-user."""
-    mount_pack()
     from pulid_sdxl.hosted import journal
-    from pulid_sdxl.pulid.errors import PulidError
 
     parser = argparse.ArgumentParser(prog="run.py hosted", description=hosted.__doc__)
     parser.add_argument("action", choices=["list", "forget"])
-    parser.add_argument("ids", nargs="*", metavar="ID", help="requests to forget, as `list` names them")
+    parser.add_argument("ids", nargs="*", default=[], metavar="ID", help="requests to forget, as `list` names them")
     parser.add_argument("--all", action="store_true", help="forget all")
     parser.add_argument("--older-than", type=span, metavar="30d", help="forget what is older: days (d) or hours (h)")
     parser.add_argument("--user-directory", type=Path, metavar="DIR", help="a ComfyUI `user` folder; else its own")
     known = parser.parse_args(rest)
     if known.user_directory is None and not hosts:
         raise Failure("No ComfyUI found. Name its folder with --comfyui, or its user folder with --user-directory.")
+    if known.user_directory and not known.user_directory.is_dir():
+        raise Failure(f"{known.user_directory} is not a folder. Expected a ComfyUI `user` folder.")
     private = (known.user_directory or hosts[0] / "user") / "__pulid"
     files = sorted(private.glob(f"**/{journal.JOURNAL_FILE}"))
-    try:
-        if known.action == "list":
-            print(journal.listing(row for file in files for row in journal.Journal(file).rows()))
-            return 0
-        seconds = 0.0 if known.all else known.older_than
-        if seconds is None and not known.ids:
-            raise Failure("Say what to forget: ids, --all, or --older-than 30d.")
-        print(f"{sum(journal.forget(file.parent, known.ids, seconds) for file in files)} forgotten.")
-    except PulidError as error:
-        raise Failure(str(error)) from error
+    if known.action == "list":
+        print(journal.listing(row for file in files for row in journal.Journal(file).rows()))
+        return 0
+    seconds = 0.0 if known.all else known.older_than
+    if seconds is None and not known.ids:
+        raise Failure("Say what to forget: ids, --all, or --older-than 30d.")
+    rows = [row for file in files for row in journal.Journal(file).rows()]
+    unknown = {*known.ids} - {name for row in rows for name in (row.request_id, row.name)}
+    if unknown:
+        raise Failure(f"Not known here: {', '.join(sorted(unknown))}. Nothing was forgotten; see: run.py hosted list")
+    print(f"{sum(journal.forget(file.parent, known.ids, seconds) for file in files)} forgotten.")
     return 0
 
 
@@ -289,38 +292,39 @@ def need_tools() -> None:
     """For commands that only the repository has: what is installed from the registry has no tools/."""
     if not (ROOT / "tools").is_dir():
         raise Failure("This command comes with the repository of PuLID for SDXL; what is installed here lacks it.")
-    mount_pack()
 
 
-COMMANDS: dict[str, tuple[Command, str]] = {
-    "demo": (partial(developer, "demo"), "make a picture of the person in a photograph"),
-    "test": (partial(developer, "test"), "run all tests; further arguments go to pytest"),
-    "lint": (partial(developer, "lint"), "run ruff and mypy"),
-    "conformance": (partial(developer, "conformance"), "compare with the reference vectors in a folder"),
-    "bench": (partial(developer, "bench"), "measure what the pack costs"),
-    "models": (models, "list the weight files, and fetch what is missing"),
-    "doctor": (doctor, "say what is installed and what is wrong"),
-    "hosted": (hosted, "list or forget what is kept of requests to the hosted service"),
-    "batch": (batch, "run a graph for every row of a table, on all GPUs that Ray has"),
+COMMANDS: dict[str, Command] = {
+    **{name: partial(developer, name) for name in ("demo", "test", "lint", "conformance", "bench")},
+    "models": models,
+    "doctor": doctor,
+    "hosted": hosted,
+    "batch": batch,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
+    mount_pack()
+    from pulid_sdxl.pulid.errors import PulidError
+
     parser = argparse.ArgumentParser(
         description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, line) in COMMANDS.items():
+    parser.add_argument("--comfyui", metavar="FOLDER")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name in COMMANDS:
         # Help after a command is the tool's own.
-        command = commands.add_parser(name, help=line, add_help=False, allow_abbrev=False)
-        command.add_argument("--comfyui", metavar="FOLDER")
+        command = commands.add_parser(name, add_help=False, allow_abbrev=False)
+        command.add_argument("--comfyui", metavar="FOLDER", default=argparse.SUPPRESS)  # here or before
     known, rest = parser.parse_known_args(arguments)
+    if known.command is None:
+        parser.exit(2, parser.format_help())
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # in order with what the processes started from here print
     asks = known.command == "lint" or {"-h", "--help"} & {*rest}  # these are answered whatever a ComfyUI is like
     try:
-        return COMMANDS[known.command][0]([] if asks else find_hosts(known.comfyui), rest)
-    except Failure as failure:
+        return COMMANDS[known.command]([] if asks else find_hosts(known.comfyui), rest)
+    except (Failure, PulidError) as failure:
         print(failure, file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -47,15 +47,15 @@ class Finding:
     remedy: str = ""
 
 
-def report(
+def examine(
     folders: ModelFolders | None,
     comfyui: Path | None,
     custom_nodes: Path | None,
     ask: Callable[[str], list[Finding]] | None = None,
     environment: Mapping[str, str] = os.environ,
     progress: Callable[[WeightFile, int], None] | None = None,
-) -> str:
-    """The whole report.
+) -> list[Finding]:
+    """All there is to find; `text_of` makes the report of it.
 
     ask       tries a package and says what it found; by default in this process, which a broken library can end
     progress  hears the bytes read while hashes are compared; without it sizes are
@@ -73,8 +73,7 @@ def report(
         if folders
         else [Finding("files", "no models folder is known", "Name one: --models DIR")]
     )
-    findings += neighbours(custom_nodes) if custom_nodes else []
-    return text_of(findings)
+    return [*findings, *(neighbours(custom_nodes) if custom_nodes else [])]
 
 
 def advice(folders: ModelFolders, of_files: bool = True) -> str:
@@ -188,7 +187,9 @@ def torch_devices() -> list[Finding]:
 
 
 def onnx_providers() -> list[Finding]:
-    """Every provider that is offered, and whether it loads."""
+    """Every provider that is offered, and whether it loads beside torch, which brings CUDA's libraries in ComfyUI."""
+    with suppress(MissingPackage):  # which is a finding of its own
+        import_package("torch")
     findings = []
     for asked in available_providers():
         name, reason = provider_in_use(list(dict.fromkeys((asked, "CPUExecutionProvider"))))

@@ -1,6 +1,6 @@
 """What of the catalogue is there: where, whether it is whole, and what is still to be fetched."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,22 +51,29 @@ def lacking(entries: Iterable[Entry], needs: Iterable[Need] = NEEDS) -> list[Wei
 
 def table(entries: Sequence[Entry]) -> str:
     """One paragraph for each file: what it is, where it lies or comes from, and whether it is whole."""
-    inputs = {file.name: f"PuLID_Loader: {need.input}" for need in NEEDS for file in need.files}
-    rows = [("file", "size", "state", "needed by", "licence")]
-    for entry in entries:
-        size = entry.path.stat().st_size if entry.path else entry.file.size
-        size_words = f"{size / 1e6:.0f} MB" if size else ""
-        needed = inputs.get(entry.file.name, "in place of the two of antelopev2")
-        rows.append((entry.file.name, size_words, entry.verdict.partition(":")[0], needed, entry.file.licence))
+    rows = [("file", "size", "state", "needed by", "licence"), *map(_cells, entries)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for number, entry in enumerate(entries, start=1):
-        lines[number] += f"\n    {shown(entry.path) if entry.path else entry.file.url}"
-        if not entry.file.sha256:
-            lines[number] += f"\n    checked by {entry.file.checked_by}"
-        if entry.fault:
-            lines[number] += f"\n    {entry.fault}: delete it, or let --download replace it"
-    return "\n".join(lines)
+    paragraphs = ("\n    ".join((line, *_below(entry))) for line, entry in zip(lines[1:], entries, strict=True))
+    return "\n".join((lines[0], *paragraphs))
+
+
+INPUTS = {file.name: f"PuLID_Loader: {need.input}" for need in NEEDS for file in need.files}
+
+
+def _cells(entry: Entry) -> tuple[str, ...]:
+    size = entry.path.stat().st_size if entry.path else entry.file.size
+    needed = INPUTS.get(entry.file.name, "in place of the two of antelopev2")
+    state = entry.verdict.partition(":")[0]
+    return entry.file.name, f"{size / 1e6:.0f} MB" if size else "", state, needed, entry.file.licence
+
+
+def _below(entry: Entry) -> Iterator[str]:
+    yield shown(entry.path) if entry.path else entry.file.url
+    if not entry.file.sha256:
+        yield f"checked by {entry.file.checked_by}"
+    if entry.fault:
+        yield f"{entry.fault}: delete it, or let --download replace it"
 
 
 def _entry(file: WeightFile, path: Path | None, progress: Callable[[WeightFile, int], None] | None) -> Entry:

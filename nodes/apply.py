@@ -174,10 +174,10 @@ def apply(model: ModelPatcher, weights: PulidWeights, identity: IdEmbedding, how
     mask = None
     if how.attn_mask is not None:
         read = read_mask(how.attn_mask, "attn_mask", as_given=how.older)
+        if not read.any():
+            host.say(EMPTY_MASK)
+            return model
         mask = TokenMask(read, "bilinear" if how.older else "area")
-    if mask is not None and not mask.mask.any():
-        host.say(EMPTY_MASK)
-        return model
     site_weights = [
         weight if host.cross_attention(model, site) else 0.0
         for site, weight in zip(SITES, how.site_weights, strict=True)

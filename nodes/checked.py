@@ -4,7 +4,7 @@ import inspect
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -43,7 +43,8 @@ def checked(node: type[Node]) -> type[Node]:
                 values = [value for value in values or () if value is not None]
             # Which names serve, where the node has taken that over, it says itself.
             kind = "STRING" if name in taken_over else str(one.io_type)
-            values = [KINDS[kind](one, value) if kind in KINDS else _plain(one, value, kind) for value in values]
+            check = KINDS.get(kind) or partial(_plain, kind=kind)
+            values = [_in_list(check, one, value, number, len(values)) for number, value in enumerate(values, start=1)]
             if values or not one.optional:
                 given.arguments[name] = values if listed else values[0]
             else:
@@ -52,6 +53,15 @@ def checked(node: type[Node]) -> type[Node]:
 
     node.execute = classmethod(execute)
     return node
+
+
+def _in_list(check: Callable[[io.Input, Any], Any], one: io.Input, value: Any, number: int, count: int) -> Any:
+    try:
+        return check(one, value)
+    except InputError as error:
+        if count == 1:
+            raise
+        raise InputError(f"{error} That is number {number} of the {count} in the list.") from error
 
 
 def read_mask(mask: object, name: str, as_given: bool = False) -> Tensor:
@@ -77,22 +87,30 @@ def read_mask(mask: object, name: str, as_given: bool = False) -> Tensor:
 
 
 def _image(one: io.Input, value: object) -> Tensor:
-    remedy = "Connect a node that gives an IMAGE."
     expected = "an image batch (pictures, height, width, channels) of floats 0 to 1, with 1, 3 or 4 channels"
     if not isinstance(value, Tensor):
-        _refuse(one.id, expected, value, "Put VAE Decode between." if _named(value) == "a LATENT" else remedy)
-    if value.ndim == 3:
-        remedy = "Is it a mask? Put Convert Mask to Image between. A single picture needs a first dimension of 1."
-    elif value.ndim == 4 and value.shape[-1] not in (1, 3, 4) and value.shape[1] in (1, 3, 4):
-        remedy = "Its channels come first: move them last."
-    elif value.ndim == 4 and value.numel() == 0:
-        remedy = "The image batch is empty: connect at least one picture."
-    elif value.dtype not in FLOATS:
-        remedy = "Convert it to floats, 0 for black and 1 for white."
-    if value.ndim != 4 or value.shape[-1] not in (1, 3, 4) or value.numel() == 0 or value.dtype not in FLOATS:
+        _refuse(one.id, expected, value, "Put VAE Decode between." if _named(value) == "a LATENT" else CONNECT)
+    if remedy := _no_image(value):
         _refuse(one.id, expected, value, remedy)
     _check_range(one.id, expected, value)
     return value.expand(-1, -1, -1, 3) if value.shape[-1] == 1 else value
+
+
+CHANNELS = (1, 3, 4)
+CONNECT = "Connect a node that gives an IMAGE."
+
+
+def _no_image(value: Tensor) -> str:
+    """What helps against a tensor that is no image batch; nothing where it is one."""
+    if value.ndim == 3:
+        return "Is it a mask? Put Convert Mask to Image between. A single picture needs a first dimension of 1."
+    if value.ndim == 4 and value.shape[-1] not in CHANNELS and value.shape[1] in CHANNELS:
+        return "Its channels come first: move them last."
+    if value.ndim == 4 and not value.numel():
+        return "The image batch is empty: connect at least one picture."
+    if value.dtype not in FLOATS:
+        return "Convert it to floats, 0 for black and 1 for white."
+    return "" if value.ndim == 4 and value.shape[-1] in CHANNELS else CONNECT
 
 
 def _check_range(name: str, expected: str, batch: Tensor, most: float = BRIGHTEST) -> None:
@@ -103,7 +121,8 @@ def _check_range(name: str, expected: str, batch: Tensor, most: float = BRIGHTES
             continue
         what = f"pixels of {lowest:g} to {highest:g}" if finite else "NaN or infinite pixels"
         remedy = "Divide by 255." if BRIGHTEST < highest <= 255 else "Check the node that made them."
-        raise InputError(f"{name} must be {expected}, found {what} in number {number} of {len(batch)}. {remedy}")
+        where = f" in number {number} of {len(batch)}" if len(batch) > 1 else ""
+        raise InputError(f"{name} must be {expected}, found {what}{where}. {remedy}")
 
 
 def _number(one: io.Input, value: Any) -> float:

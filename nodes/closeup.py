@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..pulid.closeup import Place, cut, mask_of, paste, place_of
-from ..pulid.errors import InputError
+from ..pulid.errors import InputError, about
 from ..pulid.faces import find_faces, in_order, pick
 from ..pulid.photo import read_photo
 from .apply import PULID
@@ -49,12 +49,10 @@ class PulidFaceCrop(io.ComfyNode):
         for number, picture in enumerate(image):
             step(number)
             full = picture.shape[1], picture.shape[0]
-            try:
+            with about(f"Picture {number + 1} of {len(image)}"):
                 photo = read_photo(picture)
                 seen = photo.shape[1], photo.shape[0]
                 chosen = pick(in_order(find_faces(photo, pulid.networks.analyzer).faces, face, seen), face_index)
-            except InputError as error:
-                raise type(error)(f"Picture {number + 1} of {len(image)}: {error}") from error
             x0, y0, x1, y1 = (value * full[i % 2] / seen[i % 2] for i, value in enumerate(chosen.box))
             places.append(place_of((x0, y0, x1, y1), full, context))
             crops.append(cut(picture, places[-1], size))
@@ -90,5 +88,8 @@ class PulidFacePaste(io.ComfyNode):
                 f"Pictures, crops and places go together one by one: found {counts[0]} pictures, {counts[1]} crops and "
                 f"{counts[2]} places. Connect all that came out of one PuLID Face Crop."
             )
-        rows = ((image[i % counts[0]], crop[i % counts[1]], place[i % counts[2]]) for i in range(most))
-        return io.NodeOutput(torch.stack([paste(picture, own, where, feather) for picture, own, where in rows]))
+        pasted = []
+        for i in range(most):
+            with about(f"Picture {i + 1} of {most}"):
+                pasted.append(paste(image[i % counts[0]], crop[i % counts[1]], place[i % counts[2]], feather))
+        return io.NodeOutput(torch.stack(pasted))

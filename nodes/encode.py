@@ -15,7 +15,7 @@ from ..pulid.faces import ORDERS, Selection
 from ..pulid.identity import IdEmbedding
 from ..pulid.photo import cut_off, read_photo, read_size, shrunk
 from ..pulid.preview import draw_selection, on_one_size
-from ..pulid.tokens import Photos, read_numbers
+from ..pulid.tokens import Photos, read_weights
 from .checked import checked
 from .lists import only, rows
 from .texts import described
@@ -77,7 +77,7 @@ class PulidEncode(io.ComfyNode):
             only(photos, "photos"),
             only(id_mix, "id_mix"),
             skip=only(no_face, "no_face") == "skip photo",
-            weights=read_numbers(text, len(taken), "photographs") if text.strip() else (),
+            weights=read_weights(text, len(taken), "photographs", least=0) if text.strip() else (),
         )
         sources = loaded.weights.encoder.source, loaded.networks.source
         key = (*sources, settings, *(photograph.key for photograph in taken))

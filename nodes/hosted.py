@@ -25,6 +25,7 @@ from ..hosted.service import Limits, Report, Service, Watch, open_service, read_
 from ..pulid.errors import InputError
 from . import host
 from .background import run_in_background
+from .lists import each
 from .texts import described
 
 CATEGORY = "PuLID"
@@ -163,8 +164,7 @@ def _options(values: Mapping[str, Any]) -> SubmitOptions:
 def _as_job(values: Mapping[str, Any]) -> job.Job:
     """A node's values, by name, as a job. Encodes the photographs, so it is called in the background."""
     as_is = values["reference_size"] == "as is"
-    batches = values["reference_images"] or ()
-    photos = [references.encode(image, as_is) for batch in batches for image in batch]
+    photos = each(values["reference_images"], lambda image: references.encode(image, as_is))
     photos += references.read_lines(values["reference_urls"], as_is)
     preset = values["image_size"]
     request = api.read_request(
@@ -397,7 +397,7 @@ class PulidHostedUpload(io.ComfyNode):
             raise InputError("There is nothing to upload: connect at least one photograph, or choose a file.")
 
         async def work(service: Service) -> list[str]:
-            photos = [references.encode(picture, as_is) for batch in image for picture in batch]
+            photos = each(image, lambda picture: references.encode(picture, as_is))
             photos += [references.read_file(host.input_folder(), name) for name in names]
             return await job.upload(photos, seconds, service)
 

@@ -1,12 +1,12 @@
 """Lists: what a node gets that takes them, pictures of any size and everything else too; and a node that makes one."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..pulid.errors import InputError
+from ..pulid.errors import InputError, about
 from .checked import checked
 from .texts import described
 
@@ -18,6 +18,15 @@ def rows(batches: Iterable[Tensor] | Tensor | None) -> list[Tensor]:
     if isinstance(batches, Tensor):
         batches = [batches]
     return [row for batch in batches or () for row in batch]
+
+
+def each(batches: Iterable[Tensor] | None, make: Callable[[Tensor], Value]) -> list[Value]:
+    """What is made of each picture of a list of batches. An InputError says which photograph it is about."""
+    photographs, made = rows(batches), []
+    for number, photograph in enumerate(photographs, start=1):
+        with about(f"Photograph {number} of {len(photographs)}"):
+            made.append(make(photograph))
+    return made
 
 
 def only(values: Sequence[Value], name: str) -> Value:

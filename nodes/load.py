@@ -107,31 +107,33 @@ def _weight_files(pulid_file: str, eva_clip: str, folders: ModelFolders) -> list
     return [folders.find(named(choice, like), like=like) for choice, like in asked]
 
 
+Missing = catalogue.WeightFile | tuple[str, str]  # a name that the catalogue does not know, with what is said of it
+
+
 def lacking(
     pulid_file: str, eva_clip: str, folders: ModelFolders, needs: Iterable[catalogue.Need] = catalogue.NEEDS
-) -> list[catalogue.WeightFile | tuple[str, str]]:
-    """What the loader needs and does not find; names that the catalogue does not know, with what is said of them."""
+) -> list[Missing]:
+    """What the loader needs and does not find."""
     asked = {"pulid_file": pulid_file, "eva_clip": eva_clip}
-    found: list[catalogue.WeightFile | tuple[str, str]] = []
-    for need in needs:
-        name, file = named(asked.get(need.input, NONE_YET), need.files[0]), None
-        try:
-            # A workflow may name a folder of the machine that it comes from; the catalogue says where the file goes.
-            file = next((file for file in need.files if file.name == PureWindowsPath(name).name), None)
-            if file is None or file.name != name:
-                folders.find(name, like=need.files[0])
-                continue
-        except (MissingWeights, InputError) as error:
-            found.append(file if file and isinstance(error, MissingWeights) else (name, str(error)))
-            continue
-        if not folders.locate(file) and not (
-            file.folders == catalogue.ANTELOPEV2 and folders.locate(catalogue.ANTELOPEV2_ZIP)
-        ):
-            found.append(file)
-    return found
+    found = [_missing(asked.get(need.input, NONE_YET), need, folders) for need in needs]
+    return [one for one in found if one is not None]
 
 
-def missing_message(missing: list[catalogue.WeightFile | tuple[str, str]], folders: ModelFolders) -> str:
+def _missing(choice: str, need: catalogue.Need, folders: ModelFolders) -> Missing | None:
+    name = named(choice, need.files[0])
+    # A workflow may name a folder of the machine that it comes from; the catalogue says where the file goes.
+    file = next((file for file in need.files if file.name == PureWindowsPath(name).name), None)
+    if file and file.name == name:
+        zipped = file.folders == catalogue.ANTELOPEV2 and folders.locate(catalogue.ANTELOPEV2_ZIP)
+        return None if folders.locate(file) or zipped else file
+    try:
+        folders.find(name, like=need.files[0])
+    except (MissingWeights, InputError) as error:
+        return file if file and isinstance(error, MissingWeights) else (name, str(error))
+    return None
+
+
+def missing_message(missing: list[Missing], folders: ModelFolders) -> str:
     """All that is missing in one message: which files, the shortest way to them, and where each comes from and goes."""
     files = [file for file in missing if isinstance(file, catalogue.WeightFile)]
     unknown = dict(file for file in missing if isinstance(file, tuple))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..pulid.attention import METHODS
 from ..pulid.cache import ResultCache
 from ..pulid.encode import FaceChoice, Photograph, photographs
-from ..pulid.errors import InputError
+from ..pulid.errors import InputError, about
 from ..pulid.faces import ORDERS, find_faces
 from ..pulid.identity import IdEmbedding
 from ..pulid.layouts import REACHES, masks_of, people_of, read_boxes, write_boxes
@@ -33,8 +33,9 @@ from ..pulid.people import (
 from ..pulid.photo import read_photo
 from ..pulid.portraits import Choice, Portrait, choose, look_at_all
 from ..pulid.preview import Card, Column, contact_sheet, draw_people, score_chart
-from ..pulid.tokens import read_numbers
-from .apply import END, MODEL, PATCHED, PULID, START, PulidApply
+from ..pulid.tokens import read_weights
+from . import host
+from .apply import END, MODEL, PATCHED, PULID, START, WEIGHT, PulidApply
 from .checked import checked
 from .encode import step_of
 from .lists import by_size, only_ones, rows
@@ -49,7 +50,6 @@ FACE_INDEX = io.Int.Input("face_index", default=0, min=0, max=255)
 PREVIEWED = [io.Hidden.prompt, io.Hidden.extra_pnginfo]
 MOST_PEOPLE = 8
 MISSING = -1.0  # the score of a picture in which somebody has no face: that of the least alike there could be
-LEAST_WEIGHT, MOST_WEIGHT = -1, 5  # as Apply has them
 
 
 @described
@@ -162,31 +162,31 @@ class PulidLikenessGate(io.ComfyNode):
         count: list[int], when_none: list[str], identity: list[IdEmbedding | None] | None = None,
         reference: list[Tensor] | None = None, strangers: list[Tensor] | None = None,
     ) -> io.NodeOutput:  # fmt: skip
-        loaded, keep_, least, most, none, person = only_ones(
+        loaded, kept, least, most, none, person = only_ones(
             pulid=pulid, keep=keep, threshold=threshold, count=count, when_none=when_none, identity=identity or [None]
         )
+        rule = Rule(kept, least, most, best_if_none=none == "best one")
         pictures = rows(images)
         looked_at = _Looking(loaded, pictures, rows(reference), rows(strangers))
         people = looked_at.people(person)
         seen = looked_at.pictures("Picture", pictures)
-        likenesses = [match(one.embeddings, people) for one in seen]
         floor = looked_at.floor(people)
+
+        likenesses = [match(one.embeddings, people) for one in seen]
         scores = [likeness.score for likeness in likenesses]
-        rule = Rule(keep_, least, most, best_if_none=none == "best one")
-        passed = passing(scores, rule)
         numbers = [MISSING if score is None else score for score in scores]
-        ranked = sorted(range(len(pictures)), key=lambda index: -numbers[index])
-        rejected = [index for index in ranked if index not in passed]
+        passed = passing(scores, rule)
+        rejected = sorted({*range(len(pictures))} - {*passed}, key=lambda index: (-numbers[index], index))
+
         title = f"{len(passed)} of {len(pictures)} pass"
-        columns = [
-            Column(read_photo(pictures[i]), i + 1, scores[i], i in passed, _shown_face(seen[i], likenesses[i]))
-            for i in (*passed, *rejected)
-        ]
-        line = None if keep_ == "best" else least
-        chart = score_chart(columns, line, floor, title).float().div_(255)[None]
         boxes = [_shown_face(*pair) for pair in zip(seen, likenesses, strict=True)]
-        looked_at.notes += notes_on("Picture", pictures, boxes)
-        text = [*_said(title, likenesses, rule, floor), *looked_at.notes, FLATTERED]
+        columns = [
+            Column(read_photo(pictures[i]), i + 1, scores[i], i in passed, boxes[i]) for i in (*passed, *rejected)
+        ]
+        line = None if rule.keep == "best" else rule.threshold
+        chart = score_chart(columns, line, floor, title).float().div_(255)[None]
+        notes = [*looked_at.notes, *notes_on("Picture", pictures, boxes)]
+        text = [*_said(title, likenesses, rule, floor), *notes, FLATTERED]
         shown = {**ui.PreviewImage(chart, cls=cls).as_dict(), "text": text}
         return io.NodeOutput(
             _batches(pictures, passed), _batches(pictures, rejected), numbers, report(likenesses, passed), chart,
@@ -208,11 +208,8 @@ class _Looking:
         """The faces of each picture. Raises InputError with the kind and number of one that cannot be used."""
         seen = []
         for number, picture in enumerate(pictures, start=1):
-            try:
-                found = recognise_all(picture, self.analyzer, CACHE, throw_exception_if_processing_interrupted)
-            except InputError as error:
-                raise InputError(f"{kind} {number} of {len(pictures)}: {error}") from error
-            seen.append(found)
+            with about(f"{kind} {number} of {len(pictures)}"):
+                seen.append(recognise_all(picture, self.analyzer, CACHE, throw_exception_if_processing_interrupted))
             self._done += 1
             self._step(self._done)
         return seen
@@ -353,9 +350,14 @@ class PulidApplyPeople(io.ComfyNode):
                 f"There are {people} identities and {len(masks)} masks. Join identities with PuLID Combine Identities, "
                 "mode 'people', and give a mask for each, from PuLID Place People."
             )
-        each = read_numbers(weights, people, "people")
-        if not all(LEAST_WEIGHT <= weight <= MOST_WEIGHT for weight in each):
-            raise InputError(f"Weights must lie between {LEAST_WEIGHT} and {MOST_WEIGHT}, found {weights!r}.")
+        each = read_weights(weights, people, "people", WEIGHT.min, WEIGHT.max)
+        if empty := [str(number) for number, mask in enumerate(masks, start=1) if not mask.any()]:
+            host.say(
+                f"PuLID has no effect for person {', '.join(empty)} of {people}: their mask is empty. Let PuLID Place "
+                "People make the masks, or paint one for everybody."
+            )
         for person, weight, mask in zip(identities.people, each, masks, strict=True):
+            if not mask.any():
+                continue
             [model] = PulidApply.execute(model, pulid, person, method, weight, start_at, end_at, mask[None]).args
         return io.NodeOutput(model)

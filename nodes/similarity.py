@@ -9,7 +9,7 @@ from comfy.utils import ProgressBar
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..pulid.errors import InputError, NoFaceError
+from ..pulid.errors import NoFaceError, about
 from ..pulid.faces import FaceAnalyzer, FoundFaces, Heard, find_faces, in_order
 from ..pulid.people import mean_direction, similarities
 from ..pulid.photo import Photo, read_photo
@@ -93,10 +93,8 @@ def _detected(
     """For each picture of a batch its name in messages, the photograph and its faces."""
     for number, picture in enumerate(batch, start=1):
         name = f"{kind} {number} of {len(batch)}"
-        try:
+        with about(name):
             photo = read_photo(picture)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
         yield name, photo, find_faces(photo, analyzer)
         progress.update(1)
 

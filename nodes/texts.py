@@ -9,30 +9,35 @@ from typing import Any, TypeVar
 from comfy_api.latest import io
 
 Node = TypeVar("Node", bound=io.ComfyNode)
-# What people look for, in ComfyUI's search of nodes from 0.11 on; what they used before is among it.
+# What people look for, in ComfyUI's search of nodes from 0.11 on; what they used before is among it. Those who do not
+# know this pack yet are led to the nodes that a graph begins with. Nobody is led here for swapping faces: it makes new
+# pictures.
+NEWCOMERS = ["face", "identity", "portrait", "person", "likeness", "consistent character"]
+NEWCOMERS += ["faceid", "face id", "ipadapter", "ip adapter", "instantid"]
+HOSTED = ["fal", "cloud", "without gpu"]
 ALIASES = {
-    "PuLID_Encode": ["face", "portrait", "person", "identity", "likeness", "photo", "insightface"],
-    "PuLID_Apply": [
-        "face",
-        "portrait",
-        "person",
-        "likeness",
-        "consistent character",
-        "faceid",
-        "ipadapter",
-        "instantid",
-    ],
-    "PuLID_ApplyAdvanced": ["face", "likeness", "consistent character", "ortho", "fidelity"],
-    "PuLID_Loader": ["face", "identity", "faceid", "ipadapter", "instantid", "eva clip", "antelopev2"],
-    "PuLID_PhotoList": ["face", "batch images", "image list"],
+    "PuLID_Loader": [*NEWCOMERS, "insightface", "antelopev2", "eva clip"],
+    "PuLID_Encode": [*NEWCOMERS, "photo", "face embedding"],
+    "PuLID_Apply": [*NEWCOMERS],
+    "PuLID_ApplyAdvanced": [*NEWCOMERS, "ortho", "weight curve"],
+    "PuLID_PhotoList": ["batch images", "image list", "several photos"],
     "PuLID_BestPhotos": ["face", "choose photos", "sort photos"],
-    "PuLID_LikenessGate": ["face", "likeness", "filter pictures", "score"],
-    "PuLID_PlacePeople": ["face", "two people", "regional", "mask"],
-    "PuLID_ApplyPeople": ["face", "two people", "regional", "likeness"],
-    "PuLID_FaceCrop": ["face", "detailer", "close up", "inpaint face"],
-    "PuLID_CombineIdentities": ["face", "mix people", "blend faces", "merge identities"],
+    "PuLID_LikenessGate": ["face", "filter pictures", "score"],
     "PuLID_FaceSimilarity": ["face", "likeness", "compare faces", "score"],
-    "PuLID_Hosted": ["face", "portrait", "person", "consistent character", "fal", "cloud", "without gpu"],
+    "PuLID_PlacePeople": ["face", "two people", "regional", "mask"],
+    "PuLID_ApplyPeople": ["face", "likeness", "two people", "regional"],
+    "PuLID_FaceCrop": ["detailer", "close up", "inpaint face"],
+    "PuLID_FacePaste": ["detailer", "uncrop", "stitch"],
+    "PuLID_CombineIdentities": ["face", "mix people", "blend faces", "merge identities"],
+    "PuLID_SaveIdentity": ["face", "person", "identity file", "identity card"],
+    "PuLID_LoadIdentity": ["face", "person", "identity file", "identity card"],
+    "PuLID_Hosted": [*NEWCOMERS, *HOSTED],
+    "PuLID_HostedSubmit": [*HOSTED, "queue"],
+    "PuLID_HostedStatus": [*HOSTED, "progress"],
+    "PuLID_HostedResult": [*HOSTED, "fetch pictures"],
+    "PuLID_HostedCancel": [*HOSTED, "stop request"],
+    "PuLID_HostedUpload": [*HOSTED, "send photos"],
+    "PuLID_HostedRequests": [*HOSTED, "history", "journal"],
 }
 ENGLISH = Path(__file__).parents[1] / "locales" / "en" / "nodeDefs.json"
 

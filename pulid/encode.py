@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from .cache import ResultCache
 from .encoders import STAGES, PerceiverAttention
-from .errors import InputError, NoFaceError
+from .errors import InputError, NoFaceError, about
 from .eva import Block
 from .faces import FaceAnalyzer, Heard, Selection, find_face, find_largest_and_central
 from .identity import PREVIEWS, FaceCrop, IdEmbedding
@@ -196,8 +196,8 @@ def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tens
             f"Weights count in an 'average' only, and photos is {settings.photos!r}. Change it, or empty weights."
         )
     taken = [weight for weight, one in zip(settings.weights, seen, strict=True) if isinstance(one, SeenFace)]
-    if min(taken) < 0 or sum(taken) == 0:
-        raise InputError(f"Weights of photographs must be 0 or more, and not all 0; found {taken}.")
+    if sum(taken) <= 0:
+        raise InputError(f"Weights of photographs with a face must not all be 0; found {taken}.")
     return torch.tensor(taken)
 
 
@@ -221,13 +221,12 @@ def see(
             if seen[number] is not None:
                 continue
             heard = cast(FaceAnalyzer, Heard(networks.analyzer, partial(step, number)))
-            try:
-                found[number] = settings.choice.find(taken[number], heard)
-            except NoFaceError as error:
-                seen[number] = faceless = NoFace(str(error))
-                cache.put(keys[number], faceless)
-            except InputError as error:
-                raise InputError(f"Photograph {number + 1} of {len(taken)}: {error}") from error
+            with about(f"Photograph {number + 1} of {len(taken)}"):
+                try:
+                    found[number] = settings.choice.find(taken[number], heard)
+                except NoFaceError as error:
+                    seen[number] = faceless = NoFace(str(error))
+                    cache.put(keys[number], faceless)
         if found:
             now = partial(step, max(found))
             with _heard_within(networks.tower.module, now), _heard_within(weights.encoder.module, now):

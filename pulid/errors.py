@@ -15,6 +15,9 @@
 A message says what was expected, what was found, and what to do next.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PulidError(Exception):
     """Base of all errors of this pack; catching it catches nothing else.
@@ -66,3 +69,12 @@ class IdentityFileError(PulidError):
 
 class MissingPackage(PulidError, ImportError):
     """A Python package that is needed here cannot be imported."""
+
+
+@contextmanager
+def about(which: str) -> Iterator[None]:
+    """An InputError raised inside says first what it is about, such as "Picture 2 of 5"."""
+    try:
+        yield
+    except InputError as error:
+        raise type(error)(f"{which}: {error}") from error

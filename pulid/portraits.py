@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .cache import ResultCache
 from .encode import FaceChoice, Photograph
-from .errors import InputError, NoFaceError
+from .errors import InputError, NoFaceError, about
 from .faces import CROP_LANDMARKS, Face, FaceAnalyzer, Heard
 from .identity import FaceCrop
 from .packages import import_package
@@ -219,10 +219,8 @@ def look_at_all(
     looks = []
     for number, photograph in enumerate(photographs):
         step(number)
-        try:
-            heard = cast(FaceAnalyzer, Heard(analyzer, partial(step, number)))
+        heard = cast(FaceAnalyzer, Heard(analyzer, partial(step, number)))
+        with about(f"Photograph {number + 1} of {len(photographs)}"):
             looks.append(look_at(photograph, heard, choice, cache))
-        except InputError as error:
-            raise InputError(f"Photograph {number + 1} of {len(photographs)}: {error}") from error
     step(len(photographs))
     return looks

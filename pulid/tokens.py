@@ -88,21 +88,27 @@ def _weighted(tokens: Tensor, weights: Tensor) -> Tensor:
     return torch.tensordot((weights / weights.sum()).to(tokens), tokens, dims=1).unsqueeze(0)
 
 
-def read_numbers(text: str, count: int, what: str) -> tuple[float, ...]:
-    """`count` numbers in a text, separated by commas, spaces or line ends; one serves for all of them.
+def read_weights(text: str, count: int, what: str, least: float, most: float = math.inf) -> tuple[float, ...]:
+    """`count` weights in a text, separated by commas, spaces or line ends; one serves for all of them.
 
-    Raises InputError, with `what` was counted, for anything else.
+    Raises InputError for another number of them, with `what` was counted, and for one that is none or out of range,
+    with its number.
     """
     words = text.replace(",", " ").split()
-    try:
-        numbers = tuple(float(word) for word in words)
-    except ValueError:
-        numbers = ()
-    if len(numbers) not in (1, count) or not all(map(math.isfinite, numbers)):
+    if len(words) not in (1, count):
         raise InputError(
             f"Expected one weight, or one for each of {count} {what}, separated by commas; found {text!r}."
         )
-    return numbers * count if len(numbers) == 1 else numbers
+    weights = []
+    for number, word in enumerate(words, start=1):
+        try:
+            weights.append(float(word))
+        except ValueError:
+            weights.append(math.nan)
+        if not (least <= weights[-1] <= most and math.isfinite(weights[-1])):
+            reach = f"from {least:g} " + (f"to {most:g}" if math.isfinite(most) else "on")
+            raise InputError(f"Weight {number} of {len(words)} must be a number {reach}, found {word!r}.")
+    return tuple(weights * count if len(weights) == 1 else weights)
 
 
 def with_noise(identity: IdEmbedding, zeros: Tensor, noise: Tensor) -> IdEmbedding:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePosixPath
 
 import pytest
@@ -52,10 +53,20 @@ def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield from ((node.level, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
 
 
-def rooms_reached(path: str, tree: ast.Module) -> set[str]:
-    """The rooms that a file's relative imports lead to."""
+def reached(path: str, tree: ast.Module) -> Iterator[tuple[str, ...]]:
+    """Where a file's relative imports lead, from the root; the last part is a file or what it holds."""
     parts = PurePosixPath(path).parts
-    return {(*parts[:-level], *name.split("."))[0] for level, name in imports(tree) if level}
+    yield from ((*parts[:-level], *name.split(".")) for level, name in imports(tree) if level)
+
+
+def rooms_reached(path: str, tree: ast.Module) -> set[str]:
+    return {parts[0] for parts in reached(path, tree)}
+
+
+def links(files: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """Each file, and those of them that it imports, at whatever depth."""
+    led = {path: list(reached(path, tree)) for path, tree in files.items()}
+    return {path: {"/".join(to[:end]) + ".py" for to in led[path] for end in (-1, None)} & {*files} for path in files}
 
 
 def top_level(tree: ast.Module) -> set[str]:
@@ -77,6 +88,13 @@ def test_imports_never_run_backwards():
     files = parse(*ROOMS, "tools/**/*.py").items()
     found = {path: rooms_reached(path, tree) - MAY_IMPORT[path.split("/")[0]] for path, tree in files}
     assert {path: rooms for path, rooms in found.items() if rooms} == {}
+
+
+def test_imports_never_run_in_circles():
+    TopologicalSorter(links(parse(*ROOMS, "tools/**/*.py"))).prepare()
+    sources = {"tools/a.py": "from .fakes.b import f", "tools/fakes/b.py": "def f():\n    from .. import a"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(links({path: ast.parse(text) for path, text in sources.items()})).prepare()
 
 
 def test_the_pack_reaches_itself_by_relative_imports_only():

@@ -390,14 +390,23 @@ class TestCommandLine:
         develop.run(name, [], rest, Recorder(tmp_path, [] if name == "test" else [0, 0, 0]))
         assert len(cloned) == clones
 
-    def test_what_goes_wrong_is_said_in_words(self, capsys):
-        assert run.main(["demo", "--comfyui", "nowhere"]) == 2
-        assert "is not a ComfyUI folder" in capsys.readouterr().err
+    @pytest.mark.parametrize(("line", "words"), [
+        ("demo --comfyui nowhere", "is not a ComfyUI folder"), ("--comfyui nowhere demo", "is not a ComfyUI folder"),
+        ("models --models . --extra-model-paths no.yaml", "no.yaml cannot be read"),
+        ("hosted list --user-directory nowhere", "nowhere is not a folder"),
+        ("hosted forget 7 --user-directory docs", "Not known here: 7. Nothing was forgotten"),
+        ("batch --workflow no.json --table no.csv --out . --server http://127.0.0.1:9", "no.json could not be read"),
+    ])  # fmt: skip
+    def test_what_goes_wrong_is_said_in_words(self, capsys, monkeypatch, line, words):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # before packages are missed
+        assert run.main(line.split()) == 2
+        assert words in capsys.readouterr().err
 
     def test_a_command_is_required(self, capsys):
         with pytest.raises(SystemExit):
             run.main([])
-        assert "COMMAND" in capsys.readouterr().err
+        assert "python run.py doctor" in capsys.readouterr().err
 
     def test_its_help_lists_the_commands(self):
         done = subprocess.run([sys.executable, str(ROOT / "run.py"), "--help"], capture_output=True, text=True)

@@ -17,8 +17,8 @@ from ..pulid.encode import EncodeSettings, Photograph, encode, to_vision_input
 from ..pulid.encoders import STAGES, IdFormer
 from ..pulid.eva import EvaVisionTower
 from ..pulid.networks import PhotoNetworks, PulidWeights, on_cpu
-from .bench_card import Bench, Card, Figure
 from .bench_encoding import rolled
+from .card import Bench, Card, Figure
 
 REAL_LIMIT = 0.15  # s, a further photograph on a card
 PHOTOGRAPHS = 6

@@ -1,21 +1,40 @@
-"""Memory of load, encode, apply and sample in one ComfyUI process: bench_card_memory.py DEVICE COMFYUI MODE.
+"""Memory of load, encode, apply and sample, for bench_card.py, in a ComfyUI process of its own for each mode.
 
-Prints as JSON: [what, MB, limit] of every stage, measured by torch's allocator.
+`python3 tools bench_card_memory DEVICE COMFYUI MODE` is that process. It prints as JSON: [what, MB, limit] of every
+stage, measured by torch's allocator.
 """
 
 import json
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from . import comfy_host
-from .bench_card import MEMORY_MODES, Bench, Card
+from . import TOOLS, comfy_host
+from .card import Bench, Card, Figure
 
+MODES = {"as it is": [], "--lowvram": ["--lowvram"], "--novram": ["--novram"], "dynamic VRAM": None}
 STEPS = 2
 KEYS_AND_VALUES = 16.0  # MB that may stay when the host wants its memory
+
+
+def memory(bench: Bench) -> Iterator[Figure]:
+    """Peak and settled memory, in a process of its own for each way that ComfyUI can be started."""
+    if bench.card.kind not in ("cuda", "xpu"):
+        yield Figure("memory", "peak and settled", None, note=f"{bench.card.kind} does not tell")
+        return
+    for name in MODES:
+        command = [sys.executable, str(TOOLS), "bench_card_memory", bench.card.kind, bench.comfyui, name]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+            yield Figure("memory", name, None, note=f"failed: {last[:160]}")
+            continue
+        for what, value, most in json.loads(done.stdout.splitlines()[-1]):
+            yield Figure("memory", f"{name}: {what}", value, "MB", most)
 
 
 def enter_with_dynamic_vram(comfyui: str, kind: str) -> None:
@@ -101,7 +120,7 @@ def measure(bench: Bench) -> list[tuple[str, float, float | None]]:
 
 def main() -> int:
     kind, comfyui, mode = sys.argv[1:]
-    arguments = MEMORY_MODES[mode]
+    arguments = MODES[mode]
     if arguments is None:
         enter_with_dynamic_vram(comfyui, kind)
     else:

@@ -208,14 +208,10 @@ def test_only_a_changed_file_is_loaded_again(server):
     assert ran["4"]["text"] == ["Saved as cached_00002_.safetensors"]
 
 
-@pytest.mark.parametrize(
-    ("second", "words"),
-    [
-        ("family\\zoe.safetensors", r"no identity 'family/zoe\.safetensors' in .*Save it with"),
-        (None, r"identity_1 was made with PuLID v1 .* identity_2 with PuLID v1\.1"),
-    ],
-    ids=["a file of another machine", "what does not combine"],
-)
+@pytest.mark.parametrize(("second", "words"), [
+    ("family\\zoe.safetensors", r"no identity 'family/zoe\.safetensors' in .*Save it with"),
+    (None, r"identity_1 was made with PuLID v1 .* identity_2 with PuLID v1\.1"),
+], ids=["a file of another machine", "what does not combine"])  # fmt: skip
 def test_what_cannot_be_done_is_answered_in_words(server, second, words):
     first, other = saved_by_hand(server, "emil"), saved_by_hand(server, "gina", version="v1.1", tokens=32)
     with pytest.raises(ServerError, match=words):

@@ -196,16 +196,11 @@ def unpatched(server, info):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(
-    ("apply", "values"),
-    [
-        ("ApplyPulid", ("fidelity", 0.8, 0, 1)),
-        ("ApplyPulid", ("style", 0.7000000000000001, 0, 1)),
-        ("ApplyPulid", ("neutral", 1, 0.0, 0.9)),
-        ("ApplyPulidAdvanced", (0.8, "ortho_v2", 8, 0, 0, 1)),
-        ("ApplyPulidAdvanced", (0.8, "ortho", 16, 0.3, 0, 1)),
-    ],
-)
+@pytest.mark.parametrize(("apply", "values"), [
+    ("ApplyPulid", ("fidelity", 0.8, 0, 1)), ("ApplyPulid", ("style", 0.7000000000000001, 0, 1)),
+    ("ApplyPulid", ("neutral", 1, 0.0, 0.9)), ("ApplyPulidAdvanced", (0.8, "ortho_v2", 8, 0, 0, 1)),
+    ("ApplyPulidAdvanced", (0.8, "ortho", 16, 0.3, 0, 1)),
+])  # fmt: skip
 def test_an_old_workflow_fits_and_runs(server, info, unpatched, apply, values, masked):
     workflow = old_workflow(apply, values, masked)
     # A file may lack the mask.

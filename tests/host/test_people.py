@@ -18,11 +18,14 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_execution.graph import ExecutionBlocker
-from pulid_sdxl.nodes import people
+from pulid_sdxl.hosted import references
+from pulid_sdxl.nodes import host, people
 from pulid_sdxl.nodes.apply import PulidApply
 from pulid_sdxl.nodes.closeup import PulidFaceCrop, PulidFacePaste
+from pulid_sdxl.nodes.lists import each
 from pulid_sdxl.nodes.people import PulidApplyPeople, PulidBestPhotos, PulidLikenessGate, PulidPlacePeople
 from pulid_sdxl.pulid.cache import ResultCache
+from pulid_sdxl.pulid.closeup import Place
 from pulid_sdxl.pulid.errors import InputError, NoFaceError
 from pulid_sdxl.pulid.faces import Face
 from pulid_sdxl.pulid.identity import IdEmbedding
@@ -254,15 +257,12 @@ def test_people_of_a_draft_get_masks_in_order_and_their_boxes_make_the_same_ones
     assert torch.equal(again[0], masks) and again[2] == boxes
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({}, "Connect a draft picture, or write one box a line"),
-        ({"image": picture((50, 50, 0))}, "shows 1 face, and 2 people"),
-        ({"image": torch.cat([picture()] * 2)}, "A draft is one picture, found 2"),
-        ({"boxes": "0 0 1 1"}, "1 boxes for 2 people"),
-    ],
-)
+@pytest.mark.parametrize(("given", "words"), [
+    ({}, "Connect a draft picture, or write one box a line"),
+    ({"image": picture((50, 50, 0))}, "shows 1 face, and 2 people"),
+    ({"image": torch.cat([picture()] * 2)}, "A draft is one picture, found 2"),
+    ({"boxes": "0 0 1 1"}, "1 boxes for 2 people"),
+])  # fmt: skip
 def test_who_cannot_be_placed_is_said(given, words):
     with pytest.raises(InputError, match=words):
         place(**given)
@@ -314,17 +314,23 @@ def test_exchanged_people_exchange_places(model, pulid):
     assert (there - made(second, first, masks=masks)).abs().max() > 0.1 * effect
 
 
-@pytest.mark.parametrize(
-    ("masks", "weights", "words"),
-    [
-        (torch.ones(3, 8, 8), "0.8", "2 identities and 3 masks"),
-        (torch.ones(2, 8, 8), "0.8, 1, 2", "one for each of 2 people"),
-        (torch.ones(2, 8, 8), "0.8, 9", "between -1 and 5"),
-    ],
-)
+@pytest.mark.parametrize(("masks", "weights", "words"), [
+    (torch.ones(3, 8, 8), "0.8", "2 identities and 3 masks"),
+    (torch.ones(2, 8, 8), "0.8, 1, 2", "one for each of 2 people"),
+    (torch.ones(2, 8, 8), "0.8, 9", "Weight 2 of 2 must be a number from -1 to 5, found '9'"),
+])  # fmt: skip
 def test_people_who_do_not_fit_are_refused(model, pulid, masks, weights, words):
     with pytest.raises(InputError, match=words):
         apply_people(model, pulid, identity(0, 40), masks, weights)
+
+
+def test_who_has_an_empty_mask_is_said_and_the_others_are_put_in(model, pulid, monkeypatch):
+    said, three = [], identity(0, 40, 80)
+    monkeypatch.setattr(host, "say", said.append)
+    masks = torch.tensor([1.0, 0.0, 0.0])[:, None, None].expand(3, HEIGHT, WIDTH)
+    made = sample(apply_people(model, pulid, three, masks))
+    assert torch.equal(made, sample(apply_people(model, pulid, three.people[0], masks[:1])))
+    assert len(said) == 1 and "no effect for person 2, 3 of 3: their mask is empty" in said[0]
 
 
 def test_a_slider_projects_nobody_again(model, pulid, monkeypatch):
@@ -375,12 +381,25 @@ def test_one_picture_takes_several_crops_each_in_a_copy():
         PulidFacePaste.execute(torch.cat([image] * 2), variants, places, 0.1)
 
 
-def test_a_picture_without_that_face_is_named():
-    batch = torch.cat([picture((100, 100, 0)), picture()])
-    with pytest.raises(NoFaceError, match="Picture 2 of 2: No face"):
-        PulidFaceCrop.execute(loaded(), batch, "largest", 0, 64, 2.0)
-    with pytest.raises(InputError, match="Picture 1 of 2: There is no face with index 1"):
-        PulidFaceCrop.execute(loaded(), batch, "largest", 1, 64, 2.0)
+BATCH = torch.cat([picture((100, 100, 0)), picture()])
+BROKEN = [BATCH, picture() * float("nan"), picture()]
+HERE, ELSEWHERE = Place((0, 0, 64, 64), (300, 200)), Place((0, 0, 64, 64), (64, 64))
+
+
+@pytest.mark.parametrize(("call", "words"), [
+    (lambda: PulidFaceCrop.execute(loaded(), BATCH, "largest", 0, 64, 2.0), "Picture 2 of 2: No face"),
+    (lambda: PulidFaceCrop.execute(loaded(), BATCH, "largest", 1, 64, 2.0), "Picture 1 of 2: There is no face"),
+    (lambda: PulidFacePaste.execute(BATCH, BATCH[:, :64, :64], [HERE, ELSEWHERE], 0.1), "Picture 2 of 2: The crop"),
+    (lambda: place(boxes="0 0 1 1\n0 1 0 1"), "Line 2 of boxes"),
+    (lambda: best_photos(*BROKEN), "images must be .* That is number 2 of the 3 in the list"),
+    (lambda: best_photos(*BROKEN[::2], torch.cat(BROKEN)), "in number 3 of 4.* number 3 of the 3 in the list"),
+    (lambda: gate(*FOUR, strangers=BROKEN), "strangers must be .* number 2 of the 3"),
+    (lambda: best_photos(picture(), torch.zeros(1, 4, 4, 3)), "Photograph 2 of 2: A photograph of 4 x 4"),
+    (lambda: each(BROKEN, references.encode), "Photograph 3 of 4: A reference picture holds NaN"),
+])  # fmt: skip
+def test_one_of_several_that_cannot_be_used_is_named(call, words):
+    with pytest.raises(InputError, match=words):
+        call()
 
 
 # ---- What was looked at ----

@@ -243,11 +243,22 @@ def test_every_node_and_input_explains_itself_in_a_page_too(ours):
         assert named <= set(inputs) and bool(named) == bool(inputs), name
 
 
-def test_nodes_are_found_by_what_people_look_for(info):
+FIRST = ("face", "identity", "portrait", "likeness", "faceid", "ipadapter", "ip adapter", "consistent character")
+# Nodes that answer to the same words; every other word that several share is one that a newcomer types.
+KIN = ("People$", "Gate|Similarity", "FaceCrop|FacePaste", "(Save|Load)Identity", "Hosted")
+
+
+def test_nodes_are_found_by_what_people_look_for(info, ours):
     if "search_aliases" not in info["KSampler"]:
         pytest.skip("this ComfyUI knows no aliases")
-    for word in ("face", "portrait", "likeness", "faceid", "ipadapter", "instantid", "consistent character"):
-        assert word in info["PuLID_Apply"]["search_aliases"]
+    words = {name: node["search_aliases"] for name, node in ours.items() if not node["deprecated"]}
+    assert set(words["PuLID_Loader"]) & set(words["PuLID_Encode"]) & set(words["PuLID_Apply"]) >= {*FIRST}
+    for name, own in words.items():
+        assert own and len({*own}) == len(own) and info[name]["display_name"].lower() not in own, name
+        assert [word for word in own if word != word.strip().lower()] == [], name
+        kin = {one for one in words for family in KIN if re.search(family, name) and re.search(family, one)}
+        shared = {word for other in {*words} - kin - {name} for word in words[other] if word in own}
+        assert shared <= {*words["PuLID_Encode"]}, name
 
 
 SUBGRAPHS = sorted((WORKFLOWS[0].parents[1] / "subgraphs").glob("*.json"))

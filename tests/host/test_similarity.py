@@ -124,17 +124,14 @@ def test_the_person_of_the_references(references, seen, apart):
 ONE, NONE, EMPTY = photograph((50, 50, 0)), photograph(), torch.zeros(0, 64, 64, 3)
 
 
-@pytest.mark.parametrize(
-    ("reference", "image", "error", "words"),
-    [
-        (ONE, torch.cat((NONE, NONE)), NoFaceError, "No face was found in any of the 2 pictures"),
-        (torch.cat((ONE, NONE)), ONE, NoFaceError, "Reference 2 of 2: No face found"),
-        (ONE, EMPTY, InputError, "image must be .*The image batch is empty"),
-        (EMPTY, ONE, InputError, "reference must be .*The image batch is empty"),
-        (ONE, torch.zeros(1, 1, 1, 3), InputError, "Picture 1 of 1: .*too small"),
-        (torch.full((1, 64, 64, 3), float("nan")), ONE, InputError, "reference must be .*NaN.* in number 1 of 1"),
-    ],
-)
+@pytest.mark.parametrize(("reference", "image", "error", "words"), [
+    (ONE, torch.cat((NONE, NONE)), NoFaceError, "No face was found in any of the 2 pictures"),
+    (torch.cat((ONE, NONE)), ONE, NoFaceError, "Reference 2 of 2: No face found"),
+    (ONE, EMPTY, InputError, "image must be .*The image batch is empty"),
+    (EMPTY, ONE, InputError, "reference must be .*The image batch is empty"),
+    (ONE, torch.zeros(1, 1, 1, 3), InputError, "Picture 1 of 1: .*too small"),
+    (torch.full((1, 64, 64, 3), float("nan")), ONE, InputError, "reference must be .*NaN"),
+])  # fmt: skip
 def test_what_cannot_be_compared_is_refused_in_words(reference, image, error, words):
     with pytest.raises(error, match=words):
         compare(reference, image)

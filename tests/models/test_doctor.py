@@ -75,14 +75,10 @@ def test_a_hollow_package_is_named_with_how_it_got_so_and_the_command(package, m
         assert "pip" in finding.remedy
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "raise OSError('libcudart.so.12: cannot open shared object file')",
-        "raise ImportError('DLL load failed while importing x')",
-        "def broken(",
-    ],
-)
+@pytest.mark.parametrize("source", [
+    "raise OSError('libcudart.so.12: cannot open shared object file')",
+    "raise ImportError('DLL load failed while importing x')", "def broken(",
+])  # fmt: skip
 def test_a_broken_package_is_named_with_its_own_words_and_the_command(package, source):
     package("insightface", source)
 
@@ -120,14 +116,11 @@ def test_a_fault_of_what_a_package_is_built_on_is_told_as_that(package, other, m
 
 
 @pytest.mark.parametrize("source", ["raise ImportError('DLL load failed')", ""], ids=["broken", "hollow"])
-@pytest.mark.parametrize(
-    ("builds", "commands"),
-    [
-        (["onnxruntime-gpu"], "onnxruntime-gpu"),
-        (["onnxruntime", "onnxruntime-gpu"], "uninstall -y onnxruntime onnxruntime-gpu .*install onnxruntime-gpu\n"),
-        (["opencv-python", "opencv-contrib-python"], "uninstall -y opencv-python .*install opencv-contrib-python\n"),
-    ],
-)
+@pytest.mark.parametrize(("builds", "commands"), [
+    (["onnxruntime-gpu"], "onnxruntime-gpu"),
+    (["onnxruntime", "onnxruntime-gpu"], "uninstall -y onnxruntime onnxruntime-gpu .*install onnxruntime-gpu\n"),
+    (["opencv-python", "opencv-contrib-python"], "uninstall -y opencv-python .*install opencv-contrib-python\n"),
+])  # fmt: skip
 def test_the_build_that_was_chosen_is_the_one_to_install_and_never_a_second(
     package, monkeypatch, builds, commands, source
 ):
@@ -170,14 +163,10 @@ class Distribution:
         self.metadata, self.version = {"Name": name}, "1.0"
 
 
-@pytest.mark.parametrize(
-    ("names", "keep"),
-    [
-        (["onnxruntime", "onnxruntime_directml"], "onnxruntime-directml"),
-        (["onnxruntime", "onnxruntime-gpu", "onnxruntime-rocm"], "onnxruntime-gpu"),
-        (["onnxruntime-gpu"], None),
-    ],
-)
+@pytest.mark.parametrize(("names", "keep"), [
+    (["onnxruntime", "onnxruntime_directml"], "onnxruntime-directml"),
+    (["onnxruntime", "onnxruntime-gpu", "onnxruntime-rocm"], "onnxruntime-gpu"), (["onnxruntime-gpu"], None),
+])  # fmt: skip
 def test_two_builds_of_onnxruntime_are_one_too_many(monkeypatch, names, keep):
     names = [*names, "onnx", "onnxruntime-extensions", "numpy"]
     monkeypatch.setattr(doctor, "distributions", lambda: [Distribution(name) for name in names])
@@ -195,9 +184,12 @@ def test_a_provider_that_is_offered_and_does_not_load_is_told_with_its_reason(mo
     monkeypatch.setattr(onnx_providers, "why_not", lambda provider: "OSError: libcublasLt.so.12: cannot open")
     session = type("Session", (), {"get_providers": lambda self: ["CPUExecutionProvider"]})
     monkeypatch.setattr(import_package("onnxruntime"), "InferenceSession", lambda *_, **__: session())
+    first = []
+    monkeypatch.setattr(doctor, "import_package", first.append)
 
     cuda, cpu = doctor.onnx_providers()
 
+    assert first == ["torch"]  # whose libraries a provider finds in ComfyUI
     assert cuda.text == "CUDAExecutionProvider does not load: OSError: libcublasLt.so.12: cannot open"
     assert cuda.remedy and not cpu.remedy
 
@@ -276,6 +268,7 @@ def test_hashes_are_compared_where_asked_for(tmp_path):
     assert entry.fault.startswith("sha256 ") and not entry.whole
     assert heard[-1] == catalogue.V1_1.size
     assert "ALTERED" in inventory.table(entries) and entry.fault in inventory.table(entries)
+    assert "ALTERED" not in inventory.table(inventory.inventory(folders_below(tmp_path)))
 
 
 # ---- The text ----
@@ -294,7 +287,8 @@ def test_a_report_can_be_pasted_in_public(tmp_path, monkeypatch):
     write(home / "ComfyUI" / "comfyui_version.py", '__version__ = "0.3.64"')
     sized(home / "ComfyUI" / "models" / "pulid" / "pulid_v1.1.safetensors", 5)
 
-    text = doctor.report(folders, home / "ComfyUI", None, lambda name: [Finding(name, f"{home}/x")], environment)
+    findings = doctor.examine(folders, home / "ComfyUI", None, lambda name: [Finding(name, f"{home}/x")], environment)
+    text = doctor.text_of(findings)
 
     assert str(home) not in text and "alice" not in text and SECRET not in text
     assert "HTTPS_PROXY is proxy.example" in text
@@ -432,13 +426,18 @@ def test_an_altered_file_of_the_right_size_is_named_by_models_and_doctor_and_aft
         assert f"instead of {catalogue.SCRFD.sha256}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "Name its folder with --comfyui, or its models with --models"),
-        (["--models", ".", "--download", "https://evil.example/x"], "No file 'https://evil.example/x' is known"),
-    ],
-)
+@pytest.mark.parametrize(("remedy", "code", "last"), [("", 0, "Nothing to do."), ("Mend it.", 1, "Mend it.")])
+def test_doctor_fails_while_something_is_to_be_done(run, monkeypatch, tmp_path, capsys, remedy, code, last):
+    monkeypatch.setattr(run, "ask", lambda package: [Finding(package, "1.0", remedy if package == "facexlib" else "")])
+    monkeypatch.setattr(doctor, "files", lambda folders, progress: [Finding("file", "hash right")])
+    assert run.main(["doctor", "--models", str(tmp_path)]) == code
+    assert capsys.readouterr().out.strip().endswith(last)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "Name its folder with --comfyui, or its models with --models"),
+    (["--models", ".", "--download", "https://evil.example/x"], "No file 'https://evil.example/x' is known"),
+])  # fmt: skip
 def test_models_says_what_it_does_not_know(run, capsys, arguments, words):
     assert run.main(["models", *arguments]) == 2
     assert words in capsys.readouterr().err
@@ -472,7 +471,7 @@ def test_doctor_and_models_run_where_nothing_is_installed_yet(tmp_path):
     def said(*arguments):
         command = [sys.executable, "-I", "-S", str(ROOT / "run.py"), *arguments]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == (arguments[0] == "models"), done.stderr
+        assert done.returncode == 1, done.stderr
         return done.stdout
 
     models = ["models", "--models", str(tmp_path)]
@@ -482,14 +481,3 @@ def test_doctor_and_models_run_where_nothing_is_installed_yet(tmp_path):
     report = said("doctor")
     assert "no torch here, so this is not ComfyUI's Python" in report
     assert "ComfyUI   none found" in report
-
-
-def test_an_altered_file_of_the_right_size_is_named_where_hashes_are_compared(tmp_path):
-    place = tmp_path / "facexlib" / catalogue.BISENET.name
-    place.parent.mkdir()
-    with place.open("wb") as altered:
-        altered.truncate(catalogue.BISENET.size)
-    folders = locate.ModelFolders({"facexlib": [place.parent]})
-    by_hash = doctor.files(folders, lambda file, done: None)
-    assert [finding.text for finding in by_hash if "ALTERED: sha256" in finding.text]
-    assert [finding.text for finding in doctor.files(folders) if "ALTERED" in finding.text] == []

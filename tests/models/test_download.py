@@ -169,14 +169,10 @@ def test_a_file_without_a_copy_is_to_be_had_by_hand(failure):
 # ---- What does not ----
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (CONTENT[:-1] + b"x", f"instead of {SHA256}"),
-        (b"<!DOCTYPE html>", f"Expected {len(CONTENT)} bytes, 127.0.0.1 offers 15: another file, or a login"),
-    ],
-    ids=["hash", "size"],
-)
+@pytest.mark.parametrize(("content", "words"), [
+    (CONTENT[:-1] + b"x", f"instead of {SHA256}"),
+    (b"<!DOCTYPE html>", f"Expected {len(CONTENT)} bytes, 127.0.0.1 offers 15: another file, or a login"),
+], ids=["hash", "size"])  # fmt: skip
 def test_another_file_is_told_and_deleted(failure, tmp_path, content, words):
     with serving(content) as server:
         assert words in failure(server)

@@ -105,15 +105,10 @@ def group():
     return np.ascontiguousarray(cv2.resize(picture, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)[..., ::-1])
 
 
-@pytest.mark.parametrize(
-    ("order", "people"),
-    [
-        ("left to right", {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5}),
-        ("right to left", {0: 5, 1: 4, 2: 3, 3: 2, 4: 1, 5: 0}),
-        ("top to bottom", {0: 4, 1: 1, 5: 3}),
-        ("bottom to top", {0: 3, 4: 1, 5: 4}),
-    ],
-)
+@pytest.mark.parametrize(("order", "people"), [
+    ("left to right", {0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5}), ("right to left", {0: 5, 1: 4, 2: 3, 3: 2, 4: 1, 5: 0}),
+    ("top to bottom", {0: 4, 1: 1, 5: 3}), ("bottom to top", {0: 3, 4: 1, 5: 4}),
+])  # fmt: skip
 def test_each_rule_picks_the_person_it_names(group, analyzer, order, people):
     for index, person in people.items():
         x0, y0, x1, y1 = faces.find_face(group, analyzer, order, index)[1].box
@@ -293,15 +288,10 @@ USES = {
 }
 
 
-@pytest.mark.parametrize(
-    ("module", "package", "network"),
-    [
-        ("onnxruntime", "onnxruntime", "detector"),
-        ("insightface.model_zoo", "insightface", "recogniser"),
-        ("facexlib.detection.retinaface", "facexlib", "retinaface"),
-        ("facexlib.parsing.bisenet", "facexlib", "bisenet"),
-    ],
-)
+@pytest.mark.parametrize(("module", "package", "network"), [
+    ("onnxruntime", "onnxruntime", "detector"), ("insightface.model_zoo", "insightface", "recogniser"),
+    ("facexlib.detection.retinaface", "facexlib", "retinaface"), ("facexlib.parsing.bisenet", "facexlib", "bisenet"),
+])  # fmt: skip
 def test_a_missing_package_is_named_with_its_remedy(models, monkeypatch, module, package, network):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingPackage) as raised:
@@ -345,17 +335,14 @@ def test_no_damage_leads_to_anything_but_our_errors(changed_models, network, tas
 # ---- What is not the file's fault ----
 
 
-@pytest.mark.parametrize(
-    ("library", "error", "words"),
-    [
-        ("insightface.model_zoo.get_model", bindings.Fail("CUDA failure 2: out of memory"), "out of memory"),
-        ("insightface.model_zoo.get_model", bindings.RuntimeException("CUDA failure 2"), "CUDA failure"),
-        ("insightface.model_zoo.get_model", bindings.EPFail("CUDA failure 2"), "CUDA failure"),
-        ("insightface.model_zoo.get_model", bindings.NotImplemented("no such kernel"), "no such kernel"),
-        ("torch.load", MemoryError(), "not enough memory"),
-        ("torch.load", OSError(5, "Input/output error"), "Input/output error"),
-    ],
-)
+@pytest.mark.parametrize(("library", "error", "words"), [
+    ("insightface.model_zoo.get_model", bindings.Fail("CUDA failure 2: out of memory"), "out of memory"),
+    ("insightface.model_zoo.get_model", bindings.RuntimeException("CUDA failure 2"), "CUDA failure"),
+    ("insightface.model_zoo.get_model", bindings.EPFail("CUDA failure 2"), "CUDA failure"),
+    ("insightface.model_zoo.get_model", bindings.NotImplemented("no such kernel"), "no such kernel"),
+    ("torch.load", MemoryError(), "not enough memory"),
+    ("torch.load", OSError(5, "Input/output error"), "Input/output error"),
+])  # fmt: skip
 def test_a_device_memory_or_a_disk_that_fails_is_not_told_as_a_damaged_file(models, monkeypatch, library, error, words):
     def failing(*_, **__):
         raise error
@@ -399,17 +386,13 @@ def test_without_face_networks_each_use_says_why_and_keeps_no_photograph():
 ALL = ["TensorrtExecutionProvider", "CPUExecutionProvider", "CoreMLExecutionProvider", "CUDAExecutionProvider"]
 
 
-@pytest.mark.parametrize(
-    ("choice", "offered", "expected"),
-    [
-        ("auto", ["AzureExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
-        ("auto", ALL, ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]),
-        ("auto", ["CPUExecutionProvider", "DmlExecutionProvider"], ["DmlExecutionProvider", "CPUExecutionProvider"]),
-        ("CPU", ALL, ["CPUExecutionProvider"]),
-        ("CUDA", ALL, ["CUDAExecutionProvider", "CPUExecutionProvider"]),
-        ("CoreML", ALL, ["CoreMLExecutionProvider", "CPUExecutionProvider"]),
-    ],
-)
+@pytest.mark.parametrize(("choice", "offered", "expected"), [
+    ("auto", ["AzureExecutionProvider", "CPUExecutionProvider"], ["CPUExecutionProvider"]),
+    ("auto", ALL, ["CUDAExecutionProvider", "CoreMLExecutionProvider", "CPUExecutionProvider"]),
+    ("auto", ["CPUExecutionProvider", "DmlExecutionProvider"], ["DmlExecutionProvider", "CPUExecutionProvider"]),
+    ("CPU", ALL, ["CPUExecutionProvider"]), ("CUDA", ALL, ["CUDAExecutionProvider", "CPUExecutionProvider"]),
+    ("CoreML", ALL, ["CoreMLExecutionProvider", "CPUExecutionProvider"]),
+])  # fmt: skip
 def test_only_offered_providers_are_used_and_the_cpu_comes_last(monkeypatch, choice, offered, expected):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: offered)
     assert available_providers(choice) == expected

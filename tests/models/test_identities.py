@@ -258,13 +258,10 @@ def test_a_name_taken_meanwhile_goes_to_whoever_was_first(tmp_path, monkeypatch,
     assert set(tmp_path.iterdir()) == {taken, path}
 
 
-@pytest.mark.parametrize(
-    ("step", "error", "told", "words"),
-    [
-        ("fsync", OSError(errno.ENOSPC, "No space left"), IdentityFileError, "could not be saved in .*: No space left"),
-        ("link", KeyboardInterrupt(), KeyboardInterrupt, None),
-    ],
-)
+@pytest.mark.parametrize(("step", "error", "told", "words"), [
+    ("fsync", OSError(errno.ENOSPC, "No space left"), IdentityFileError, "could not be saved in .*: No space left"),
+    ("link", KeyboardInterrupt(), KeyboardInterrupt, None),
+])  # fmt: skip
 def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, step, error, told, words):
     def fails(*_):
         raise error
@@ -276,14 +273,11 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch, step, error, to
     assert list((tmp_path / "output" / "pulid_identities").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("change", "fault"),
-    [
-        ({"cond": torch.full((1, 10, 2048), float("nan"))}, "cond holds NaN"),
-        ({"uncond": torch.zeros(1, 9, 2048)}, r"expected cond .* found .*'uncond': \(1, 9, 2048\)"),
-        ({"cond": torch.zeros(1, 10, 2048).half()}, "expected cond in float32, found torch.float16"),
-    ],
-)
+@pytest.mark.parametrize(("change", "fault"), [
+    ({"cond": torch.full((1, 10, 2048), float("nan"))}, "cond holds NaN"),
+    ({"uncond": torch.zeros(1, 9, 2048)}, r"expected cond .* found .*'uncond': \(1, 9, 2048\)"),
+    ({"cond": torch.zeros(1, 10, 2048).half()}, "expected cond in float32, found torch.float16"),
+])  # fmt: skip
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, change, fault):
     with pytest.raises(InputError, match=f"The identity cannot be saved: {fault}"):
         save(replace(identity(), **change), tmp_path / "new", "anna", NOON, "1.2.3")
@@ -446,19 +440,16 @@ def test_wrong_tensors_are_refused_even_with_the_right_checksum(tmp_path, fault)
     assert fault in refusal(rewritten(tmp_path, tensors))
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("format_version", "3", "has '3' for format_version; this pack reads '1' and '2', a newer pack may read it"),
-        ("pulid_version", "v2", "has 'v2' for pulid_version; this pack knows v1 and v1.1"),
-        ("encoder", "e" * 10000, "for encoder; expected the fingerprint"),
-        ("created", "yesterday", "has 'yesterday' for created; expected a time"),
-        ("created", "2025-13-01T00:00:00+00:00", "is cut short or altered"),
-        ("sha256", "0" * 64, "was altered after it was saved"),
-        ("ssmd_cover_images", '["QUJD"]', "is cut short or altered"),
-        ("ssmd_cover_images", "[" * 100_000, "is cut short or altered"),
-    ],
-)
+@pytest.mark.parametrize(("field", "value", "words"), [
+    ("format_version", "3", "has '3' for format_version; this pack reads '1' and '2', a newer pack may read it"),
+    ("pulid_version", "v2", "has 'v2' for pulid_version; this pack knows v1 and v1.1"),
+    ("encoder", "e" * 10000, "for encoder; expected the fingerprint"),
+    ("created", "yesterday", "has 'yesterday' for created; expected a time"),
+    ("created", "2025-13-01T00:00:00+00:00", "is cut short or altered"),
+    ("sha256", "0" * 64, "was altered after it was saved"),
+    ("ssmd_cover_images", '["QUJD"]', "is cut short or altered"),
+    ("ssmd_cover_images", "[" * 100_000, "is cut short or altered"),
+])  # fmt: skip
 def test_wrong_metadata_is_refused_even_with_the_right_checksum(tmp_path, field, value, words):
     message = refusal(rewritten(tmp_path, **{field: value}))
 
@@ -492,19 +483,14 @@ def test_another_kind_of_safetensors_is_named(tmp_path, found):
     assert refusal(path).endswith(f"holds {found}")
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b"", "is empty"),
-        (b"<!doctype html><title>404", "is a web page"),
-        (b"PK\x03\x04" + bytes(100), "which is not safetensors"),
-        (b"\xff" * 5 + b"\0\0\0{}", "has a header of 1099511627775 bytes"),
-        ((2**20).to_bytes(8, "little") + b"{" * 100, "is cut short or altered"),
-        ((10**6).to_bytes(8, "little") + b'{"a":' * 200_000, "is cut short or altered"),
-        ((30).to_bytes(8, "little") + b'{"__metadata__": [1, 2, 3, 4] }', "is cut short or altered"),
-    ],
-    ids=["empty", "page", "zip", "huge", "long", "deep", "list"],
-)
+@pytest.mark.parametrize(("content", "words"), [
+    (b"", "is empty"), (b"<!doctype html><title>404", "is a web page"),
+    (b"PK\x03\x04" + bytes(100), "which is not safetensors"),
+    (b"\xff" * 5 + b"\0\0\0{}", "has a header of 1099511627775 bytes"),
+    ((2**20).to_bytes(8, "little") + b"{" * 100, "is cut short or altered"),
+    ((10**6).to_bytes(8, "little") + b'{"a":' * 200_000, "is cut short or altered"),
+    ((30).to_bytes(8, "little") + b'{"__metadata__": [1, 2, 3, 4] }', "is cut short or altered"),
+], ids=["empty", "page", "zip", "huge", "long", "deep", "list"])  # fmt: skip
 def test_a_file_that_is_no_safetensors_is_told_what_it_is(tmp_path, content, words):
     path = tmp_path / "anna.safetensors"
     path.write_bytes(content)

@@ -183,13 +183,10 @@ class TestTheOlderPackItself:
 
 
 class TestEasyUse:
-    @pytest.mark.parametrize(
-        ("node_id", "options"),
-        [
-            ("easy pulIDApply", {"method": "fidelity"}),
-            ("easy pulIDApplyADV", {"projection": "ortho", "fidelity": 8, "noise": 0.0}),
-        ],
-    )
+    @pytest.mark.parametrize(("node_id", "options"), [
+        ("easy pulIDApply", {"method": "fidelity"}),
+        ("easy pulIDApplyADV", {"projection": "ortho", "fidelity": 8, "noise": 0.0}),
+    ])  # fmt: skip
     def test_its_nodes_run_on_ours(self, older_nodes, node_id, options):
         easy = node("ComfyUI-Easy-Use", node_id)
         model = comfy_host.sdxl(MODEL_CHANNELS)
@@ -229,14 +226,10 @@ def test_the_older_pack_itself_reads_our_faces_and_tower(analyzer):
     raise AssertionError("no face at any size")
 
 
-@pytest.mark.parametrize(
-    ("pack", "node_id"),
-    [
-        ("PuLID_ComfyUI", "PulidInsightFaceLoader"),
-        ("ComfyUI_PuLID_Flux_ll", "PulidFluxInsightFaceLoader"),
-        ("ComfyUI_InstantID", "InstantIDFaceAnalysis"),
-    ],
-)
+@pytest.mark.parametrize(("pack", "node_id"), [
+    ("PuLID_ComfyUI", "PulidInsightFaceLoader"), ("ComfyUI_PuLID_Flux_ll", "PulidFluxInsightFaceLoader"),
+    ("ComfyUI_InstantID", "InstantIDFaceAnalysis"),
+])  # fmt: skip
 def test_their_insightface_serves_our_apply(pack, node_id, files, monkeypatch, analyzer):
     loader = node(pack, node_id)
     module = sys.modules[loader.__module__]

@@ -190,17 +190,11 @@ def test_weighted_values_are_rounded_once():
     assert not torch.equal(values.bfloat16() * 0.8, rounded)
 
 
-@pytest.mark.parametrize(
-    ("method", "version", "fusion", "zero_tokens"),
-    [
-        ("fidelity", "v1", Fusion.ORTHOGONAL_V2, 8),
-        ("fidelity", "v1.1", Fusion.ORTHOGONAL_V2, 20),
-        ("extreme style", "v1", Fusion.ORTHOGONAL, 16),
-        ("extreme style", "v1.1", Fusion.ORTHOGONAL, 16),
-        ("neutral", "v1", Fusion.PLAIN, 0),
-        ("neutral", "v1.1", Fusion.PLAIN, 0),
-    ],
-)
+@pytest.mark.parametrize(("method", "version", "fusion", "zero_tokens"), [
+    ("fidelity", "v1", Fusion.ORTHOGONAL_V2, 8), ("fidelity", "v1.1", Fusion.ORTHOGONAL_V2, 20),
+    ("extreme style", "v1", Fusion.ORTHOGONAL, 16), ("extreme style", "v1.1", Fusion.ORTHOGONAL, 16),
+    ("neutral", "v1", Fusion.PLAIN, 0), ("neutral", "v1.1", Fusion.PLAIN, 0),
+])  # fmt: skip
 def test_methods_are_the_authors(method, version, fusion, zero_tokens):
     assert (METHODS[method][version].fusion, METHODS[method][version].zero_tokens) == (fusion, zero_tokens)
 

@@ -88,15 +88,11 @@ def test_several_faces_go_in_one_after_the_other_and_keep_what_was_done():
     assert before[85, 120].mean() < 0.4 and before[180, 285].mean() > 0.6
 
 
-@pytest.mark.parametrize(
-    ("crop", "size", "words"),
-    [
-        (torch.zeros(64, 64, 3), (301, 200), "300 x 200 px, and is to be put back into one of 301 x 200 px"),
-        (torch.zeros(64, 65, 3), SIZE, "square RGB"),
-        (torch.zeros(64, 64, 1), SIZE, "square RGB"),
-        (torch.full((64, 64, 3), float("nan")), SIZE, "without NaN"),
-    ],
-)
+@pytest.mark.parametrize(("crop", "size", "words"), [
+    (torch.zeros(64, 64, 3), (301, 200), "300 x 200 px, and is to be put back into one of 301 x 200 px"),
+    (torch.zeros(64, 65, 3), SIZE, "square RGB"), (torch.zeros(64, 64, 1), SIZE, "square RGB"),
+    (torch.full((64, 64, 3), float("nan")), SIZE, "without NaN"),
+])  # fmt: skip
 def test_what_does_not_belong_together_is_refused(crop, size, words):
     with pytest.raises(InputError, match=words):
         paste(picture(size=size), crop, Place((0, 0, 50, 50), SIZE), 0.1)

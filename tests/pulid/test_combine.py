@@ -150,13 +150,10 @@ def test_the_rounding_of_another_machine_makes_no_other_layout(pair, mode):
     assert torch.equal(combine(first, rounded, mode).uncond, first.uncond)
 
 
-@pytest.mark.parametrize(
-    ("mode", "weight", "words"),
-    [
-        *(("average", weight, "between 0 and 1, found") for weight in (-0.1, 1.1, math.nan, math.inf)),
-        ("blend", 1.0, r"'blend'.* mix, auxiliary, average, add, subtract"),
-    ],
-)
+@pytest.mark.parametrize(("mode", "weight", "words"), [
+    *(("average", weight, "between 0 and 1, found") for weight in (-0.1, 1.1, math.nan, math.inf)),
+    ("blend", 1.0, r"'blend'.* mix, auxiliary, average, add, subtract"),
+])  # fmt: skip
 def test_a_weight_outside_its_range_and_an_unknown_mode_are_refused(pair, mode, weight, words):
     with pytest.raises(InputError, match=words):
         combine(*pair, mode, weight)
@@ -166,17 +163,11 @@ def shades(*values):
     return torch.stack([torch.full((PREVIEW_SIZE, PREVIEW_SIZE, 3), value, dtype=torch.uint8) for value in values])
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "shown"),
-    [
-        (None, None, None),
-        (shades(1), None, [1]),
-        (None, shades(2), [2]),
-        (shades(1), shades(2, 3), [1, 2, 3]),
-        (shades(*range(8)), shades(20, 21), [0, 1, 2, 3, 4, 5, 20, 21]),
-        (shades(*range(8)), shades(*range(20, 28)), [0, 1, 2, 3, 20, 21, 22, 23]),
-    ],
-)
+@pytest.mark.parametrize(("first", "second", "shown"), [
+    (None, None, None), (shades(1), None, [1]), (None, shades(2), [2]), (shades(1), shades(2, 3), [1, 2, 3]),
+    (shades(*range(8)), shades(20, 21), [0, 1, 2, 3, 4, 5, 20, 21]),
+    (shades(*range(8)), shades(*range(20, 28)), [0, 1, 2, 3, 20, 21, 22, 23]),
+])  # fmt: skip
 def test_the_faces_of_both_are_shown(pair, first, second, shown):
     found = combine(replace(pair[0], preview=first), replace(pair[1], preview=second), "mix").preview
     assert (found if found is None else found[:, 0, 0, 0].tolist()) == shown
@@ -221,19 +212,10 @@ def facing(*degrees):
     return torch.stack([angles.cos(), angles.sin(), *[torch.zeros(len(degrees))] * 510], dim=1)
 
 
-@pytest.mark.parametrize(
-    ("mode", "weight", "expected"),
-    [
-        ("mix", 0.9, facing(45)),
-        ("auxiliary", 0.9, facing(45)),
-        ("average", 0.5, facing(45)),
-        ("average", 0.0, facing(0)),
-        ("average", 1.0, facing(90)),
-        ("people", 0.5, facing(0, 90)),
-        ("add", 0.5, None),
-        ("subtract", 0.5, None),
-    ],
-)
+@pytest.mark.parametrize(("mode", "weight", "expected"), [
+    ("mix", 0.9, facing(45)), ("auxiliary", 0.9, facing(45)), ("average", 0.5, facing(45)), ("average", 0.0, facing(0)),
+    ("average", 1.0, facing(90)), ("people", 0.5, facing(0, 90)), ("add", 0.5, None), ("subtract", 0.5, None),
+])  # fmt: skip
 def test_what_the_recogniser_would_see(mode, weight, expected):
     pair = replace(identity(1), arcface=facing(0)), replace(identity(2), arcface=facing(90))
     found = combine(*pair, mode, weight).arcface

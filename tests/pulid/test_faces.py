@@ -220,14 +220,11 @@ def test_sizes_are_tried_in_turn_up_to_the_first_that_shows_a_face(spotted, side
     assert analyzer.asked == [((300, 400), asked) for asked in sides]
 
 
-@pytest.mark.parametrize(
-    ("side", "shape", "patch", "how"),
-    [
-        (640, (600, 800), (300, 210), "InsightFace at 640 px, photograph with a margin of half its size"),
-        (640, (400, 300), (239, 100), "InsightFace at 640 px, photograph turned 90 degrees"),
-        (1280, (400, 300), (60, 299), "InsightFace at 1280 px, photograph turned 270 degrees"),
-    ],
-)
+@pytest.mark.parametrize(("side", "shape", "patch", "how"), [
+    (640, (600, 800), (300, 210), "InsightFace at 640 px, photograph with a margin of half its size"),
+    (640, (400, 300), (239, 100), "InsightFace at 640 px, photograph turned 90 degrees"),
+    (1280, (400, 300), (60, 299), "InsightFace at 1280 px, photograph turned 270 degrees"),
+])  # fmt: skip
 def test_margins_and_turns_find_the_face_in_the_photographs_own_pixels(spotted, side, shape, patch, how):
     selection, crop = faces.find_face(spotted, Particular(side, shape, patch))
 

@@ -109,17 +109,11 @@ def test_boxes_that_are_written_are_read():
     assert read_boxes("\n 0.1, 0.2, 0.3, 0.4 \n\n", 1) == [(0.1, 0.2, 0.3, 0.4)]
 
 
-@pytest.mark.parametrize(
-    ("text", "people", "words"),
-    [
-        ("0.1 0.2 0.3 0.4", 2, "1 boxes for 2 people"),
-        ("0.1 0.2 0.3 0.4\n0.5 0.2 0.4 0.4", 2, r"Line 2 of boxes .*'0\.5 0\.2 0\.4 0\.4'"),
-        ("left", 1, "Line 1 of boxes"),
-        ("10 20 300 400", 1, "shares of the picture"),
-        ("0.1 0.2 nan 0.4", 1, "Line 1"),
-        ("0.1 0.2 0.3", 1, "Line 1"),
-    ],
-)
+@pytest.mark.parametrize(("text", "people", "words"), [
+    ("0.1 0.2 0.3 0.4", 2, "1 boxes for 2 people"),
+    ("0.1 0.2 0.3 0.4\n0.5 0.2 0.4 0.4", 2, r"Line 2 of boxes .*'0\.5 0\.2 0\.4 0\.4'"), ("left", 1, "Line 1 of boxes"),
+    ("10 20 300 400", 1, "shares of the picture"), ("0.1 0.2 nan 0.4", 1, "Line 1"), ("0.1 0.2 0.3", 1, "Line 1"),
+])  # fmt: skip
 def test_boxes_that_are_none_are_refused_in_words(text, people, words):
     with pytest.raises(InputError, match=words):
         read_boxes(text, people)

@@ -60,20 +60,14 @@ def test_unusual_sizes_are_read(shape, expected):
     assert read_photo(torch.rand(shape)).shape == (*expected, 3)
 
 
-@pytest.mark.parametrize(
-    ("image", "words"),
-    [
-        (torch.rand(1, 1, 3), "1 x 1 px is too small"),
-        (torch.rand(64, 15, 3), "15 x 64 px is too small"),
-        (torch.rand(16, 8000, 3), "8000 x 16 px is too small or too narrow"),
-        (torch.rand(0, 0, 3), "0 x 0 px is too small"),
-        (torch.rand(20, 20, 2), "1, 3 or 4 channels.*20, 20, 2"),
-        (torch.rand(1, 20, 20, 3), "height, width, channels.*1, 20, 20, 3"),
-        (torch.zeros(20, 20, 3, dtype=torch.uint8), "float image.*uint8"),
-        (torch.full((20, 20, 3), torch.nan), "NaN or infinite"),
-        (torch.full((20, 20, 3), torch.inf), "NaN or infinite"),
-    ],
-)
+@pytest.mark.parametrize(("image", "words"), [
+    (torch.rand(1, 1, 3), "1 x 1 px is too small"), (torch.rand(64, 15, 3), "15 x 64 px is too small"),
+    (torch.rand(16, 8000, 3), "8000 x 16 px is too small or too narrow"),
+    (torch.rand(0, 0, 3), "0 x 0 px is too small"), (torch.rand(20, 20, 2), "1, 3 or 4 channels.*20, 20, 2"),
+    (torch.rand(1, 20, 20, 3), "height, width, channels.*1, 20, 20, 3"),
+    (torch.zeros(20, 20, 3, dtype=torch.uint8), "float image.*uint8"),
+    (torch.full((20, 20, 3), torch.nan), "NaN or infinite"), (torch.full((20, 20, 3), torch.inf), "NaN or infinite"),
+])  # fmt: skip
 def test_what_is_not_a_photograph_is_refused_in_words(image, words):
     with pytest.raises(InputError, match=words):
         read_photo(image)

@@ -181,13 +181,10 @@ def test_photographs_of_any_size_are_looked_at_once_and_one_without_a_face_is_sa
     assert look_at_all(taken, analyzer, FaceChoice(), cache)[0] is looks[0] and analyzer.looks == before
 
 
-@pytest.mark.parametrize(
-    ("images", "words"),
-    [
-        ([], "no photograph to choose from"),
-        ([photograph((9, 9)), torch.zeros(4, 4, 3)], "Photograph 2 of 2: .*too small"),
-    ],
-)
+@pytest.mark.parametrize(("images", "words"), [
+    ([], "no photograph to choose from"),
+    ([photograph((9, 9)), torch.zeros(4, 4, 3)], "Photograph 2 of 2: .*too small"),
+])  # fmt: skip
 def test_what_cannot_be_looked_at_is_refused_in_words(images, words):
     with pytest.raises(InputError, match=words):
         look_at_all(photographs(images), SpotAnalyzer(), FaceChoice(), ResultCache(2**20))

@@ -5,7 +5,7 @@ import torch
 from pulid_sdxl.pulid.encoders import ENCODERS, FACE_WIDTH, HIDDEN_WIDTH, IdEncoder, IdFormer
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.pulid.identity import VisionFeatures
-from pulid_sdxl.pulid.tokens import face_vectors, identity_of, read_numbers, reads_together, uncond_tokens
+from pulid_sdxl.pulid.tokens import face_vectors, identity_of, read_weights, reads_together, uncond_tokens
 
 PATCHES = 4
 
@@ -108,10 +108,13 @@ def test_encoders_have_the_published_parameter_counts():
     [("1, 0.5, 0.5", 3, (1, 0.5, 0.5)), ("1 2\n3", 3, (1, 2, 3)), ("0.8", 3, (0.8,) * 3), ("-1", 1, (-1,))],
 )
 def test_numbers_are_one_for_all_or_one_each(text, count, numbers):
-    assert read_numbers(text, count, "people") == numbers
+    assert read_weights(text, count, "people", least=-1) == numbers
 
 
-@pytest.mark.parametrize("text", ["", "1, 2", "1, x, 3", "1, nan, 2", "1, inf, 2"])
-def test_other_texts_are_no_numbers(text):
-    with pytest.raises(InputError, match=r"one for each of 3 people, .*found "):
-        read_numbers(text, 3, "people")
+@pytest.mark.parametrize(("text", "words"), [
+    *((text, r"one for each of 3 people, .*found ") for text in ("", "1, 2")),
+    *((f"1, {bad}, 3", rf"Weight 2 of 3 .* from 0 to 5, found '{bad}'") for bad in ("x", "nan", "inf", "-1", "6")),
+])  # fmt: skip
+def test_other_texts_are_no_weights_and_the_wrong_one_is_named(text, words):
+    with pytest.raises(InputError, match=words):
+        read_weights(text, 3, "people", 0, 5)

@@ -41,8 +41,6 @@ def options(rest: list[str]) -> argparse.Namespace:
 def run(hosts: list[Path], rest: list[str]) -> int:
     """All of it; 0 when every job is done, 1 when some failed. Raises BatchError, KeyboardInterrupt."""
     known = options(rest)
-    if importlib.util.find_spec("ray") is None:
-        raise BatchError(f'This needs Ray: {sys.executable} -m pip install "ray[default]"')
     if not known.server and not hosts:
         raise BatchError("No ComfyUI found. Name its folder with --comfyui, or one that runs with --server.")
     graph = read_graph(known.workflow)
@@ -51,7 +49,9 @@ def run(hosts: list[Path], rest: list[str]) -> int:
     refuse_paid([name for name in types if name.startswith(HOSTED)], known.allow_hosted)
     made = plan_of(graph, rows, known, hosts) if "nodes" not in graph else None
 
-    from .session import Session  # imports Ray
+    if importlib.util.find_spec("ray") is None:
+        raise BatchError(f'This needs Ray: {sys.executable} -m pip install "ray[default]"')
+    from .session import Session
 
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with Session(known, hosts[0] if hosts else None) as session:
