@@ -33,9 +33,6 @@ print(generate(SimpleNamespace(environment=dict(os.environ)), Path(sys.argv[1]))
 """
 
 
-# ---- Finished ones ----
-
-
 # ---- Joining ----
 
 
