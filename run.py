@@ -265,7 +265,7 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
         seconds = 0.0 if known.all else known.older_than
         if seconds is None and not known.ids:
             raise Failure("Say what to forget: ids, --all, or --older-than 30d.")
-        print(f"{sum(journal.forget(file.parent, known.ids, seconds) for file in files)} forgotten.")
+        print(f"{sum(journal.Journal(file).forget(known.ids, seconds) for file in files)} forgotten.")
     except PulidError as error:
         raise Failure(str(error)) from error
     return 0

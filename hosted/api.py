@@ -147,6 +147,12 @@ class HostedImage(_Answer):
             raise ValueError("neither url nor file_data")
         return self
 
+    def shown(self) -> dict[str, Any]:
+        """As JSON's values; of a picture in a text, the start."""
+        values = self.model_dump(exclude_none=True).items()
+        long = {name for name, value in values if len(str(value)) > 64 and not str(value).startswith("http")}
+        return {name: f"{str(value)[:64]}..." if name in long else value for name, value in values}
+
 
 class HostedAnswer(BaseModel):
     """Pictures and the seed they were made with, as text: it can exceed 2^63."""

@@ -125,29 +125,29 @@ class Failure:
     kinds: frozenset[str] = frozenset()  # as the service or the model calls it: evidence of what became of a job
     retryable: bool | None = None
     units: str = ""  # that the service billed for it
-    proxied: bool = False  # the call went through the user's proxy, which adds the key
 
-    def words(self, doing: str, request_id: str = "") -> str:
+    def words(self, doing: str, request_id: str = "", proxied: bool = False) -> str:
         """`doing` is the half sentence "Fetching the result failed" and its like; "The request failed" needs evidence.
 
-        Nothing is said about the bill unless the service or the model itself told how the request ended.
+        Nothing is said about the bill unless the service or the model itself told how the request ended. `proxied` is
+        for what went through the user's proxy, which adds the key.
         """
         said = clean(self.said).rstrip(".")
         parts = (
             f"{doing}." if self.status == 200 else f"{doing} (HTTP {self.status}).",
             f"{said}." if said else "",
-            self._advice(),
+            self._advice(proxied),
             "Nothing was billed." if self.kinds and self.units == "0" else "",
             "The service says that sending it again may help." if self.kinds and self.retryable else "",
             f"(request {request_id})" if request_id else "",
         )
         return " ".join(filter(None, parts))
 
-    def _advice(self) -> str:
+    def _advice(self, proxied: bool) -> str:
         for kind in (*BY_KIND, *sorted(self.kinds)):
             if kind in self.kinds and (kind in BY_KIND or kind.startswith("runner_")):
                 return BY_KIND.get(kind, NOT_BILLED)
-        if self.proxied and self.status in (401, 403, 407):
+        if proxied and self.status in (401, 403, 407):
             return THE_PROXYS
         if self.status == 403 and "locked" in self.said.lower():
             return LOCKED

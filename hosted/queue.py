@@ -20,8 +20,8 @@ from ..pulid.errors import InputError
 from . import errors
 from .api import ENDPOINT, REQUEST_ID, Accepted, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import Failure, clean, failed_job
-from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
+from .errors import clean, failed_job
+from .transport import DEFAULT_TERMS, Headers, Reply, Send, Sleep, Terms, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
 PRICE_TERMS, PRICE_SECONDS = Terms(seconds=3, limit=2**20), 24 * 3600  # a price list, or its absence, is kept so long
@@ -79,7 +79,7 @@ CANCEL_STATUSES = (200, 202, 400, 404, 405)
 class QueueClient:
     """One account's way to one model."""
 
-    transport: Transport
+    send: Send
     endpoints: Endpoints
     key: Key | None  # None where a proxy adds it
     terms: Terms = DEFAULT_TERMS  # of one exchange
@@ -108,7 +108,7 @@ class QueueClient:
         if (reply.may_pass and reply.status != 429) or 300 <= reply.status < 400:
             raise errors.AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
         if reply.status >= 400:
-            raise errors.Refused(self.failure(reply).words("The service did not take the request"))
+            raise self.refusal(reply, "The service did not take the request")
         try:
             return read_answer(Accepted, reply.json).request_id
         except errors.BadAnswer:
@@ -119,7 +119,7 @@ class QueueClient:
         path, query = f"/requests/{request_id}/status", {"logs": str(int(logs))}
         reply = await repeated(lambda: self._ask("GET", path, query), self.sleep, _may_pass)
         if reply.status not in (200, 202):
-            raise self._refusal(reply, "Asking for the status failed", request_id)
+            raise self.refusal(reply, "Asking for the status failed", request_id)
         return read_answer(Status, reply.json)
 
     async def result(self, request_id: str) -> Any | None:
@@ -133,16 +133,17 @@ class QueueClient:
             if (data := reply.json) is None:
                 raise errors.BadAnswer("Expected JSON from the service, found something else.")
             return data
-        failure = self.failure(reply)
+        failure = reply.failure
         if reply.status == 400 and "in progress" in failure.said:
             return None
         if failure.kinds and reply.status not in ABOUT_US:
             raise failed_job(failure, request_id)
-        raise self._refusal(reply, "Fetching the result failed", request_id)
+        raise self.refusal(reply, "Fetching the result failed", request_id)
 
-    def _refusal(self, reply: Reply, doing: str, request_id: str) -> errors.Refused:
+    def refusal(self, reply: Reply, doing: str, request_id: str = "") -> errors.Refused:
+        """What to raise for an answer that is none. `doing` is what failed, as the first words of a sentence."""
         kind = errors.Gone if reply.status in (404, 410) else errors.Refused
-        return kind(self.failure(reply).words(doing, request_id))
+        return kind(reply.failure.words(doing, request_id, proxied=self.endpoints.proxy is not None))
 
     async def cancel(self, request_id: str) -> CancelOutcome:
         """Ask once, and not for long; never raises for what the service or the network does."""
@@ -152,10 +153,15 @@ class QueueClient:
             return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
         return CancelOutcome.NO_ANSWER
 
+    @property
+    def payer(self) -> str:
+        """A name of the account."""
+        return self.key.account if self.key else f"proxy {self.endpoints.proxy}"
+
     async def price(self) -> Price | None:
         """The model's price for this account, asked for once a day; None where it is not to be had."""
         api, price = self.endpoints.api, None
-        known = f"{api} {self.key and self.key.account}"
+        known = f"{api} {self.payer}"
         if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
             with suppress(errors.HostedError):
                 reply = await self.call("GET", api / "v1/models/pricing" % {"endpoint_id": ENDPOINT}, terms=PRICE_TERMS)
@@ -163,9 +169,6 @@ class QueueClient:
                 price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
             _prices[known] = time.monotonic(), price
         return _prices[known][1] if api else None
-
-    def failure(self, reply: Reply) -> Failure:
-        return replace(reply.failure, proxied=self.endpoints.proxy is not None)
 
     async def _ask(self, method: str, path: str, query: Mapping[str, str] | None = None, **sent: Any) -> Reply:
         """A call to the queue; to its second name where the first one cannot have got all of it."""
@@ -182,10 +185,10 @@ class QueueClient:
         sent = {**(headers or {}), "Accept": "application/json", "Content-Type": "application/json"}
         if self.endpoints.proxy is not None:
             sent["x-fal-target-url"] = str(url)
-            return await self.transport.send(method, self.endpoints.proxy, sent, body, terms or self.terms)
+            return await self.send(method, self.endpoints.proxy, sent, body, terms or self.terms)
         if self.key is None or not self.endpoints.may_see_key(url):
             raise AssertionError(f"no key may go to {url.host}")
-        reply = await self.transport.send(method, url, {**sent, **self.key.header}, body, terms or self.terms)
+        reply = await self.send(method, url, {**sent, **self.key.header}, body, terms or self.terms)
         shown = self.key.hide(reply.body.decode("utf-8", "replace")).encode()
         return Reply(reply.status, {name: self.key.hide(value) for name, value in reply.headers.items()}, shown)
 

@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import mimetypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +18,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
-from yarl import URL
 
 from ..pulid.errors import InputError
-from .api import UploadPlace, read_answer
+from .api import LARGEST_ANSWER, UploadPlace, read_answer
 from .endpoints import check_address, is_shareable
 from .errors import BadAnswer, Refused, clean
-from .journal import Journal
-from .pictures import LARGEST_PIXELS, decode_data_uri
+from .pictures import decode_data_uri
 from .queue import QueueClient
 from .transport import Terms, repeated
 
@@ -36,6 +35,8 @@ LARGEST_FILE = 90 * 2**20  # bytes; beyond, the service wants uploads in parts
 TRANSPORTS = ("auto", "data URI", "upload")
 SHORTEST_LIFE = 3600  # seconds that an upload is kept
 MARGIN = 1800  # seconds that it outlives the waiting and running, for uploading the others and sending
+
+_uploads: dict[str, tuple[float, float, str]] = {}  # in this process: when each was made, when it expires, its address
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _read_line(line: str, name: str, as_is: bool) -> Reference:
             raise InputError(f"{name} is a data URI, but not of a picture (data:image/...).")
         try:
             with Image.open(io.BytesIO(decode_data_uri(line))) as picture:
-                if picture.width * picture.height > LARGEST_PIXELS:
+                if picture.width * picture.height > LARGEST_ANSWER:
                     raise InputError(f"{name} is a picture of {picture.width} x {picture.height} pixels: too large.")
                 return _encode(ImageOps.exif_transpose(picture), as_is)
         except InputError:
@@ -135,52 +136,39 @@ def inline(references: Sequence[Reference], how: str) -> bool:
     return max(sizes, default=0) <= LARGEST_INLINE and sum(sizes) <= LARGEST_INLINE_TOTAL
 
 
-@dataclass(frozen=True)
-class ReferenceStorage:
-    """Places photographs where the service can read them."""
+async def place(
+    references: Sequence[Reference], client: QueueClient, how: str = "auto", needed: float = 0
+) -> tuple[str, ...]:
+    """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""
+    if inline(references, how):
+        return tuple(reference.url or reference.data_uri for reference in references)
+    seconds = max(SHORTEST_LIFE, needed + MARGIN)
+    return tuple([reference.url or await upload(reference, client, seconds, needed) for reference in references])
 
-    client: QueueClient
-    journal: Journal  # remembers uploads until shortly before they expire
 
-    async def place(self, references: Sequence[Reference], how: str = "auto", needed: float = 0) -> tuple[str, ...]:
-        """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""
-        if inline(references, how):
-            return tuple(reference.url or reference.data_uri for reference in references)
-        seconds = max(SHORTEST_LIFE, needed + MARGIN)
-        return tuple([reference.url or await self.upload(reference, seconds, needed) for reference in references])
+async def upload(reference: Reference, client: QueueClient, seconds: float, needed: float) -> str:
+    """The address of an uploaded photograph. Raises HostedError; a photograph is never left out.
 
-    async def upload(self, reference: Reference, seconds: float, needed: float) -> str:
-        """The address of an uploaded photograph. Raises HostedError; a photograph is never left out.
-
-        seconds  after which the service deletes it
-        needed   seconds for which an earlier upload must still be there to be used again
-        """
-        place = f"{self.client.endpoints.rest} {reference.content_type} {reference.digest}"
-        name = hashlib.sha256(place.encode()).hexdigest()
-        if kept := self.journal.uploaded(name, needed):
-            return kept
-        upload_url, file_url = await self._initiate(reference, int(seconds))
-        await self._put(upload_url, reference)
-        self.journal.remember_upload(name, file_url, int(seconds))
-        return file_url
-
-    async def _initiate(self, reference: Reference, seconds: int) -> tuple[URL, str]:
-        url = self.client.endpoints.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
-        lifecycle = json.dumps({"expiration_duration_seconds": seconds})
-        headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
-        suffix = mimetypes.guess_extension(reference.content_type) or ".bin"
-        body = {"file_name": f"reference{suffix}", "content_type": reference.content_type}
-        sent = json.dumps(body).encode()
-        reply = await repeated(lambda: self.client.call("POST", url, headers, sent), self.client.sleep)
-        if reply.status >= 300:
-            raise Refused(self.client.failure(reply).words("Uploading a reference picture failed, so nothing was sent"))
-        place = read_answer(UploadPlace, reply.json)
-        return check_address(place.upload_url, self.client.endpoints), place.file_url
-
-    async def _put(self, url: URL, reference: Reference) -> None:
-        """Without the key, which the storage must not have."""
-        headers, terms = {"Content-Type": reference.content_type}, Terms(self.client.terms.seconds, public=True)
-        send = self.client.transport.send
-        reply = await repeated(lambda: send("PUT", url, headers, reference.data, terms), self.client.sleep)
-        if reply.status >= 300:
-            raise Refused(f"Uploading a reference picture failed (HTTP {reply.status}). Nothing was generated.")
+    seconds  after which the service deletes it
+    needed   seconds for which an earlier upload must still be there to be used again
+    """
+    known = f"{client.endpoints.rest} {client.payer} {reference.content_type} {reference.digest}"
+    made, expires, address = _uploads.get(known, (0.0, 0.0, ""))
+    if made <= (now := time.time()) and now + needed < expires:
+        return address
+    lifecycle = json.dumps({"expiration_duration_seconds": int(seconds)})
+    headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
+    suffix = mimetypes.guess_extension(reference.content_type) or ".bin"
+    body = json.dumps({"file_name": f"reference{suffix}", "content_type": reference.content_type}).encode()
+    url = client.endpoints.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
+    reply = await repeated(lambda: client.call("POST", url, headers, body), client.sleep)
+    if reply.status >= 300:
+        raise client.refusal(reply, "Uploading a reference picture failed, so nothing was sent")
+    there = read_answer(UploadPlace, reply.json)
+    upload_url, terms = check_address(there.upload_url, client.endpoints), Terms(client.terms.seconds, public=True)
+    kind = {"Content-Type": reference.content_type}  # without the key, which the storage must not have
+    reply = await repeated(lambda: client.send("PUT", upload_url, kind, reference.data, terms), client.sleep)
+    if reply.status >= 300:
+        raise Refused(f"Uploading a reference picture failed (HTTP {reply.status}). Nothing was generated.")
+    _uploads[known] = now, now + int(seconds), there.file_url
+    return there.file_url

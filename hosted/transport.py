@@ -40,6 +40,7 @@ KINDS = {  # of the library's errors, in words; their own texts can hold address
 }
 Headers = Mapping[str, str] | None
 Sleep = Callable[[float], Awaitable[None]]
+Send = Callable[..., Awaitable["Reply"]]  # `send`, below
 
 
 @dataclass(frozen=True)
@@ -126,70 +127,55 @@ class _Sending(aiohttp.payload.Payload):
             self.moved = self._clock()
 
 
-class Transport:
-    """An asynchronous context manager of one event loop."""
+async def send(
+    method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = DEFAULT_TERMS
+) -> Reply:
+    """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
+    sending, now = _Sending(body), asyncio.get_running_loop().time
+    exchange = asyncio.ensure_future(_exchange(method, url, headers, sending, terms))
+    failure: HostedError
+    try:
+        while not exchange.done():
+            left = sending.moved + terms.seconds - now()
+            if left <= 0:
+                raise asyncio.TimeoutError
+            if terms.leave and not sending.may_have_arrived:
+                terms.leave()
+                left = min(left, LOOK_SECONDS)
+            await asyncio.wait({exchange}, timeout=left)
+        return exchange.result()
+    except HostedError as error:
+        failure = error
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+        failure = _failure(sending, url, error)
+    finally:
+        sending.stop()
+        exchange.cancel()
+        await asyncio.gather(exchange, return_exceptions=True)
+    raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
 
-    async def __aenter__(self) -> "Transport":
-        self._any, self._public = _session(aiohttp.ThreadedResolver()), _session(PublicResolver())
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._any.close()
-        await self._public.close()
-
-    async def send(
-        self, method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = DEFAULT_TERMS
-    ) -> Reply:
-        """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
-        sending, now = _Sending(body), asyncio.get_running_loop().time
-        exchange = asyncio.ensure_future(self._exchange(method, url, headers, sending, terms))
-        failure: HostedError
-        try:
-            while not exchange.done():
-                left = sending.moved + terms.seconds - now()
-                if left <= 0:
-                    raise asyncio.TimeoutError
-                if terms.leave and not sending.may_have_arrived:
-                    terms.leave()
-                    left = min(left, LOOK_SECONDS)
-                await asyncio.wait({exchange}, timeout=left)
-            return exchange.result()
-        except HostedError as error:
-            failure = error
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            failure = _failure(sending, url, error)
-        finally:
-            sending.stop()
-            exchange.cancel()
-            await asyncio.gather(exchange, return_exceptions=True)
-        raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
-
-    async def _exchange(self, method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
-        proxy = proxy_for(url)
-        if proxy and terms.public and not is_fals(url.raw_host or ""):
-            # It looks names up itself; what this machine knows to be private is refused all the same.
-            with suppress(socket.gaierror, UnicodeError):
-                await PublicResolver().resolve(url.raw_host or "", url.port or 443)
-        async with (self._public if terms.public and not proxy else self._any).request(
-            method,
-            url,
-            headers=headers,
-            data=sending if sending.size else None,
+async def _exchange(method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
+    proxy = proxy_for(url)
+    if proxy and terms.public and not is_fals(url.raw_host or ""):
+        # It looks names up itself; what this machine knows to be private is refused all the same.
+        with suppress(socket.gaierror, UnicodeError):
+            await PublicResolver().resolve(url.raw_host or "", url.port or 443)
+    resolver = PublicResolver() if terms.public and not proxy else aiohttp.ThreadedResolver()
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            auto_decompress=False,
             timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=terms.idle),
-            allow_redirects=False,
-            proxy=proxy,
-        ) as response:
-            names = {name.lower(): value for name, value in response.headers.items()}
-            return Reply(response.status, names, await _read(response, url, terms.limit))
-
-
-def _session(resolver: aiohttp.ThreadedResolver) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-        auto_decompress=False,
-    )  # without trust_env, which would send what a .netrc holds in the place of the key
+        ) as session,  # without trust_env, which would send what a .netrc holds in the place of the key
+        session.request(
+            method, url, headers=headers, data=sending if sending.size else None, allow_redirects=False, proxy=proxy
+        ) as response,
+    ):
+        names = {name.lower(): value for name, value in response.headers.items()}
+        return Reply(response.status, names, await _read(response, url, terms.limit))
 
 
 def proxy_for(url: URL) -> URL | None:

@@ -48,9 +48,9 @@ class HastyWatch(Watch):
 
 
 def hasty(service):
-    fetcher = replace(service.fetcher, terms=Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS, public=True))
+    terms = Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS, public=True)
     client = replace(service.client, cancel_seconds=ANSWER_SECONDS)
-    return replace(service, client=client, fetcher=fetcher, poll_seconds=(0.5, 1.0, 2.0, 3.0))
+    return replace(service, client=client, picture_terms=terms, poll_seconds=(0.5, 1.0, 2.0, 3.0))
 
 
 def perform(fal, folder, act=None, **environ):

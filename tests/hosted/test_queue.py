@@ -41,7 +41,7 @@ def client(line, endpoints=None, key=KEY):
     async def sleep(seconds):
         line.pauses.append(seconds)
 
-    return QueueClient(line, endpoints or Endpoints(), key, sleep=sleep)
+    return QueueClient(line.send, endpoints or Endpoints(), key, sleep=sleep)
 
 
 def submit(line, endpoints=None, key=KEY, **options):
