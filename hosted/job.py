@@ -17,14 +17,14 @@ Whoever sends a request owns it: their interrupt or limit calls it off, and that
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..pulid.errors import InputError
 from . import errors, references
-from .api import IDEAL_REFERENCES, MOST_PICTURES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status, read_answer
+from .api import IDEAL_REFERENCES, MOST_PICTURES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status
 from .endpoints import check_webhook
 from .journal import Guard, Row, State
 from .pictures import Outcome, fetch_all
@@ -36,6 +36,7 @@ CALL_OFF_SECONDS, LAST_SECONDS = 60, 1.5  # to fetch what was finished before a 
 GOES_ON = "It goes on at the service: run this again to fetch its pictures, or stop it with PuLID Hosted Cancel."
 
 CANCELLED: dict[CancelOutcome, State] = {CancelOutcome.REMOVED: "FAILED", CancelOutcome.REQUESTED: "CANCEL_REQUESTED"}
+OVER = ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")  # no cancel changes that
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
@@ -52,6 +53,19 @@ class Job:
     transport: str = "auto"
     limits: Limits = field(default_factory=Limits)
     give_up: str = ""  # the id of an equal request, finished or not, that is given up for a new one
+
+    def shown(self) -> dict[str, Any]:
+        """What is asked for, without the photographs."""
+        named = tuple(photo.url or photo.content_type for photo in self.references)
+        return replace(self.request, reference_images=named).body()
+
+    def notes(self) -> list[str]:
+        """What the user should know about the photographs."""
+        numbered = enumerate(self.references, start=1)
+        noted = [f"Reference {number} {photo.note}." for number, photo in numbered if photo.note]
+        if (count := len(self.references)) > IDEAL_REFERENCES:
+            noted.insert(0, f"{count} references were sent; {IDEAL_REFERENCES} are ideal.")
+        return noted
 
 
 async def generate(job: Job, at: Service) -> Outcome:
@@ -114,9 +128,8 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
     try:
         row = replace(row, request_id=await at.client.submit(body, job.options, at.watch.check))
     except errors.AmbiguousSubmit as error:
-        row = replace(row, note=f"{'It was interrupted while it was being sent. ' if at.watch.stop() else ''}{error}")
-        _move(row, "AMBIGUOUS", at, row.note)
-        unknown = _unknown(row)
+        interrupted = "It was interrupted while it was being sent. " if at.watch.stop() else ""
+        unknown = _unknown(_move(row, "AMBIGUOUS", at, f"{interrupted}{error}"))
         logger.warning("%s", unknown)  # who interrupted it hears nothing else
         raise unknown from None
     except errors.HostedError as error:
@@ -125,10 +138,10 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
     except BaseException:
         _move(row, "AMBIGUOUS", at, "ended while it was being sent")
         raise
-    _move(row, "SUBMITTED", at)
+    row = _move(row, "SUBMITTED", at)
     at.watch.enter("queue", row.id)
     at.report(1, f"sent (request {row.id})")
-    return replace(row, state="SUBMITTED"), [f"By the service's price list it costs {cost}."] if cost else []
+    return row, [f"By the service's price list it costs {cost}."] if cost else []
 
 
 async def order(job: Job, at: Service) -> tuple[str, list[str]]:
@@ -173,15 +186,24 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
     if kept := at.store.get(row.id):
         return kept
     with _nothing_is_lost(row, at):
-        data, status = await wait(row.id, at)
+        answer, status = await wait(row.id, at)
         waited = at.watch.seconds()
         _move(row, "COMPLETED", at)
         at.report(4, f"fetching the pictures (request {row.id})")
-        answer = read_answer(HostedAnswer, data)
-        images, notes = await fetch_all(at.client, answer.images, row.pictures, at.picture_terms)
+        asked = row.pictures if row.digest else min(len(answer.images), MOST_PICTURES)
+        images, notes = await fetch_all(at.client, answer.images, asked, at.picture_terms)
+    shown = [image.shown() for image in answer.images]
     timings = {"waited": round(waited, 3), "fetched": round(at.watch.seconds() - waited, 3)}
-    info = describe(row, answer, status, timings, job)
-    info["notes"] = notes + info["notes"]
+    info = {
+        "seed": answer.seed,
+        "request_id": row.id,
+        "urls": [image["url"] for image in shown],
+        "images": shown,
+        "timings": timings | (status.metrics or {}),
+        "request": job and job.shown(),
+        "logs": list(status.logs),
+        "notes": notes + (job.notes() if job else []),
+    }
     outcome = Outcome(images=images, seed=answer.seed, request_id=row.id, info=info)
     if at.store.put(row.id, outcome):
         _move(row, "DOWNLOADED", at, seed=answer.seed)
@@ -189,8 +211,8 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
     return outcome
 
 
-async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
-    """The JSON of the result, and the last status. Raises JobFailed, Refused, BadAnswer."""
+async def wait(request_id: str, at: Service) -> tuple[HostedAnswer, Status]:
+    """The result, and the last status. Raises JobFailed, Refused, BadAnswer."""
     seen, pauses = 0, iter(at.poll_seconds)
     at.watch.enter("queue", request_id)
     while True:
@@ -202,8 +224,8 @@ async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
             with suppress(errors.Refused, errors.BadAnswer, errors.AnswerLost, errors.Unreachable):
                 await at.client.result(request_id)  # which says more, by a JobFailed of its own
             raise errors.failed_job(status.failure, request_id)
-        if status.done and (data := await at.client.result(request_id)) is not None:
-            return data, status
+        if status.done and (answer := await at.client.result(request_id)):
+            return answer, status
         seconds = at.watch.enter("queue" if status.state == QUEUED else "run", request_id)
         at.report(2 if status.state == QUEUED else 3, f"{_progress(status, seconds)} (request {request_id})")
         await at.watch.pause(next(pauses, at.poll_seconds[-1]))
@@ -237,7 +259,7 @@ def _known(request_id: str, at: Service) -> Row:
     row = _look_up(request_id.strip(), at)
     if row and not row.request_id:
         raise _unknown(row)
-    return row or Row("", pictures=MOST_PICTURES, request_id=check_id(request_id))
+    return row or Row("", request_id=check_id(request_id))
 
 
 def _look_up(name: str, at: Service) -> Row | None:
@@ -255,7 +277,8 @@ def _unknown(row: Row) -> errors.AmbiguousSubmit:
 async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     """Ask the service once to stop; what turns out to be finished is fetched and kept, since it is paid for."""
     at.watch.finishing, is_limit, becomes = True, isinstance(stopped, errors.HostedLimit), GOES_ON
-    if row.is_owner and not _is_over(row, at):
+    now = _look_up(row.name, at) or row
+    if row.is_owner and now.state not in OVER:
         at.report(3, f"calling it off (request {row.id})")
         cancelled = await _cancel(row, at)
         becomes = cancelled.value
@@ -269,49 +292,20 @@ async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     raise errors.HostedLimit(f"{stopped} {becomes}") if is_limit else stopped
 
 
-def _is_over(row: Row, at: Service) -> bool:
-    """Whether a request needs no cancel any more."""
-    now = _look_up(row.name, at)
-    return now is not None and now.state in ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")
-
-
 async def _cancel(row: Row, at: Service) -> CancelOutcome:
     """Cancel and note what came of it: only a request that never ran is over; every other can still be asked about."""
     cancelled = await at.client.cancel(row.id)
-    if cancelled in CANCELLED and row.state not in ("COMPLETED", "DOWNLOADED", "FAILED"):
+    if cancelled in CANCELLED and row.state not in OVER:
         _move(row, CANCELLED[cancelled], at, cancelled.value)
     return cancelled
 
 
-def _move(row: Row, state: State, at: Service, note: str = "", seed: str | None = None) -> None:
-    """Note a step. A journal that cannot be written now must not cost pictures: the row then stays as it was."""
-    if not row.digest:
-        return
-    try:
-        at.journal.move(replace(row, state=state, note=note, seed=seed))
-    except errors.HostedError as error:
-        logger.warning("Request %s is %s, but: %s", row.id, state, error)
-
-
-def describe(
-    row: Row, answer: HostedAnswer, status: Status, waited: Mapping[str, float], job: Job | None
-) -> dict[str, Any]:
-    """What a user is told about a request that went through, as JSON's values; the seed as text."""
-    photos, notes = job.references if job else (), []
-    if len(photos) > IDEAL_REFERENCES:
-        notes.append(f"{len(photos)} references were sent; {IDEAL_REFERENCES} are ideal.")
-    if job and len(answer.images) < job.request.num_images:
-        notes.append(f"{job.request.num_images} pictures were asked for, {len(answer.images)} came.")
-    notes += [f"Reference {number} {ref.note}." for number, ref in enumerate(photos, 1) if ref.note]
-    shown = tuple(photo.url or photo.content_type for photo in photos)
-    images = [image.shown() for image in answer.images]
-    return {
-        "seed": answer.seed,
-        "request_id": row.id,
-        "urls": [image["url"] for image in images],
-        "images": images,
-        "timings": {**waited, **(status.metrics or {})},
-        "request": replace(job.request, reference_images=shown).body() if job else None,
-        "logs": list(status.logs),
-        "notes": notes,
-    }
+def _move(row: Row, state: State, at: Service, note: str = "", seed: str | None = None) -> Row:
+    """Note a step. A journal that cannot be written now must not cost pictures: the row then stays there as it was."""
+    row = replace(row, state=state, note=note, seed=seed)
+    if row.digest:
+        try:
+            at.journal.move(row)
+        except errors.HostedError as error:
+            logger.warning("Request %s is %s, but: %s", row.id, state, error)
+    return row

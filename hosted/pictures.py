@@ -45,7 +45,7 @@ logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 async def fetch_all(
     client: QueueClient,
     images: Sequence[HostedImage],
-    asked: int = MOST_PICTURES,
+    asked: int,
     terms: Terms = PICTURE_TERMS,
     pixels: int = LARGEST_ANSWER,
 ) -> tuple[tuple[Image.Image, ...], list[str]]:
@@ -66,8 +66,9 @@ async def fetch_all(
         for what, value in came.items():
             if (told := getattr(image, what)) not in (None, value):
                 notes.append(f"Picture {number}: {what} {told} was announced, {value} came.")
-    if len(images) > asked:
-        notes.append(f"{asked} pictures were asked for, {len(images)} came; the others were not read.")
+    if len(images) != asked:
+        unread = "; the others were not read" if len(images) > asked else ""
+        notes.append(f"{asked} pictures were asked for, {len(images)} came{unread}.")
     return tuple(pictures), notes
 
 

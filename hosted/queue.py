@@ -18,7 +18,7 @@ from yarl import URL
 
 from ..pulid.errors import InputError
 from . import errors
-from .api import ENDPOINT, REQUEST_ID, Accepted, Price, PriceList, Status, read_answer
+from .api import ENDPOINT, REQUEST_ID, Accepted, HostedAnswer, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
 from .errors import clean, failed_job
 from .transport import DEFAULT_TERMS, Headers, Reply, Send, Sleep, Terms, repeated, retry_after
@@ -122,17 +122,15 @@ class QueueClient:
             raise self.refusal(reply, "Asking for the status failed", request_id)
         return read_answer(Status, reply.json)
 
-    async def result(self, request_id: str) -> Any | None:
-        """The JSON that the model gave, or None while it is not ready.
+    async def result(self, request_id: str) -> HostedAnswer | None:
+        """What the model gave, or None while it is not ready.
 
         Raises JobFailed with the model's or the service's own word that it failed, Refused or BadAnswer for anything
         else: the request is then as it was.
         """
         reply = await repeated(lambda: self._ask("GET", f"/requests/{request_id}"), self.sleep, _may_pass)
         if reply.status == 200:
-            if (data := reply.json) is None:
-                raise errors.BadAnswer("Expected JSON from the service, found something else.")
-            return data
+            return read_answer(HostedAnswer, reply.json)
         failure = reply.failure
         if reply.status == 400 and "in progress" in failure.said:
             return None

@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -29,7 +28,6 @@ from .transport import Terms, repeated
 
 LONGEST_SIDE = 1024  # pixels
 LARGEST_PNG = 10**6  # bytes; beyond, a JPEG of high quality
-JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4
 LARGEST_INLINE, LARGEST_INLINE_TOTAL = 2**20, 4 * 2**20  # bytes of one, of all, that go inside a request
 LARGEST_FILE = 90 * 2**20  # bytes; beyond, the service wants uploads in parts
 TRANSPORTS = ("auto", "data URI", "upload")
@@ -65,56 +63,46 @@ def encode(image: Tensor, as_is: bool = False) -> Reference:
 
 
 def _encode(picture: Image.Image, as_is: bool) -> Reference:
-    picture, note = _on_white(picture)
-    if not as_is and max(picture.size) > LONGEST_SIDE:
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    data, content_type = _save(picture, format="PNG"), "image/png"
-    if len(data) > LARGEST_PNG:
-        data, content_type = _save(picture, **JPEG), "image/jpeg"
-    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    return Reference(digest, content_type=content_type, data=data, note=note)
-
-
-def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
+    note = ""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         note = "has transparent parts, which were sent as white"
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), note
-    return picture.convert("RGB"), ""
-
-
-def _save(picture: Image.Image, **how: Any) -> bytes:
-    picture.save(file := io.BytesIO(), **how)
-    return file.getvalue()
+    picture = picture.convert("RGB")
+    if not as_is:
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    picture.save(file := io.BytesIO(), "PNG")
+    content_type = "image/png"
+    if file.tell() > LARGEST_PNG:
+        picture.save(file := io.BytesIO(), "JPEG", quality=95, subsampling=0)  # 4:4:4
+        content_type = "image/jpeg"
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    return Reference(digest, content_type=content_type, data=file.getvalue(), note=note)
 
 
 def read_lines(text: str, as_is: bool = False) -> list[Reference]:
     """Addresses and data URIs, one a line, as references; pictures in data URIs are encoded anew. Raises InputError."""
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    return [_read_line(line, f"Line {number} of reference_urls", as_is) for number, line in lines if line]
+    lines = [(f"Line {number} of reference_urls", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [_read_line(line, name, as_is) for name, line in lines if line]
 
 
 def _read_line(line: str, name: str, as_is: bool) -> Reference:
-    if line.startswith("data:"):
-        if not line.startswith("data:image/"):
-            raise InputError(f"{name} is a data URI, but not of a picture (data:image/...).")
-        try:
-            with Image.open(io.BytesIO(decode_data_uri(line))) as picture:
-                if picture.width * picture.height > LARGEST_ANSWER:
-                    raise InputError(f"{name} is a picture of {picture.width} x {picture.height} pixels: too large.")
-                return _encode(ImageOps.exif_transpose(picture), as_is)
-        except InputError:
-            raise
-        except BadAnswer as error:
-            raise InputError(f"{name}: {error}") from None
-        except Exception as error:  # Pillow's are of every class
-            raise InputError(f"{name} holds no picture that could be read ({type(error).__name__}).") from None
-    if not line.startswith("https://") or not is_shareable(line):
+    if line.startswith("https://") and is_shareable(line):
+        return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
+    if not line.startswith("data:"):
         raise InputError(
             f"{name} is neither a data URI nor an https:// address that the service can read, but {clean(line, 60)!r}. "
             "It cannot read this machine or a private network: connect the picture itself. Nothing was sent."
         )
-    return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
+    try:
+        with Image.open(io.BytesIO(decode_data_uri(line))) as picture:
+            if picture.width * picture.height > LARGEST_ANSWER:
+                raise BadAnswer(f"A picture of {picture.width} x {picture.height} pixels is too large.")
+            return _encode(ImageOps.exif_transpose(picture), as_is)
+    except BadAnswer as error:
+        raise InputError(f"{name}: {error}") from None
+    except Exception as error:  # Pillow's are of every class
+        raise InputError(f"{name} holds no picture that could be read ({type(error).__name__}).") from None
 
 
 def read_file(folder: Path, name: str) -> Reference:

@@ -70,7 +70,7 @@ def test_redirects_are_followed_a_few_times_without_credentials():
 
 
 def pictures(web, *images, **limits):
-    return asyncio.run(fetch_all(client(web), images, **limits))
+    return asyncio.run(fetch_all(client(web), images, len(images), **limits))
 
 
 def test_pictures_come_in_order_and_differences_are_noted():

@@ -153,7 +153,7 @@ def ask(line, call):
 @pytest.mark.parametrize("status", [408, 429, 499, 500, 502, 503, 504, 520])
 @pytest.mark.parametrize("ask_for", [QueueClient.status, QueueClient.result])
 def test_a_bare_status_says_nothing_of_the_job_and_is_asked_again(status, ask_for):
-    once = Line(reply(status, {"detail": "x"}), reply(200, {"status": "COMPLETED"}))
+    once = Line(reply(status, {"detail": "x"}), reply(200, {"status": "COMPLETED", "images": [{"url": "u"}]}))
     always = Line(*[reply(status, b"<html>")] * 7)
     ask(once, ask_for)
     with pytest.raises(Refused) as caught:
