@@ -42,7 +42,6 @@ LARGEST_ANSWER = 64 * 2**20  # pixels of all pictures of a request together
 MOST_PICTURES = 8
 IDEAL_REFERENCES = 4
 
-
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
@@ -126,11 +125,7 @@ Number = Annotated[int | None, UNREADABLE_IS_NONE]
 REQUEST_ID = r"^[0-9A-Za-z][0-9A-Za-z_-]{3,127}$"
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True)
-
-
-class HostedImage(_Answer):
+class HostedImage(BaseModel, frozen=True, strict=True):
     """One picture of an answer, behind an address or in `file_data` (base64 or a data URI)."""
 
     url: Annotated[str, BeforeValidator(lambda url: url if isinstance(url, str) else "")] = ""
@@ -167,7 +162,7 @@ class Accepted(BaseModel):
     request_id: str = Field(pattern=REQUEST_ID)
 
 
-class UploadPlace(_Answer):
+class UploadPlace(BaseModel, frozen=True, strict=True):
     """Where a file goes, and where it can then be read."""
 
     upload_url: str = Field(min_length=1)
@@ -186,7 +181,7 @@ Cleaned = Annotated[str, BeforeValidator(lambda text: clean(text, 40) if isinsta
 AsText = BeforeValidator(lambda data: data if isinstance(data, str) else json.dumps(data) if data else None)
 
 
-class Status(_Answer):
+class Status(BaseModel, frozen=True, strict=True):
     """Where a request stands. A state that is not in the service's documents counts as waiting."""
 
     state: Cleaned = Field(alias="status")
@@ -207,19 +202,19 @@ class Status(_Answer):
     @property
     def failure(self) -> Failure:
         """What `error` and `error_type` say."""
-        return Failure(200, *_problems(parse(self.error or "", self.error), self.error_type or ""))
+        return Failure(200, *_problems(parse(self.error or "") or self.error, self.error_type or ""))
 
 
 _JSON = TypeAdapter(Any)
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
-def parse(text: str | bytes, otherwise: Any = None) -> Any:
-    """The JSON in a text; `otherwise` where it is none, or is nested without end."""
+def parse(text: str | bytes) -> Any:
+    """The JSON in a text; None where it is none, or is nested without end."""
     try:
         return _JSON.validate_json(text)
     except ValidationError:
-        return otherwise
+        return None
 
 
 def read_answer(kind: type[Answer], data: Any) -> Answer:
@@ -259,7 +254,7 @@ class PriceList(BaseModel):
 # --- Failures, in every style of body ---
 
 
-class _Entry(_Answer):
+class _Entry(BaseModel, frozen=True, strict=True):
     loc: Annotated[list[str | int] | None, UNREADABLE_IS_NONE] = None
     msg: Text = None
     type: Text = None
@@ -272,22 +267,13 @@ class _Entry(_Answer):
             return f"reference {parts[1] + 1}"
         return ".".join(map(str, parts))
 
-    @property
-    def is_evidence(self) -> bool:
-        """False for what is about our asking, and not about the job."""
-        return (self.loc or [""])[0] not in ("path", "query", "header")
-
-
-_ENTRY = TypeAdapter(Annotated[_Entry | None, UNREADABLE_IS_NONE])
-
 
 def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """Both styles of error body, a bare text, and anything else a gateway may send; header names in lower case."""
     data = parse(body)
     data = data if isinstance(data, dict) else {}
-    kind = next(
-        (kind for kind in (data.get("error_type"), headers.get("x-fal-error-type")) if isinstance(kind, str)), ""
-    )
+    kind = data.get("error_type")
+    kind = kind if isinstance(kind, str) else headers.get("x-fal-error-type", "")
     detail = next((data[name] for name in ("detail", "error", "message") if data.get(name) is not None), None)
     said, kinds = _problems(detail, kind)
     if status in (408, 504) and headers.get("x-fal-request-timeout-type", "").lower() == "user":
@@ -303,8 +289,8 @@ def _problems(detail: Any, kind: str) -> tuple[str, frozenset[str]]:
     for problem in detail if isinstance(detail, list) else [detail]:
         if isinstance(problem, str):
             said.append(problem)
-        elif entry := _ENTRY.validate_python(problem):
+        elif entry := _or_none(problem, _Entry.model_validate):
             said.append(": ".join(filter(None, (entry.place, entry.msg))))
-            if entry.is_evidence:
+            if (entry.loc or [""])[0] not in ("path", "query", "header"):  # which is about our asking, not the job
                 kinds.add(entry.type or kind or ("unnamed" if entry.msg else ""))
     return "; ".join(filter(None, said)), frozenset(kinds - {""})

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import SecretStr
 from yarl import URL
@@ -125,33 +125,27 @@ def _plain(host: str) -> str:
     return host.rstrip(".").lower()
 
 
+def public_url(address: str | URL) -> URL | None:
+    """The address as a URL; None unless it is https to a host which, as it is written, is on the public internet."""
+    with suppress(ValueError):
+        url = URL(address)
+        if url.scheme == "https" and not may_be_private(url.raw_host or ""):
+            return url
+    return None
+
+
 def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -> URL:
     """The address, which may be relative to `base`, or HostedError. A name is checked again when it is looked up."""
     try:
         url = base.join(URL(address)) if base else URL(address)
-        found = f"one of scheme {url.scheme!r}, port {url.port}{', with a user name' if url.user else ''}"
+        plain = url.port == 443 and not (url.user or url.password)
+        if endpoints.is_own_storage(url) or (plain and public_url(url)):
+            return url
+        user = ", and a user name" if url.user else ""
+        found = f"scheme {clean(url.scheme, 40)!r}, host {clean(url.host, 80)!r}, port {url.port}{user}"
     except ValueError:
-        raise HostedError("The service named an address that is none. It was not read.") from None
-    if endpoints.is_own_storage(url):
-        return url
-    if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
-        raise HostedError(f"Expected a plain https address from the service, found {found}. It was not read.")
-    if may_be_private(url.raw_host or ""):
-        refuse_private(url.host)
-    return url
-
-
-def refuse_private(host: str) -> NoReturn:
-    where = f"{clean(host, 80)} leads to a private address"
-    raise HostedError(f"{where}, where no picture of the service can be. It was not read.")
-
-
-def is_shareable(address: str) -> bool:
-    """True for an https address that is not, as far as it can be told from here, of this machine or its network."""
-    with suppress(ValueError):
-        url = URL(address)
-        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "")
-    return False
+        found = "none at all"
+    raise HostedError(f"Expected a public https address from the service, found {found}. It was not read.")
 
 
 def check_webhook(address: str, folder: Path) -> None:
@@ -159,10 +153,11 @@ def check_webhook(address: str, folder: Path) -> None:
 
     A graph of somebody else's can hold an address to which every picture would go; no value in a graph allows one.
     """
-    if not is_shareable(address) or URL(address).user:
+    url = public_url(address)
+    if url is None or url.user:
         example = "A webhook is a public https address such as https://example.com/done"
         raise InputError(f"{example}, found {clean(address, 80)!r}. Nothing was sent.")
-    host, file, allowed = _plain(URL(address).raw_host or ""), folder / WEBHOOK_FILE, ""
+    host, file, allowed = _plain(url.raw_host or ""), folder / WEBHOOK_FILE, ""
     with suppress(OSError, UnicodeDecodeError):
         allowed = file.read_text(encoding="utf-8-sig")
     if host not in {_plain(line.strip()) for line in allowed.splitlines()}:
@@ -176,7 +171,7 @@ def check_webhook(address: str, folder: Path) -> None:
 
 PLACEHOLDERS = {"YOUR_FAL_KEY", "YOUR_API_KEY"}  # as fal's page prints them
 LINE = re.compile(
-    r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))(?:[ \t]+\#.*|[ \t]*)$"""
+    r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(["']?)[ \t]*([^\s"']*)[ \t]*\1(?:[ \t]+\#.*|[ \t]*)$"""
 )
 HIDDEN = "[hidden]"
 LOGGERS = (__package__, "aiohttp.client", "aiohttp.internal", "asyncio")
@@ -263,7 +258,7 @@ def _read_key(file: Path) -> str:
     if found is None:
         needed = 'a text (UTF-8) with the line FAL_KEY = "id:secret", which belongs to you (chown, chmod 600)'
         raise HostedError(f"{_end_of(file)} cannot be read ({why}). It is {needed}.")
-    return next(filter(None, found.groups()), "")
+    return found[2]
 
 
 def _end_of(file: Path) -> str:

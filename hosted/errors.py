@@ -62,16 +62,14 @@ HOSTS = (
     "Connect the picture itself instead, or upload it."
 )
 CANCELLED = "It was cancelled. Queue the prompt again to send it anew."
-NOT_STARTED = "No machine took it up in time, so nothing ran. Queue the prompt again."
 BY_KIND = {  # of what the service or the model says of a job, so it is evidence
     "content_policy_violation": "The service's content check refused it. It is not sent again.",
     "face_detection_error": "The service found no face there. Use a photograph with a clear, large face.",
     "file_download_error": f"The service could not fetch it. {HOSTS}",
     "image_load_error": f"The service could not read it as a picture. {HOSTS}",
     "file_too_large": "Use a smaller file, or leave reference_size at 1024.",
-    "client_cancelled": CANCELLED,
-    "client_disconnected": CANCELLED,
-    "startup_timeout": NOT_STARTED,
+    "startup_timeout": "No machine took it up in time, so nothing ran. Queue the prompt again.",
+    **dict.fromkeys(("client_cancelled", "client_disconnected"), CANCELLED),
     **dict.fromkeys(("internal_error", "internal_server_error", "downstream_service_error"), NOT_BILLED),
     **dict.fromkeys(("request_timeout", "generation_timeout"), NOT_BILLED),
 }
@@ -144,14 +142,13 @@ class Failure:
         return " ".join(filter(None, parts))
 
     def _advice(self, proxied: bool) -> str:
-        for kind in (*BY_KIND, *sorted(self.kinds)):
-            if kind in self.kinds and (kind in BY_KIND or kind.startswith("runner_")):
-                return BY_KIND.get(kind, NOT_BILLED)
+        if known := [words for kind, words in BY_KIND.items() if kind in self.kinds]:
+            return known[0]
         if proxied and self.status in (401, 403, 407):
             return THE_PROXYS
         if self.status == 403 and "locked" in self.said.lower():
             return LOCKED
-        if self.status >= 500:
+        if self.status >= 500 or any(kind.startswith("runner_") for kind in self.kinds):
             return NOT_BILLED if self.kinds else NO_ANSWER
         return BY_STATUS.get(self.status, "Look at the request at fal.ai/dashboard/requests.")
 

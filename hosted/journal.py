@@ -21,7 +21,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -104,8 +104,7 @@ class Journal:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             inode = self.path.stat().st_ino
-            connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            try:
+            with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.row_factory = sqlite3.Row
                 connection.execute("PRAGMA synchronous=FULL")  # on the disk before a byte leaves
                 connection.execute("BEGIN IMMEDIATE")
@@ -117,8 +116,6 @@ class Journal:
                     raise sqlite3.DatabaseError(f"it was written by another version of this pack ({version})")
                 yield connection
                 connection.execute("COMMIT")
-            finally:
-                connection.close()
         except (OSError, sqlite3.Error) as error:
             # Of no subclass: no database, a damaged one, or another version's. "no such table": a foreign one.
             if type(error) is sqlite3.DatabaseError or str(error).startswith("no such "):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..pulid.errors import InputError
 from .api import LARGEST_ANSWER, UploadPlace, read_answer
-from .endpoints import check_address, is_shareable
+from .endpoints import check_address, public_url
 from .errors import BadAnswer, Refused, clean
 from .pictures import decode_data_uri
 from .queue import QueueClient
@@ -87,7 +87,7 @@ def read_lines(text: str, as_is: bool = False) -> list[Reference]:
 
 
 def _read_line(line: str, name: str, as_is: bool) -> Reference:
-    if line.startswith("https://") and is_shareable(line):
+    if line.startswith("https://") and public_url(line):
         return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
     if not line.startswith("data:"):
         raise InputError(

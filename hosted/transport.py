@@ -18,8 +18,8 @@ from aiohttp.abc import AbstractStreamWriter, ResolveResult
 from yarl import URL
 
 from .api import parse, read_failure
-from .endpoints import is_fals, is_loopback, is_public, refuse_private
-from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable
+from .endpoints import is_fals, is_loopback, is_public
+from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable, clean
 
 CONNECT_SECONDS = 10
 CHUNK = 64 * 1024  # bytes that are read at a time
@@ -93,7 +93,8 @@ class PublicResolver(aiohttp.ThreadedResolver):
         found = await super().resolve(host, port, family)
         if is_fals(host) or all(is_public(entry["host"]) for entry in found):
             return found
-        refuse_private(host)
+        where = f"{clean(host, 80)} leads to a private address"
+        raise HostedError(f"{where}, where no picture of the service can be. It was not read.")
 
 
 class _Sending(aiohttp.payload.Payload):
@@ -174,8 +175,13 @@ async def _exchange(method: str, url: URL, headers: Headers, sending: _Sending, 
             method, url, headers=headers, data=sending if sending.size else None, allow_redirects=False, proxy=proxy
         ) as response,
     ):
-        names = {name.lower(): value for name, value in response.headers.items()}
-        return Reply(response.status, names, await _read(response, url, terms.limit))
+        body = bytearray()
+        async for chunk in response.content.iter_chunked(CHUNK):
+            body += chunk
+            if max(len(body), response.content_length or 0) > terms.limit:
+                most = f"{terms.limit / 2**20:.0f} MiB"
+                raise BadAnswer(f"The answer of {url.host} is larger than {most} and was not read.")
+        return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, bytes(body))
 
 
 def proxy_for(url: URL) -> URL | None:
@@ -189,15 +195,6 @@ def proxy_for(url: URL) -> URL | None:
         if proxy.scheme in ("http", "https") and proxy.host:
             return proxy
     raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
-
-
-async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes:
-    read = bytearray()
-    async for chunk in response.content.iter_chunked(CHUNK):
-        read += chunk
-        if max(len(read), response.content_length or 0) > limit:
-            raise BadAnswer(f"The answer of {url.host} is larger than {limit / 2**20:.0f} MiB and was not read.")
-    return bytes(read)
 
 
 def _failure(sending: _Sending, url: URL, error: Exception) -> HostedError:
