@@ -206,7 +206,7 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
     }
     outcome = Outcome(images=images, seed=answer.seed, request_id=row.id, info=info)
     if at.store.put(row.id, outcome):
-        _move(row, "DOWNLOADED", at, seed=answer.seed)
+        _move(row, "DOWNLOADED", at)
     at.report(STEPS, f"done (request {row.id})")
     return outcome
 
@@ -300,9 +300,9 @@ async def _cancel(row: Row, at: Service) -> CancelOutcome:
     return cancelled
 
 
-def _move(row: Row, state: State, at: Service, note: str = "", seed: str | None = None) -> Row:
+def _move(row: Row, state: State, at: Service, note: str = "") -> Row:
     """Note a step. A journal that cannot be written now must not cost pictures: the row then stays there as it was."""
-    row = replace(row, state=state, note=note, seed=seed)
+    row = replace(row, state=state, note=note)
     if row.digest:
         try:
             at.journal.move(row)

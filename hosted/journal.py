@@ -42,7 +42,7 @@ STEP = 60  # seconds that a clock may be set back by and rows still count as pas
 VERSION = 1  # of the table; others that older files hold are passed over
 SCHEMA = f"""CREATE TABLE requests (
     name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, run TEXT NOT NULL, pictures INTEGER NOT NULL,
-    kept INTEGER NOT NULL, payer TEXT NOT NULL, webhook TEXT NOT NULL, request_id TEXT, seed TEXT, note TEXT,
+    kept INTEGER NOT NULL, payer TEXT NOT NULL, webhook TEXT NOT NULL, request_id TEXT, note TEXT,
     created REAL NOT NULL, updated REAL NOT NULL);
 CREATE UNIQUE INDEX one_stands ON requests (digest) WHERE {STANDS};
 CREATE INDEX by_request ON requests (request_id);
@@ -61,7 +61,6 @@ class Row:
     webhook: str = ""  # a hash of the address that is called
     state: State = "PREPARED"
     request_id: str | None = None
-    seed: str | None = None
     note: str = ""
     created: float = 0
     updated: float = 0
@@ -193,7 +192,7 @@ class Journal:
         with self._database() as database:
             database.executemany(
                 "UPDATE requests SET digest = name, state = 'FORGOTTEN', kept = 0, payer = '', webhook = '', "
-                "request_id = NULL, seed = NULL, note = NULL WHERE name = ?",
+                "request_id = NULL, note = NULL WHERE name = ?",
                 [[row.name] for row in rows],
             )
             database.execute("DELETE FROM requests WHERE state = 'FORGOTTEN' AND created < ?", [self.now() - DAY])
@@ -201,11 +200,11 @@ class Journal:
 
     def _write(self, database: Database, row: Row) -> None:
         values = {**{column: getattr(row, column) for column in COLUMNS}, "updated": self.now()}
-        kept = ", ".join(f"{name} = COALESCE(excluded.{name}, {name})" for name in ("request_id", "seed"))
         database.execute(
             f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
-            "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated"
-            f", {kept} WHERE state NOT IN ('FAILED', 'FORGOTTEN')",  # what has failed stays so
+            "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated,"
+            " request_id = COALESCE(excluded.request_id, request_id)"
+            " WHERE state NOT IN ('FAILED', 'FORGOTTEN')",  # what has failed stays so
             values,
         )
 

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, Field
 
-from .api import LARGEST_ANSWER, MOST_PICTURES, HostedImage, parse, read_answer
+from .api import LARGEST_ANSWER, HostedImage, parse, read_answer
 from .endpoints import check_address
 from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, clean
 from .journal import DAY
@@ -32,10 +32,12 @@ from .transport import Reply, Terms, repeated
 
 REDIRECTS = 3
 PICTURE_TERMS = Terms(seconds=120, idle=30, public=True)
-MAGIC: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
-    b"\x89PNG\r\n\x1a\n": PngImageFile,
-    b"\xff\xd8\xff": JpegImageFile,
-    b"RIFF": WebPImageFile,
+TAIL = 2**16  # bytes at the end of a file
+Kind = tuple[Callable[[io.BytesIO], Image.Image], Callable[[bytes], bool]]
+KINDS: dict[bytes, Kind] = {  # by a file's first bytes: what reads it, and whether its end is there
+    b"\x89PNG\r\n\x1a\n": (PngImageFile, lambda data: b"IEND" in data[-TAIL:]),
+    b"\xff\xd8\xff": (JpegImageFile, lambda data: b"\xff\xd9" in data[-TAIL:]),
+    b"RIFF": (WebPImageFile, lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8),
 }
 EXPIRED = "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again."
 
@@ -112,16 +114,17 @@ def decode_data_uri(uri: str) -> bytes:
 
 def decode(data: bytes, largest_pixels: int = LARGEST_ANSWER) -> Image.Image:
     """PNG, JPEG or WebP bytes -> an RGB picture. Raises BadAnswer, before decoding where the size is too large."""
-    read = next((read for magic, read in MAGIC.items() if data.startswith(magic)), None)
-    if read is None:
+    kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), None)
+    if kind is None:
         raise BadAnswer("Expected a PNG, JPEG or WebP picture, found something else.")
+    read, is_whole = kind
     try:
         # Not Image.open, whose own limit warns in some cases and says less in the others.
         with read(io.BytesIO(data)) as image:
             if image.width * image.height > largest_pixels:
                 most = f"what this pack decodes of one answer ({LARGEST_ANSWER // 2**20} million pixels together)"
                 raise BadAnswer(f"A picture of {image.width} x {image.height} pixels is larger than {most}.")
-            if not _is_whole(data, image):  # other packs may have told Pillow to fill what is missing with grey
+            if not is_whole(data):  # other packs may have told Pillow to fill what is missing with grey
                 raise BadAnswer("A picture is damaged: its end is missing.")
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except HostedError:
@@ -130,32 +133,16 @@ def decode(data: bytes, largest_pixels: int = LARGEST_ANSWER) -> Image.Image:
         raise BadAnswer(f"A picture is damaged and could not be read ({type(error).__name__}).") from None
 
 
-def _is_whole(data: bytes, image: Image.Image) -> bool:
-    ends = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
-    if image.format == "WEBP":
-        return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return ends[image.format or "PNG"] in data[-(2**16) :]
+class Outcome(BaseModel, frozen=True, arbitrary_types_allowed=True):
+    """What a request gave. `info` can be written as JSON; it holds the seed as text, addresses, timings and notes."""
 
-
-class Facts(BaseModel, frozen=True):
-    """What is told of a request beside its pictures."""
-
+    images: tuple[Image.Image, ...] = Field(exclude=True, min_length=1)
     seed: str
     request_id: str
-    info: dict[str, Any]  # JSON's values: seed, addresses, timings and notes
-
-
-class Outcome(Facts, frozen=True, arbitrary_types_allowed=True):
-    """What a request gave."""
-
-    images: tuple[Image.Image, ...] = Field(exclude=True)
+    info: dict[str, Any]
 
     def with_notes(self, notes: list[str]) -> "Outcome":
         return self.model_copy(update={"info": {**self.info, "notes": self.info["notes"] + notes}})
-
-
-class _Kept(Facts, frozen=True):
-    images: int = Field(ge=1, le=MOST_PICTURES)
 
 
 class PictureStore:
@@ -169,14 +156,13 @@ class PictureStore:
         """The kept outcome, or None also where its files are damaged."""
         place = self.folder / name
         try:
-            kept = read_answer(_Kept, parse((place / "outcome.json").read_bytes()))
-            if kept.request_id != name or not isinstance(kept.info.get("notes"), list):
-                return None
-            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(kept.images))
+            facts = parse((place / "outcome.json").read_bytes())
+            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(facts["images"]))
+            outcome = read_answer(Outcome, {**facts, "images": images})
             os.utime(place)
-        except (OSError, BadAnswer):
+        except (OSError, BadAnswer, TypeError, KeyError):
             return None
-        return Outcome(images=images, seed=kept.seed, request_id=name, info=kept.info)
+        return outcome if outcome.request_id == name and isinstance(outcome.info.get("notes"), list) else None
 
     def put(self, name: str, outcome: Outcome) -> bool:
         """False where the disk does not take it: the pictures are there all the same."""

@@ -44,7 +44,7 @@ class SubmitOptions:
     store: bool = True  # False asks the service to keep no copy of the request and its answer
 
     def __post_init__(self) -> None:
-        if not self.runner_hint.isascii() or (self.runner_hint and not self.runner_hint.isprintable()):
+        if not (self.runner_hint.isascii() and self.runner_hint.isprintable()):
             raise InputError("runner_hint takes plain letters, digits and signs.")
 
     def headers(self) -> dict[str, str]:
