@@ -192,16 +192,10 @@ class Status(BaseModel, frozen=True, strict=True):
     error_type: Text = None
 
     @property
-    def done(self) -> bool:
-        return self.state == DONE
-
-    @property
-    def failed(self) -> bool:
-        return self.done and bool(self.error or self.error_type)
-
-    @property
-    def failure(self) -> Failure:
-        """What `error` and `error_type` say."""
+    def failure(self) -> Failure | None:
+        """What `error` and `error_type` say of a job that has ended; None where they say nothing."""
+        if self.state != DONE or not (self.error or self.error_type):
+            return None
         return Failure(200, *_problems(parse(self.error or "") or self.error, self.error_type or ""))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from ..pulid.errors import InputError
 from . import errors, references
-from .api import IDEAL_REFERENCES, MOST_PICTURES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status
+from .api import DONE, IDEAL_REFERENCES, MOST_PICTURES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status
 from .endpoints import check_webhook
 from .journal import Guard, Row, State
 from .pictures import Outcome, fetch_all
@@ -220,11 +220,11 @@ async def wait(request_id: str, at: Service) -> tuple[HostedAnswer, Status]:
         for line in status.logs[seen:]:
             logger.info("request %s: %s", request_id, line)
         seen = max(seen, len(status.logs))
-        if status.failed:
+        if failure := status.failure:
             with suppress(errors.Refused, errors.BadAnswer, errors.AnswerLost, errors.Unreachable):
                 await at.client.result(request_id)  # which says more, by a JobFailed of its own
-            raise errors.failed_job(status.failure, request_id)
-        if status.done and (answer := await at.client.result(request_id)):
+            raise errors.failed_job(failure, request_id)
+        if status.state == DONE and (answer := await at.client.result(request_id)):
             return answer, status
         seconds = at.watch.enter("queue" if status.state == QUEUED else "run", request_id)
         at.report(2 if status.state == QUEUED else 3, f"{_progress(status, seconds)} (request {request_id})")
@@ -234,7 +234,7 @@ async def wait(request_id: str, at: Service) -> tuple[HostedAnswer, Status]:
 def _progress(status: Status, seconds: float) -> str:
     if status.state == QUEUED:
         return f"queued {seconds:.0f} s" + ("" if status.position is None else f", {status.position} before it")
-    known = "" if status.done or status.state == RUNNING else f" in the unknown state {status.state!r}"
+    known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state!r}"
     return f"running {seconds:.0f} s{known}" + "".join(f": {line}" for line in status.logs[-1:])
 
 

@@ -48,14 +48,10 @@ async def fetch_all(
     client: QueueClient,
     images: Sequence[HostedImage],
     asked: int,
-    terms: Terms = PICTURE_TERMS,
-    pixels: int = LARGEST_ANSWER,
+    terms: Terms = PICTURE_TERMS,  # of one picture, and all its tries together
+    pixels: int = LARGEST_ANSWER,  # of all pictures together
 ) -> tuple[tuple[Image.Image, ...], list[str]]:
-    """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced.
-
-    terms   of one picture; their seconds are for all tries together
-    pixels  of all pictures together
-    """
+    """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
     pictures: list[Image.Image] = []
     notes: list[str] = []
     for number, image in enumerate(images[:asked], start=1):

@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -21,7 +21,7 @@ from . import errors
 from .api import ENDPOINT, REQUEST_ID, Accepted, HostedAnswer, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
 from .errors import clean, failed_job
-from .transport import DEFAULT_TERMS, Headers, Reply, Send, Sleep, Terms, repeated, retry_after
+from .transport import TERMS, Headers, Leave, Reply, Send, Sleep, Terms, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
 PRICE_TERMS, PRICE_SECONDS = Terms(seconds=3, limit=2**20), 24 * 3600  # a price list, or its absence, is kept so long
@@ -82,13 +82,11 @@ class QueueClient:
     send: Send
     endpoints: Endpoints
     key: Key | None  # None where a proxy adds it
-    terms: Terms = DEFAULT_TERMS  # of one exchange
+    terms: Terms = TERMS  # of one exchange
     sleep: Sleep = asyncio.sleep
     cancel_seconds: float = 10  # to wait for the answer to a cancel
 
-    async def submit(
-        self, body: Mapping[str, Any], options: SubmitOptions, leave: Callable[[], None] = lambda: None
-    ) -> str:
+    async def submit(self, body: Mapping[str, Any], options: SubmitOptions, leave: Leave = None) -> str:
         """Send a request that costs money, once; its id. `leave` may raise as long as it is not wholly sent.
 
         Sends again only where nothing can have been accepted: it was not wholly sent, or the answer was 429.
@@ -105,7 +103,7 @@ class QueueClient:
             if reply.status != 429 or attempt == BUSY_REPEATS or pause > LONGEST_BUSY_PAUSE:
                 break
             await self.sleep(pause)
-        if (reply.may_pass and reply.status != 429) or 300 <= reply.status < 400:
+        if (reply.may_pass() and reply.status != 429) or 300 <= reply.status < 400:
             raise errors.AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
         if reply.status >= 400:
             raise self.refusal(reply, "The service did not take the request")
@@ -116,8 +114,7 @@ class QueueClient:
 
     async def status(self, request_id: str, logs: bool = True) -> Status:
         """Raises Refused where the service does not say, BadAnswer where it says nothing of use."""
-        path, query = f"/requests/{request_id}/status", {"logs": str(int(logs))}
-        reply = await repeated(lambda: self._ask("GET", path, query), self.sleep, _may_pass)
+        reply = await self._read(f"/requests/{request_id}/status", {"logs": str(int(logs))})
         if reply.status not in (200, 202):
             raise self.refusal(reply, "Asking for the status failed", request_id)
         return read_answer(Status, reply.json)
@@ -128,7 +125,7 @@ class QueueClient:
         Raises JobFailed with the model's or the service's own word that it failed, Refused or BadAnswer for anything
         else: the request is then as it was.
         """
-        reply = await repeated(lambda: self._ask("GET", f"/requests/{request_id}"), self.sleep, _may_pass)
+        reply = await self._read(f"/requests/{request_id}")
         if reply.status == 200:
             return read_answer(HostedAnswer, reply.json)
         failure = reply.failure
@@ -168,6 +165,13 @@ class QueueClient:
             _prices[known] = time.monotonic(), price
         return _prices[known][1] if api else None
 
+    async def _read(self, path: str, query: Mapping[str, str] | None = None) -> Reply:
+        def may_pass(reply: Reply) -> bool:  # damaged JSON, and what no word of the job's says
+            unnamed = not reply.failure.kinds and reply.failure.retryable is not False
+            return reply.json is None if reply.status < 300 else reply.may_pass() and unnamed
+
+        return await repeated(lambda: self._ask("GET", path, query), self.sleep, may_pass)
+
     async def _ask(self, method: str, path: str, query: Mapping[str, str] | None = None, **sent: Any) -> Reply:
         """A call to the queue; to its second name where the first one cannot have got all of it."""
         *others, last = (base / f"{ENDPOINT}{path}" % (query or {}) for base in self.endpoints.queues)
@@ -199,10 +203,3 @@ def check_id(request_id: str) -> str:
             "Copy it from a submit node or from fal.ai/dashboard/requests."
         )
     return request_id
-
-
-def _may_pass(reply: Reply) -> bool:
-    """True for what may be over in a moment: damaged JSON, and a gateway's failure, which is no word of the job's."""
-    if reply.status < 300:
-        return reply.json is None
-    return reply.may_pass and not reply.failure.kinds and reply.failure.retryable is not False

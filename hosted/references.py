@@ -124,9 +124,7 @@ def inline(references: Sequence[Reference], how: str) -> bool:
     return max(sizes, default=0) <= LARGEST_INLINE and sum(sizes) <= LARGEST_INLINE_TOTAL
 
 
-async def place(
-    references: Sequence[Reference], client: QueueClient, how: str = "auto", needed: float = 0
-) -> tuple[str, ...]:
+async def place(references: Sequence[Reference], client: QueueClient, how: str, needed: float) -> tuple[str, ...]:
     """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""
     if inline(references, how):
         return tuple(reference.url or reference.data_uri for reference in references)

@@ -19,7 +19,7 @@ from .errors import HostedError, HostedLimit, Interrupted
 from .journal import JOURNAL_FILE, PICTURES_FOLDER, Journal
 from .pictures import PICTURE_TERMS, PictureStore
 from .queue import QueueClient
-from .transport import DEFAULT_TERMS, Terms, send
+from .transport import TERMS, Terms, send
 
 KEY_FILE, LOCKS_FOLDER = "fal.toml", "locks"
 STEPS = 5  # of progress: sent, queued, running, finished, fetched
@@ -27,6 +27,7 @@ PEEK_SECONDS = 0.2  # how long it takes at most until a wish to stop is seen
 SPANS = {"total": "altogether", "queue": "in the queue", "run": "for the run"}
 
 T = TypeVar("T")
+_slots = cache(threading.BoundedSemaphore)  # in this process: event loops come and go with each run of a workflow
 Report = Callable[[int, str], None]  # is told how far a request is, in steps of STEPS and in words, often
 
 
@@ -34,7 +35,7 @@ Report = Callable[[int, str], None]  # is told how far a request is, in steps of
 class Settings:
     """Numbers of the environment, each as PULID_FAL_ and its name; those of Guard (journal.py) stand there, too."""
 
-    answer_seconds: float = DEFAULT_TERMS.seconds
+    answer_seconds: float = TERMS.seconds
     at_once: float = 2  # what a new account may have running
     keep_mb: float = 512
     keep_days: float = 30
@@ -157,7 +158,8 @@ def open_service(environ: Mapping[str, str], folder: Path, watch: Watch, report:
     with suppress(OSError):
         store.shrink()
     client = QueueClient(send, endpoints, key, Terms(settings.answer_seconds), watch.pause)
-    return Service(client, Journal(folder / JOURNAL_FILE), store, folder, _slots(int(settings.at_once)), watch, report)
+    slots = _slots(max(1, int(settings.at_once)))
+    return Service(client, Journal(folder / JOURNAL_FILE), store, folder, slots, watch, report)
 
 
 def read_numbers(kind: type[T], environ: Mapping[str, str], **others: Any) -> T:
@@ -171,9 +173,3 @@ def read_numbers(kind: type[T], environ: Mapping[str, str], **others: Any) -> T:
         if not 0 < others.get(field.name, 0) < math.inf:
             raise InputError(f"{variable} is a positive number, found {text!r}.")
     return kind(**others)
-
-
-@cache
-def _slots(at_once: int) -> threading.Semaphore:
-    """One for the whole process: event loops come and go with each run of a workflow."""
-    return threading.BoundedSemaphore(max(1, at_once))

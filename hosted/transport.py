@@ -41,6 +41,7 @@ KINDS = {  # of the library's errors, in words; their own texts can hold address
 Headers = Mapping[str, str] | None
 Sleep = Callable[[float], Awaitable[None]]
 Send = Callable[..., Awaitable["Reply"]]  # `send`, below
+Leave = Callable[[], None] | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ class Reply:
         """What an answer that is none says about why."""
         return read_failure(self.status, self.headers, self.body)
 
-    @property
     def may_pass(self) -> bool:
         """True for a status that may be over in a moment."""
         return self.status in (408, 429, 499) or self.status >= 500
@@ -75,10 +75,10 @@ class Terms:
     limit: int = 64 * 2**20  # bytes of the answer
     idle: float | None = None  # seconds between two of them
     public: bool = False  # no name that leads to a private address
-    leave: Callable[[], None] | None = None  # asked until all is sent; what it raises breaks the exchange off
+    leave: Leave = None  # asked until all is sent; what it raises breaks the exchange off
 
 
-DEFAULT_TERMS = Terms()
+TERMS = Terms()
 
 
 class PublicResolver(aiohttp.ThreadedResolver):
@@ -128,9 +128,7 @@ class _Sending(aiohttp.payload.Payload):
             self.moved = self._clock()
 
 
-async def send(
-    method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = DEFAULT_TERMS
-) -> Reply:
+async def send(method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = TERMS) -> Reply:
     """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
     sending, now = _Sending(body), asyncio.get_running_loop().time
     exchange = asyncio.ensure_future(_exchange(method, url, headers, sending, terms))
@@ -208,9 +206,7 @@ def _failure(sending: _Sending, url: URL, error: Exception) -> HostedError:
     )
 
 
-async def repeated(
-    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] = lambda reply: reply.may_pass
-) -> Reply:
+async def repeated(send: Send, sleep: Sleep, may_pass: Callable[[Reply], bool] = Reply.may_pass) -> Reply:
     """The answer of a call that may be made several times; asks again after a lost one and after a passing failure."""
     for attempt in range(REPEATS):
         reply = None
