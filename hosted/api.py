@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.functional_validators import BeforeValidator, WrapValidator
+from pydantic_core import from_json
 
 from ..pulid.errors import InputError
 from .errors import BadAnswer, Failure, clean
@@ -199,15 +200,14 @@ class Status(BaseModel, frozen=True, strict=True):
         return Failure(200, *_problems(parse(self.error or "") or self.error, self.error_type or ""))
 
 
-_JSON = TypeAdapter(Any)
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
 def parse(text: str | bytes) -> Any:
     """The JSON in a text; None where it is none, or is nested without end."""
     try:
-        return _JSON.validate_json(text)
-    except ValidationError:
+        return from_json(text)
+    except ValueError:
         return None
 
 
@@ -220,11 +220,8 @@ def read_answer(kind: type[Answer], data: Any) -> Answer:
         raise BadAnswer(f"The service's answer lacks what must be in it: {place or 'a JSON object'}.") from None
 
 
-# --- What it costs, about, by the service's price list (https://fal.ai/docs/platform-apis/v1/models/pricing) ---
-
-
 class Price(BaseModel):
-    """Of one unit of an endpoint's output."""
+    """Of one unit of an endpoint's output (https://fal.ai/docs/platform-apis/v1/models/pricing)."""
 
     endpoint_id: str
     unit_price: FiniteFloat = Field(ge=0)
@@ -245,10 +242,9 @@ class PriceList(BaseModel):
     prices: list[Price]
 
 
-# --- Failures, in every style of body ---
+class _Problem(BaseModel, frozen=True, strict=True):
+    """One entry of the list in `detail`."""
 
-
-class _Entry(BaseModel, frozen=True, strict=True):
     loc: Annotated[list[str | int] | None, UNREADABLE_IS_NONE] = None
     msg: Text = None
     type: Text = None
@@ -283,7 +279,7 @@ def _problems(detail: Any, kind: str) -> tuple[str, frozenset[str]]:
     for problem in detail if isinstance(detail, list) else [detail]:
         if isinstance(problem, str):
             said.append(problem)
-        elif entry := _or_none(problem, _Entry.model_validate):
+        elif entry := _or_none(problem, _Problem.model_validate):
             said.append(": ".join(filter(None, (entry.place, entry.msg))))
             if (entry.loc or [""])[0] not in ("path", "query", "header"):  # which is about our asking, not the job
                 kinds.add(entry.type or kind or ("unnamed" if entry.msg else ""))

@@ -91,8 +91,8 @@ def is_loopback(url: URL) -> bool:
 # Parts of the public IPv6 range that lead to IPv4 addresses, which may be private.
 TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
-FALS = ("fal.run", "fal.ai", "fal.media")
-LOCAL_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa")
+FALS = (".fal.run", ".fal.ai", ".fal.media")
+LOCAL = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa")
 NAME = re.compile(r"([a-z0-9_-]+\.)+[a-z][a-z0-9-]*")  # what ends otherwise is a number to some: 127.1, 0177.1, 0x7f.1
 
 
@@ -106,19 +106,7 @@ def is_public(address: str) -> bool:
 
 def is_fals(host: str) -> bool:
     """True for a name of fal's own, of which TLS proves that it is fal who answers."""
-    return any(f".{_plain(host)}".endswith(f".{name}") for name in FALS)
-
-
-def may_be_private(host: str) -> bool:
-    """Whether a host as it is written, without looking it up, is or may stand for something that is not public.
-
-    Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
-    """
-    host = _plain(host)
-    try:
-        return not is_public(host)
-    except ValueError:
-        return NAME.fullmatch(host) is None or any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES)
+    return f".{_plain(host)}".endswith(FALS)
 
 
 def _plain(host: str) -> str:
@@ -126,10 +114,15 @@ def _plain(host: str) -> str:
 
 
 def public_url(address: str | URL) -> URL | None:
-    """The address as a URL; None unless it is https to a host which, as it is written, is on the public internet."""
+    """The address as a URL; None unless it is https to a host which, as it is written, is on the public internet.
+
+    Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
+    """
     with suppress(ValueError):
         url = URL(address)
-        if url.scheme == "https" and not may_be_private(url.raw_host or ""):
+        host = _plain(url.raw_host or "")
+        is_name = NAME.fullmatch(host) and not f".{host}".endswith(LOCAL)
+        if url.scheme == "https" and (is_name or is_public(host)):
             return url
     return None
 
@@ -169,7 +162,7 @@ def check_webhook(address: str, folder: Path) -> None:
 
 # --- The key ---
 
-PLACEHOLDERS = {"YOUR_FAL_KEY", "YOUR_API_KEY"}  # as fal's page prints them
+NO_KEYS = ("", "YOUR_FAL_KEY", "YOUR_API_KEY")  # as fal's page prints them
 LINE = re.compile(
     r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(["']?)[ \t]*([^\s"']*)[ \t]*\1(?:[ \t]+\#.*|[ \t]*)$"""
 )
@@ -198,27 +191,18 @@ class Key(SecretStr):
                 text = text.replace(part, HIDDEN)
         return text
 
-
-class QuietFilter(logging.Filter):
-    """Takes the key out of every record of a logger."""
-
-    key: Key
-
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self.key.hide(record.getMessage()), None
+        """Takes the key out of a record of a logger."""
+        record.msg, record.args = self.hide(record.getMessage()), None
         if record.exc_info:
-            record.exc_text = self.key.hide(logging.Formatter().formatException(record.exc_info))
+            record.exc_text = self.hide(record.exc_text or logging.Formatter().formatException(record.exc_info))
         return True
 
 
-QUIET = QuietFilter()
-
-
 def quieten(key: Key) -> None:
-    """Keep this key out of what this package and the HTTP library under it log; the key before it is forgotten."""
-    QUIET.key = key
+    """Keep this key out of what this package and the HTTP library under it log."""
     for name in LOGGERS:
-        logging.getLogger(name).addFilter(QUIET)  # once, however often it is added
+        logging.getLogger(name).addFilter(key)  # once: equal keys are one filter
 
 
 def find_key(environ: Mapping[str, str], file: Path) -> Key:
@@ -229,12 +213,10 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
     file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
     pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
     for value in (environ.get("FAL_KEY", ""), ":".join(pair) if all(pair) else "", _read_key(file)):
-        if not (value := value.strip()) or value in PLACEHOLDERS:
+        if (value := value.strip()) in NO_KEYS:
             continue
-        if not value.isascii() or not value.isprintable() or " " in value:
-            raise HostedError(
-                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
-            )
+        if not re.fullmatch(r"[!-~]+", value):
+            raise HostedError("The hosted service's key holds characters that no key has. Copy it again, as id:secret.")
         return Key(value)
     raise HostedError(
         "The hosted service needs a key, and none was found. Set the environment variable FAL_KEY before ComfyUI "

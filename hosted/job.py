@@ -118,8 +118,7 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
     at.journal.check(job.run, job.request.num_images, job.guard)
     await at.take_place(place)
     at.watch.begin(job.limits)
-    price = await at.watch.over(at.client.price())
-    cost = price.of(job.request) if price else ""
+    cost = await at.watch.over(at.client.cost(job.request))
     at.report(0, f"{cost}; sending" if cost else "sending")
     needed = job.limits.queue + job.limits.run
     urls = await at.watch.over(references.place(job.references, at.client, job.transport, needed))

@@ -14,7 +14,6 @@ The standard library only, since `run.py hosted` reads it too.
 """
 
 import itertools
-import math
 import os
 import shutil
 import sqlite3
@@ -185,8 +184,8 @@ class Journal:
 
         What the guard counts stays, as a number, for a day. Returns how many requests were forgotten.
         """
-        names, longest = set(ids), math.inf if older_than is None else older_than
-        rows = [row for row in self.rows() if names & {row.id, row.name} or self.now() - row.created >= longest]
+        names, until = set(ids), -1 if older_than is None else self.now() - older_than
+        rows = [row for row in self.rows() if names & {row.id, row.name} or row.created <= until]
         for row in rows:
             shutil.rmtree(self.path.parent / PICTURES_FOLDER / row.id, ignore_errors=True)
         with self._database() as database:
@@ -238,11 +237,6 @@ def _rows(database: Database, condition: str, *values: str) -> list[Row]:
 
 # --- What is listed ---
 
-CHOICES: dict[str, Callable[[Row], bool]] = {
-    "open": lambda row: row.state in OPEN,
-    "unknown": lambda row: row.state == "AMBIGUOUS",
-    "all": lambda row: True,
-}
 UNITS = {DAY: "d", 3600: "h", 60: "min", 0: "s"}
 NEXT = {  # what to do with a request in this state
     "PREPARED": "is being sent, or was when its sender ended; queue its prompt again to learn which",
@@ -253,12 +247,14 @@ NEXT = {  # what to do with a request in this state
     "DOWNLOADED": "finished, and its pictures are kept here: fetch it, or forget it",
     "FAILED": "over; forget it",
 }
+CHOICES = {"open": OPEN, "unknown": ("AMBIGUOUS",), "all": tuple(NEXT)}
 
 
 def listing(requests: Iterable[Row], choice: str = "all") -> str:
     """A line for each request: id, age, pictures, and what to do with it."""
     lines = []
-    for row in filter(CHOICES[choice], requests):
+    chosen = [row for row in requests if row.state in CHOICES[choice]]
+    for row in chosen:
         seconds = max(0, int(time.time() - row.created))
         size, unit = next((size, unit) for size, unit in UNITS.items() if seconds >= size)
         pictures = f"{row.pictures} picture{'s' * (row.pictures != 1)}"

@@ -18,9 +18,8 @@ from yarl import URL
 
 from ..pulid.errors import InputError
 from . import errors
-from .api import ENDPOINT, REQUEST_ID, Accepted, HostedAnswer, Price, PriceList, Status, read_answer
+from .api import ENDPOINT, REQUEST_ID, Accepted, HostedAnswer, HostedRequest, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import clean, failed_job
 from .transport import TERMS, Headers, Leave, Reply, Send, Sleep, Terms, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
@@ -132,7 +131,7 @@ class QueueClient:
         if reply.status == 400 and "in progress" in failure.said:
             return None
         if failure.kinds and reply.status not in ABOUT_US:
-            raise failed_job(failure, request_id)
+            raise errors.failed_job(failure, request_id)
         raise self.refusal(reply, "Fetching the result failed", request_id)
 
     def refusal(self, reply: Reply, doing: str, request_id: str = "") -> errors.Refused:
@@ -153,8 +152,8 @@ class QueueClient:
         """A name of the account."""
         return self.key.account if self.key else f"proxy {self.endpoints.proxy}"
 
-    async def price(self) -> Price | None:
-        """The model's price for this account, asked for once a day; None where it is not to be had."""
+    async def cost(self, request: HostedRequest) -> str:
+        """About what it costs, by this account's price list, which is asked for once a day; "" where nobody knows."""
         api, price = self.endpoints.api, None
         known = f"{api} {self.payer}"
         if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
@@ -163,7 +162,8 @@ class QueueClient:
                 listed = read_answer(PriceList, reply.json).prices
                 price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
             _prices[known] = time.monotonic(), price
-        return _prices[known][1] if api else None
+        price = _prices[known][1] if api else None
+        return price.of(request) if price else ""
 
     async def _read(self, path: str, query: Mapping[str, str] | None = None) -> Reply:
         def may_pass(reply: Reply) -> bool:  # damaged JSON, and what no word of the job's says
@@ -199,7 +199,7 @@ def check_id(request_id: str) -> str:
     """The id without spaces around it. Raises InputError for what is none."""
     if not re.fullmatch(REQUEST_ID, request_id := request_id.strip()):
         raise InputError(
-            f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {clean(request_id, 60)!r}. "
+            f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {errors.clean(request_id, 60)!r}. "
             "Copy it from a submit node or from fal.ai/dashboard/requests."
         )
     return request_id

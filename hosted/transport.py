@@ -93,8 +93,7 @@ class PublicResolver(aiohttp.ThreadedResolver):
         found = await super().resolve(host, port, family)
         if is_fals(host) or all(is_public(entry["host"]) for entry in found):
             return found
-        where = f"{clean(host, 80)} leads to a private address"
-        raise HostedError(f"{where}, where no picture of the service can be. It was not read.")
+        raise HostedError(f"{clean(host, 80)} leads to a private address, where no picture can be. It was not read.")
 
 
 class _Sending(aiohttp.payload.Payload):
