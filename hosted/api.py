@@ -69,10 +69,8 @@ class HostedRequest:
         if not self.prompt.strip():
             raise ValueError("The prompt is empty. Say what the picture shall show")
         if self.num_images * math.prod(self.size) > LARGEST_ANSWER:
-            raise ValueError(
-                f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels are more than is read of one "
-                f"answer ({LARGEST_ANSWER // 2**20} million pixels). Ask for less"
-            )
+            asked = f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels"
+            raise ValueError(f"{asked} are more than the {LARGEST_ANSWER // 2**20} million of one answer. Ask for less")
         self.digest()  # half of a character is no Unicode, and is refused here
 
     @property

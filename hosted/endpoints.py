@@ -163,9 +163,7 @@ def check_webhook(address: str, folder: Path) -> None:
 # --- The key ---
 
 NO_KEYS = ("", "YOUR_FAL_KEY", "YOUR_API_KEY")  # as fal's page prints them
-LINE = re.compile(
-    r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(["']?)[ \t]*([^\s"']*)[ \t]*\1(?:[ \t]+\#.*|[ \t]*)$"""
-)
+LINE = re.compile(r"""(?m)^\s*(?:export\s+)?FAL_KEY\s*=[ \t]*(["']?)[ \t]*([^\s"']*)[ \t]*\1(?:[ \t]+#.*|[ \t]*)$""")
 HIDDEN = "[hidden]"
 LOGGERS = (__package__, "aiohttp.client", "aiohttp.internal", "asyncio")
 SHORTEST_PART = 6  # characters; hiding shorter parts would hide words

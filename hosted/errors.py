@@ -89,10 +89,7 @@ BY_STATUS = {
     499: NO_ANSWER,
 }
 THE_PROXYS = "That is for the proxy: its own key, or its leave for you (PULID_FAL_PROXY_URL). No key is sent from here."
-LOCKED = (
-    "The account is locked, mostly for its balance: see fal.ai/dashboard/billing. "
-    "A lock that stays after a top-up needs fal's support."
-)
+LOCKED = "The account is locked: see fal.ai/dashboard/billing. A lock that stays after a top-up needs fal's support."
 LONGEST_DETAIL = 600  # characters of the service's own words
 
 

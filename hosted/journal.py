@@ -23,15 +23,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import HostedError, HostedLimit
 
 Database = sqlite3.Connection
-State = Literal[
-    "PREPARED", "SUBMITTED", "COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED", "AMBIGUOUS", "FORGOTTEN"
-]  # fmt: skip
-OPEN = ("PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS")
+Open = Literal["PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS"]
+State = Open | Literal["DOWNLOADED", "FAILED", "FORGOTTEN"]
+OPEN: tuple[str, ...] = get_args(Open)
 STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND kept))"
 
 JOURNAL_FILE, PICTURES_FOLDER = "hosted.sqlite", "results"
@@ -229,10 +228,8 @@ class Journal:
 
 
 def _rows(database: Database, condition: str, *values: str) -> list[Row]:
-    found = database.execute(
-        f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC", values
-    )
-    return [Row(**dict(each)) for each in found]
+    query = f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC"
+    return [Row(**dict(each)) for each in database.execute(query, values)]
 
 
 # --- What is listed ---

@@ -133,10 +133,9 @@ async def place(references: Sequence[Reference], client: QueueClient, how: str, 
 
 
 async def upload(reference: Reference, client: QueueClient, seconds: float, needed: float) -> str:
-    """The address of an uploaded photograph. Raises HostedError; a photograph is never left out.
+    """The address of a photograph in the service's storage, which deletes it after so many seconds. Raises HostedError.
 
-    seconds  after which the service deletes it
-    needed   seconds for which an earlier upload must still be there to be used again
+    An earlier upload is used again where it will still be there after the seconds that are `needed`.
     """
     known = f"{client.endpoints.rest} {client.payer} {reference.content_type} {reference.digest}"
     made, expires, address = _uploads.get(known, (0.0, 0.0, ""))

@@ -145,11 +145,8 @@ class Service:
 
 
 def open_service(environ: Mapping[str, str], folder: Path, watch: Watch, report: Report) -> Service:
-    """Raises HostedError, InputError; nothing is sent then.
-
-    environ  where the addresses, the key and the numbers come from
-    folder   of the key file, the journal and the pictures; nobody else may read it
-    """
+    """Addresses, the key and numbers come from `environ`; the key file, the journal and the pictures lie in `folder`,
+    which nobody else may read. Raises HostedError, InputError; nothing is sent then."""
     endpoints, settings, key = Endpoints.from_environment(environ), read_numbers(Settings, environ), None
     if endpoints.proxy is None:
         key = find_key(environ, folder / KEY_FILE)

@@ -87,9 +87,7 @@ class PublicResolver(aiohttp.ThreadedResolver):
     fal's own names are known by TLS instead: VPNs, NAT64 and providers give them addresses that are not public.
     """
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
+    async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> list[ResolveResult]:
         found = await super().resolve(host, port, family)
         if is_fals(host) or all(is_public(entry["host"]) for entry in found):
             return found
