@@ -1,7 +1,8 @@
 """The values of a request to fal-ai/pulid and of the service's answers (https://fal.ai/models/fal-ai/pulid/api).
 
 Names, defaults and literals are the service's own, to the letter; ranges are those of its published OpenAPI data. What
-costs money is checked here, since a value that comes through a link passes by the ranges of a node's widgets.
+costs money is checked here, since a value that comes through a link passes by the ranges of a node's widgets. Whatever
+comes as an answer is read as one of the models here, or is a BadAnswer.
 """
 
 import hashlib
@@ -106,9 +107,6 @@ def read_request(**values: Any) -> HostedRequest:
         if wrong["loc"]:
             message = f"{wrong['loc'][0]}: {message}, found {clean(repr(wrong['input']), 40)}"
         raise InputError(f"{message}. Nothing was sent.") from None
-
-
-# --- Answers: whatever comes, it is read as one of these or is a BadAnswer ---
 
 
 def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:

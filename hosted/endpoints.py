@@ -88,8 +88,7 @@ def is_loopback(url: URL) -> bool:
 
 # --- Which addresses that others name may be read from ---
 
-# Parts of the public IPv6 range that lead to IPv4 addresses, which may be private.
-TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo
+TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo: to any IPv4 address
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
 FALS = (".fal.run", ".fal.ai", ".fal.media")
 LOCAL = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa")

@@ -12,8 +12,7 @@
     ├── HostedLimit       a limit of time, or of pictures, that the user has set
     └── Interrupted       the user stopped waiting
 
-Kinds of failures are from https://docs.fal.ai/errors and
-https://fal.ai/docs/documentation/model-apis/request-errors.
+Kinds of failures: https://docs.fal.ai/errors and https://fal.ai/docs/documentation/model-apis/request-errors.
 """
 
 from dataclasses import dataclass
@@ -90,11 +89,10 @@ BY_STATUS = {
 }
 THE_PROXYS = "That is for the proxy: its own key, or its leave for you (PULID_FAL_PROXY_URL). No key is sent from here."
 LOCKED = "The account is locked: see fal.ai/dashboard/billing. A lock that stays after a top-up needs fal's support."
-LONGEST_DETAIL = 600  # characters of the service's own words
 
 
-def clean(text: object, longest: int = LONGEST_DETAIL) -> str:
-    """A text of somebody else's, fit for a log and a screen: one line, without control characters, and cut."""
+def clean(text: object, longest: int = 600) -> str:
+    """A text of somebody else's, fit for a log and a screen: one line of at most so many signs, all of which can be seen."""
     shown = str(text)[: 2 * longest]
     return "".join(sign if sign.isprintable() else " " for sign in shown).strip()[:longest]
 

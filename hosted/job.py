@@ -88,8 +88,7 @@ async def submit(job: Job, at: Service, place: ExitStack) -> tuple[Row, list[str
 
     With it comes what the user should know about that, which is not kept with the pictures.
     """
-    webhook = job.options.webhook_url
-    if webhook:
+    if webhook := job.options.webhook_url:
         check_webhook(webhook, at.folder)
         webhook = hashlib.sha256(webhook.encode()).hexdigest()
     digest = job.request.digest()
@@ -192,13 +191,13 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
         asked = row.pictures if row.digest else min(len(answer.images), MOST_PICTURES)
         images, notes = await fetch_all(at.client, answer.images, asked, at.picture_terms)
     shown = [image.shown() for image in answer.images]
-    timings = {"waited": round(waited, 3), "fetched": round(at.watch.seconds() - waited, 3)}
+    fetched = at.watch.seconds() - waited
     info = {
         "seed": answer.seed,
         "request_id": row.id,
         "urls": [image["url"] for image in shown],
         "images": shown,
-        "timings": timings | (status.metrics or {}),
+        "timings": {"waited": round(waited, 3), "fetched": round(fetched, 3)} | (status.metrics or {}),
         "request": job and job.shown(),
         "logs": list(status.logs),
         "notes": notes + (job.notes() if job else []),

@@ -27,7 +27,6 @@ from typing import Literal, get_args
 
 from .errors import HostedError, HostedLimit
 
-Database = sqlite3.Connection
 Open = Literal["PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS"]
 State = Open | Literal["DOWNLOADED", "FAILED", "FORGOTTEN"]
 OPEN: tuple[str, ...] = get_args(Open)
@@ -93,7 +92,7 @@ class Journal:
     now: Callable[[], float] = time.time
 
     @contextmanager
-    def _database(self) -> Iterator[Database]:
+    def _database(self) -> Iterator[sqlite3.Connection]:
         """One step that is written wholly or not at all. Raises HostedError where the disk does not take it."""
         inode = None
         try:
@@ -196,7 +195,7 @@ class Journal:
             database.execute("DELETE FROM requests WHERE state = 'FORGOTTEN' AND created < ?", [self.now() - DAY])
         return len(rows)
 
-    def _write(self, database: Database, row: Row) -> None:
+    def _write(self, database: sqlite3.Connection, row: Row) -> None:
         values = {**{column: getattr(row, column) for column in COLUMNS}, "updated": self.now()}
         database.execute(
             f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
@@ -206,7 +205,7 @@ class Journal:
             values,
         )
 
-    def _check(self, database: Database, run: str, pictures: int, guard: Guard) -> None:
+    def _check(self, database: sqlite3.Connection, run: str, pictures: int, guard: Guard) -> None:
         def asked(condition: str, *values: str | float) -> int:
             sent = "(request_id IS NOT NULL OR state IN ('PREPARED', 'AMBIGUOUS', 'FORGOTTEN'))"
             query = f"SELECT COALESCE(SUM(MAX(pictures, 1)), 0) FROM requests WHERE {sent} AND {condition}"
@@ -227,7 +226,7 @@ class Journal:
                 )
 
 
-def _rows(database: Database, condition: str, *values: str) -> list[Row]:
+def _rows(database: sqlite3.Connection, condition: str, *values: str) -> list[Row]:
     query = f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC"
     return [Row(**dict(each)) for each in database.execute(query, values)]
 

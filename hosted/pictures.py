@@ -39,7 +39,6 @@ KINDS: dict[bytes, Kind] = {  # by a file's first bytes: what reads it, and whet
     b"\xff\xd8\xff": (JpegImageFile, lambda data: b"\xff\xd9" in data[-TAIL:]),
     b"RIFF": (WebPImageFile, lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8),
 }
-EXPIRED = "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again."
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
@@ -78,7 +77,7 @@ async def fetch(client: QueueClient, address: str, terms: Terms = PICTURE_TERMS)
     except asyncio.TimeoutError:
         raise AnswerLost(f"A picture did not arrive within {terms.seconds:g} s.") from None
     if reply.status in (404, 410):
-        raise Gone(EXPIRED)
+        raise Gone("Its pictures have expired (they are kept for 7 days or longer) and cannot be fetched again.")
     if reply.status != 200:
         raise Refused(f"The picture could not be read (HTTP {reply.status}).")
     kind = reply.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()

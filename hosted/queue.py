@@ -24,6 +24,7 @@ from .transport import TERMS, Headers, Leave, Reply, Send, Sleep, Terms, repeate
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
 PRICE_TERMS, PRICE_SECONDS = Terms(seconds=3, limit=2**20), 24 * 3600  # a price list, or its absence, is kept so long
+CANCEL_STATUSES = (200, 202, 400, 404, 405)  # as CancelOutcome has them
 ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never about the job
 
 _prices: dict[str, tuple[float, Price | None]] = {}  # in this process
@@ -69,9 +70,6 @@ class CancelOutcome(Enum):
     UNKNOWN = "The service does not know this request id (any more)."
     NOT_PASSED_ON = "The proxy does not pass a cancel on, so the request goes on; fetch its pictures by its id."
     NO_ANSWER = "The service did not answer the cancel; the request may go on and be charged."
-
-
-CANCEL_STATUSES = (200, 202, 400, 404, 405)
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,10 @@ class Service:
 
 
 def open_service(environ: Mapping[str, str], folder: Path, watch: Watch, report: Report) -> Service:
-    """Addresses, the key and numbers come from `environ`; the key file, the journal and the pictures lie in `folder`,
-    which nobody else may read. Raises HostedError, InputError; nothing is sent then."""
+    """Addresses, key and numbers as `environ` has them. Raises HostedError, InputError; nothing is sent then.
+
+    The key file, the journal and the pictures lie in `folder`, which nobody else may read.
+    """
     endpoints, settings, key = Endpoints.from_environment(environ), read_numbers(Settings, environ), None
     if endpoints.proxy is None:
         key = find_key(environ, folder / KEY_FILE)
