@@ -92,7 +92,7 @@ LOCKED = "The account is locked: see fal.ai/dashboard/billing. A lock that stays
 
 
 def clean(text: object, longest: int = 600) -> str:
-    """A text of somebody else's, fit for a log and a screen: one line of at most so many signs, all of which can be seen."""
+    """A text of somebody else's, fit for a log and a screen: one line, at most so long, without control characters."""
     shown = str(text)[: 2 * longest]
     return "".join(sign if sign.isprintable() else " " for sign in shown).strip()[:longest]
 

@@ -160,6 +160,14 @@ def test_a_journal_that_cannot_be_read_is_set_aside_in_words_and_once(journal, h
     assert claim(journal).is_owner  # a new one has begun
 
 
+def test_what_an_older_file_holds_beside_is_passed_over(journal):
+    row = submitted(journal)
+    with closing(sqlite3.connect(journal.path)) as database, database:
+        database.executescript("ALTER TABLE requests ADD seed TEXT; CREATE TABLE uploads (digest TEXT, url TEXT)")
+    assert journal.find("a").request_id == row.request_id
+    assert claim(journal, "b").is_owner and journal.forget([row.name]) == 1
+
+
 # ---- The guard ----
 
 
