@@ -233,7 +233,8 @@ def _progress(status: Status, seconds: float) -> str:
     if status.state == QUEUED:
         return f"queued {seconds:.0f} s" + ("" if status.position is None else f", {status.position} before it")
     known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state!r}"
-    return f"running {seconds:.0f} s{known}" + "".join(f": {line}" for line in status.logs[-1:])
+    last = f": {status.logs[-1]}" if status.logs else ""
+    return f"running {seconds:.0f} s{known}{last}"
 
 
 @contextmanager

@@ -249,8 +249,7 @@ CHOICES = {"open": OPEN, "unknown": ("AMBIGUOUS",), "all": tuple(NEXT)}
 def listing(requests: Iterable[Row], choice: str = "all") -> str:
     """A line for each request: id, age, pictures, and what to do with it."""
     lines = []
-    chosen = [row for row in requests if row.state in CHOICES[choice]]
-    for row in chosen:
+    for row in filter(lambda row: row.state in CHOICES[choice], requests):
         seconds = max(0, int(time.time() - row.created))
         size, unit = next((size, unit) for size, unit in UNITS.items() if seconds >= size)
         pictures = f"{row.pictures} picture{'s' * (row.pictures != 1)}"

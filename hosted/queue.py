@@ -152,15 +152,14 @@ class QueueClient:
 
     async def cost(self, request: HostedRequest) -> str:
         """About what it costs, by this account's price list, which is asked for once a day; "" where nobody knows."""
-        api, price = self.endpoints.api, None
-        known = f"{api} {self.payer}"
-        if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
+        api, known = self.endpoints.api, f"{self.endpoints.api} {self.payer}"
+        asked, price = _prices.get(known, (float("-inf"), None))
+        if api and time.monotonic() - asked > PRICE_SECONDS:
             with suppress(errors.HostedError):
                 reply = await self.call("GET", api / "v1/models/pricing" % {"endpoint_id": ENDPOINT}, terms=PRICE_TERMS)
                 listed = read_answer(PriceList, reply.json).prices
                 price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
             _prices[known] = time.monotonic(), price
-        price = _prices[known][1] if api else None
         return price.of(request) if price else ""
 
     async def _read(self, path: str, query: Mapping[str, str] | None = None) -> Reply:
