@@ -138,8 +138,8 @@ async def upload(reference: Reference, client: QueueClient, seconds: float, need
     An earlier upload is used again where it will still be there after the seconds that are `needed`.
     """
     known = f"{client.endpoints.rest} {client.payer} {reference.content_type} {reference.digest}"
-    made, expires, address = _uploads.get(known, (0.0, 0.0, ""))
-    if made <= (now := time.time()) and now + needed < expires:
+    now, (made, expires, address) = time.time(), _uploads.get(known, (0.0, 0.0, ""))
+    if made <= now < expires - needed:
         return address
     lifecycle = json.dumps({"expiration_duration_seconds": int(seconds)})
     headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
