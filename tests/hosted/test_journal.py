@@ -85,6 +85,8 @@ def test_an_answer_that_comes_after_all_is_noted(journal):
     assert journal.find("a").state == "AMBIGUOUS"
     moved(journal, row, "SUBMITTED", request_id="request-1")
     assert (journal.find("a").state, journal.find("a").request_id) == ("SUBMITTED", "request-1")
+    moved(journal, row, "AMBIGUOUS")
+    assert journal.find("a").request_id == "request-1"  # an id that is known stays known
 
 
 @pytest.mark.parametrize("state", ["AMBIGUOUS", "SUBMITTED", "DOWNLOADED"])
