@@ -270,7 +270,7 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
     unknown = {*known.ids} - {name for row in rows for name in (row.request_id, row.name)}
     if unknown:
         raise Failure(f"Not known here: {', '.join(sorted(unknown))}. Nothing was forgotten; see: run.py hosted list")
-    print(f"{sum(journal.forget(file.parent, known.ids, seconds) for file in files)} forgotten.")
+    print(f"{sum(journal.Journal(file).forget(known.ids, seconds) for file in files)} forgotten.")
     return 0
 
 

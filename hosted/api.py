@@ -1,7 +1,8 @@
 """The values of a request to fal-ai/pulid and of the service's answers (https://fal.ai/models/fal-ai/pulid/api).
 
 Names, defaults and literals are the service's own, to the letter; ranges are those of its published OpenAPI data. What
-costs money is checked here, since a value that comes through a link passes by the ranges of a node's widgets.
+costs money is checked here, since a value that comes through a link passes by the ranges of a node's widgets. Whatever
+comes as an answer is read as one of the models here, or is a BadAnswer.
 """
 
 import hashlib
@@ -12,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic.functional_validators import BeforeValidator, WrapValidator
+from pydantic_core import from_json
 
 from ..pulid.errors import InputError
 from .errors import BadAnswer, Failure, clean
@@ -42,7 +44,6 @@ LARGEST_ANSWER = 64 * 2**20  # pixels of all pictures of a request together
 MOST_PICTURES = 8
 IDEAL_REFERENCES = 4
 
-
 Side = Annotated[int, Field(ge=1, le=LARGEST_SIDE)]
 
 
@@ -69,10 +70,8 @@ class HostedRequest:
         if not self.prompt.strip():
             raise ValueError("The prompt is empty. Say what the picture shall show")
         if self.num_images * math.prod(self.size) > LARGEST_ANSWER:
-            raise ValueError(
-                f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels are more than is read of one "
-                f"answer ({LARGEST_ANSWER // 2**20} million pixels). Ask for less"
-            )
+            asked = f"{self.num_images} pictures of {self.size[0]} x {self.size[1]} pixels"
+            raise ValueError(f"{asked} are more than the {LARGEST_ANSWER // 2**20} million of one answer. Ask for less")
         self.digest()  # half of a character is no Unicode, and is refused here
 
     @property
@@ -110,9 +109,6 @@ def read_request(**values: Any) -> HostedRequest:
         raise InputError(f"{message}. Nothing was sent.") from None
 
 
-# --- Answers: whatever comes, it is read as one of these or is a BadAnswer ---
-
-
 def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:
     try:
         return read(value)
@@ -126,11 +122,7 @@ Number = Annotated[int | None, UNREADABLE_IS_NONE]
 REQUEST_ID = r"^[0-9A-Za-z][0-9A-Za-z_-]{3,127}$"
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True)
-
-
-class HostedImage(_Answer):
+class HostedImage(BaseModel, frozen=True, strict=True):
     """One picture of an answer, behind an address or in `file_data` (base64 or a data URI)."""
 
     url: Annotated[str, BeforeValidator(lambda url: url if isinstance(url, str) else "")] = ""
@@ -147,6 +139,12 @@ class HostedImage(_Answer):
             raise ValueError("neither url nor file_data")
         return self
 
+    def shown(self) -> dict[str, Any]:
+        """As JSON's values; of a picture in a text, the start."""
+        values = self.model_dump(exclude_none=True).items()
+        long = {name for name, value in values if len(str(value)) > 64 and not str(value).startswith("http")}
+        return {name: f"{str(value)[:64]}..." if name in long else value for name, value in values}
+
 
 class HostedAnswer(BaseModel):
     """Pictures and the seed they were made with, as text: it can exceed 2^63."""
@@ -161,7 +159,7 @@ class Accepted(BaseModel):
     request_id: str = Field(pattern=REQUEST_ID)
 
 
-class UploadPlace(_Answer):
+class UploadPlace(BaseModel, frozen=True, strict=True):
     """Where a file goes, and where it can then be read."""
 
     upload_url: str = Field(min_length=1)
@@ -180,7 +178,7 @@ Cleaned = Annotated[str, BeforeValidator(lambda text: clean(text, 40) if isinsta
 AsText = BeforeValidator(lambda data: data if isinstance(data, str) else json.dumps(data) if data else None)
 
 
-class Status(_Answer):
+class Status(BaseModel, frozen=True, strict=True):
     """Where a request stands. A state that is not in the service's documents counts as waiting."""
 
     state: Cleaned = Field(alias="status")
@@ -191,29 +189,22 @@ class Status(_Answer):
     error_type: Text = None
 
     @property
-    def done(self) -> bool:
-        return self.state == DONE
-
-    @property
-    def failed(self) -> bool:
-        return self.done and bool(self.error or self.error_type)
-
-    @property
-    def failure(self) -> Failure:
-        """What `error` and `error_type` say."""
-        return Failure(200, *_problems(parse(self.error or "", self.error), self.error_type or ""))
+    def failure(self) -> Failure | None:
+        """What `error` and `error_type` say of a job that has ended; None where they say nothing."""
+        if self.state != DONE or not (self.error or self.error_type):
+            return None
+        return Failure(200, *_problems(parse(self.error or "") or self.error, self.error_type or ""))
 
 
-_JSON = TypeAdapter(Any)
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
-def parse(text: str | bytes, otherwise: Any = None) -> Any:
-    """The JSON in a text; `otherwise` where it is none, or is nested without end."""
+def parse(text: str | bytes) -> Any:
+    """The JSON in a text; None where it is none, or is nested without end."""
     try:
-        return _JSON.validate_json(text)
-    except ValidationError:
-        return otherwise
+        return from_json(text)
+    except ValueError:
+        return None
 
 
 def read_answer(kind: type[Answer], data: Any) -> Answer:
@@ -225,11 +216,8 @@ def read_answer(kind: type[Answer], data: Any) -> Answer:
         raise BadAnswer(f"The service's answer lacks what must be in it: {place or 'a JSON object'}.") from None
 
 
-# --- What it costs, about, by the service's price list (https://fal.ai/docs/platform-apis/v1/models/pricing) ---
-
-
 class Price(BaseModel):
-    """Of one unit of an endpoint's output."""
+    """Of one unit of an endpoint's output (https://fal.ai/docs/platform-apis/v1/models/pricing)."""
 
     endpoint_id: str
     unit_price: FiniteFloat = Field(ge=0)
@@ -250,10 +238,9 @@ class PriceList(BaseModel):
     prices: list[Price]
 
 
-# --- Failures, in every style of body ---
+class _Problem(BaseModel, frozen=True, strict=True):
+    """One entry of the list in `detail`."""
 
-
-class _Entry(_Answer):
     loc: Annotated[list[str | int] | None, UNREADABLE_IS_NONE] = None
     msg: Text = None
     type: Text = None
@@ -266,22 +253,13 @@ class _Entry(_Answer):
             return f"reference {parts[1] + 1}"
         return ".".join(map(str, parts))
 
-    @property
-    def is_evidence(self) -> bool:
-        """False for what is about our asking, and not about the job."""
-        return (self.loc or [""])[0] not in ("path", "query", "header")
-
-
-_ENTRY = TypeAdapter(Annotated[_Entry | None, UNREADABLE_IS_NONE])
-
 
 def read_failure(status: int, headers: Mapping[str, str], body: bytes) -> Failure:
     """Both styles of error body, a bare text, and anything else a gateway may send; header names in lower case."""
     data = parse(body)
     data = data if isinstance(data, dict) else {}
-    kind = next(
-        (kind for kind in (data.get("error_type"), headers.get("x-fal-error-type")) if isinstance(kind, str)), ""
-    )
+    kind = data.get("error_type")
+    kind = kind if isinstance(kind, str) else headers.get("x-fal-error-type", "")
     detail = next((data[name] for name in ("detail", "error", "message") if data.get(name) is not None), None)
     said, kinds = _problems(detail, kind)
     if status in (408, 504) and headers.get("x-fal-request-timeout-type", "").lower() == "user":
@@ -297,8 +275,8 @@ def _problems(detail: Any, kind: str) -> tuple[str, frozenset[str]]:
     for problem in detail if isinstance(detail, list) else [detail]:
         if isinstance(problem, str):
             said.append(problem)
-        elif entry := _ENTRY.validate_python(problem):
+        elif entry := _or_none(problem, _Problem.model_validate):
             said.append(": ".join(filter(None, (entry.place, entry.msg))))
-            if entry.is_evidence:
+            if (entry.loc or [""])[0] not in ("path", "query", "header"):  # which is about our asking, not the job
                 kinds.add(entry.type or kind or ("unnamed" if entry.msg else ""))
     return "; ".join(filter(None, said)), frozenset(kinds - {""})

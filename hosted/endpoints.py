@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic import SecretStr
 from yarl import URL
@@ -88,11 +88,10 @@ def is_loopback(url: URL) -> bool:
 
 # --- Which addresses that others name may be read from ---
 
-# Parts of the public IPv6 range that lead to IPv4 addresses, which may be private.
-TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo
+TUNNELS = [ipaddress.ip_network(text) for text in ("2002::/16", "2001::/32")]  # 6to4, Teredo: to any IPv4 address
 PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")  # NAT64, mapped and local addresses lie outside of it
-FALS = ("fal.run", "fal.ai", "fal.media")
-LOCAL_NAMES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa")
+FALS = (".fal.run", ".fal.ai", ".fal.media")
+LOCAL = (".localhost", ".local", ".internal", ".intranet", ".lan", ".home.arpa")
 NAME = re.compile(r"([a-z0-9_-]+\.)+[a-z][a-z0-9-]*")  # what ends otherwise is a number to some: 127.1, 0177.1, 0x7f.1
 
 
@@ -106,52 +105,39 @@ def is_public(address: str) -> bool:
 
 def is_fals(host: str) -> bool:
     """True for a name of fal's own, of which TLS proves that it is fal who answers."""
-    return any(f".{_plain(host)}".endswith(f".{name}") for name in FALS)
-
-
-def may_be_private(host: str) -> bool:
-    """Whether a host as it is written, without looking it up, is or may stand for something that is not public.
-
-    Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
-    """
-    host = _plain(host)
-    try:
-        return not is_public(host)
-    except ValueError:
-        return NAME.fullmatch(host) is None or any(f".{host}".endswith(f".{name}") for name in LOCAL_NAMES)
+    return f".{_plain(host)}".endswith(FALS)
 
 
 def _plain(host: str) -> str:
     return host.rstrip(".").lower()
 
 
+def public_url(address: str | URL) -> URL | None:
+    """The address as a URL; None unless it is https to a host which, as it is written, is on the public internet.
+
+    Numbers count in their plain form only, since resolvers and HTTP libraries read other forms each in its own way.
+    """
+    with suppress(ValueError):
+        url = URL(address)
+        host = _plain(url.raw_host or "")
+        is_name = NAME.fullmatch(host) and not f".{host}".endswith(LOCAL)
+        if url.scheme == "https" and (is_name or is_public(host)):
+            return url
+    return None
+
+
 def check_address(address: str, endpoints: Endpoints, base: URL | None = None) -> URL:
     """The address, which may be relative to `base`, or HostedError. A name is checked again when it is looked up."""
     try:
         url = base.join(URL(address)) if base else URL(address)
-        found = f"one of scheme {url.scheme!r}, port {url.port}{', with a user name' if url.user else ''}"
+        plain = url.port == 443 and not (url.user or url.password)
+        if endpoints.is_own_storage(url) or (plain and public_url(url)):
+            return url
+        user = ", and a user name" if url.user else ""
+        found = f"scheme {clean(url.scheme, 40)!r}, host {clean(url.host, 80)!r}, port {url.port}{user}"
     except ValueError:
-        raise HostedError("The service named an address that is none. It was not read.") from None
-    if endpoints.is_own_storage(url):
-        return url
-    if url.scheme != "https" or url.user or url.password or url.port != 443 or not url.host:
-        raise HostedError(f"Expected a plain https address from the service, found {found}. It was not read.")
-    if may_be_private(url.raw_host or ""):
-        refuse_private(url.host)
-    return url
-
-
-def refuse_private(host: str) -> NoReturn:
-    where = f"{clean(host, 80)} leads to a private address"
-    raise HostedError(f"{where}, where no picture of the service can be. It was not read.")
-
-
-def is_shareable(address: str) -> bool:
-    """True for an https address that is not, as far as it can be told from here, of this machine or its network."""
-    with suppress(ValueError):
-        url = URL(address)
-        return url.scheme == "https" and bool(url.host) and not may_be_private(url.raw_host or "")
-    return False
+        found = "none at all"
+    raise HostedError(f"Expected a public https address from the service, found {found}. It was not read.")
 
 
 def check_webhook(address: str, folder: Path) -> None:
@@ -159,10 +145,11 @@ def check_webhook(address: str, folder: Path) -> None:
 
     A graph of somebody else's can hold an address to which every picture would go; no value in a graph allows one.
     """
-    if not is_shareable(address) or URL(address).user:
+    url = public_url(address)
+    if url is None or url.user:
         example = "A webhook is a public https address such as https://example.com/done"
         raise InputError(f"{example}, found {clean(address, 80)!r}. Nothing was sent.")
-    host, file, allowed = _plain(URL(address).raw_host or ""), folder / WEBHOOK_FILE, ""
+    host, file, allowed = _plain(url.raw_host or ""), folder / WEBHOOK_FILE, ""
     with suppress(OSError, UnicodeDecodeError):
         allowed = file.read_text(encoding="utf-8-sig")
     if host not in {_plain(line.strip()) for line in allowed.splitlines()}:
@@ -174,10 +161,8 @@ def check_webhook(address: str, folder: Path) -> None:
 
 # --- The key ---
 
-PLACEHOLDERS = {"YOUR_FAL_KEY", "YOUR_API_KEY"}  # as fal's page prints them
-LINE = re.compile(
-    r"""(?m)^[ \t]*(?:export[ \t]+)?FAL_KEY[ \t]*=[ \t]*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s"']*))(?:[ \t]+\#.*|[ \t]*)$"""
-)
+NO_KEYS = ("", "YOUR_FAL_KEY", "YOUR_API_KEY")  # as fal's page prints them
+LINE = re.compile(r"""(?m)^\s*(?:export\s+)?FAL_KEY\s*=[ \t]*(["']?)[ \t]*([^\s"']*)[ \t]*\1(?:[ \t]+#.*|[ \t]*)$""")
 HIDDEN = "[hidden]"
 LOGGERS = (__package__, "aiohttp.client", "aiohttp.internal", "asyncio")
 SHORTEST_PART = 6  # characters; hiding shorter parts would hide words
@@ -203,27 +188,18 @@ class Key(SecretStr):
                 text = text.replace(part, HIDDEN)
         return text
 
-
-class QuietFilter(logging.Filter):
-    """Takes the key out of every record of a logger."""
-
-    key: Key
-
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self.key.hide(record.getMessage()), None
+        """Takes the key out of a record of a logger."""
+        record.msg, record.args = self.hide(record.getMessage()), None
         if record.exc_info:
-            record.exc_text = self.key.hide(logging.Formatter().formatException(record.exc_info))
+            record.exc_text = self.hide(record.exc_text or logging.Formatter().formatException(record.exc_info))
         return True
 
 
-QUIET = QuietFilter()
-
-
 def quieten(key: Key) -> None:
-    """Keep this key out of what this package and the HTTP library under it log; the key before it is forgotten."""
-    QUIET.key = key
+    """Keep this key out of what this package and the HTTP library under it log."""
     for name in LOGGERS:
-        logging.getLogger(name).addFilter(QUIET)  # once, however often it is added
+        logging.getLogger(name).addFilter(key)  # once: equal keys are one filter
 
 
 def find_key(environ: Mapping[str, str], file: Path) -> Key:
@@ -234,12 +210,10 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
     file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
     pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
     for value in (environ.get("FAL_KEY", ""), ":".join(pair) if all(pair) else "", _read_key(file)):
-        if not (value := value.strip()) or value in PLACEHOLDERS:
+        if (value := value.strip()) in NO_KEYS:
             continue
-        if not value.isascii() or not value.isprintable() or " " in value:
-            raise HostedError(
-                "The key of the hosted service holds characters that no key has. Copy it again, as id:secret."
-            )
+        if not re.fullmatch(r"[!-~]+", value):
+            raise HostedError("The hosted service's key holds characters that no key has. Copy it again, as id:secret.")
         return Key(value)
     raise HostedError(
         "The hosted service needs a key, and none was found. Set the environment variable FAL_KEY before ComfyUI "
@@ -263,7 +237,7 @@ def _read_key(file: Path) -> str:
     if found is None:
         needed = 'a text (UTF-8) with the line FAL_KEY = "id:secret", which belongs to you (chown, chmod 600)'
         raise HostedError(f"{_end_of(file)} cannot be read ({why}). It is {needed}.")
-    return next(filter(None, found.groups()), "")
+    return found[2]
 
 
 def _end_of(file: Path) -> str:

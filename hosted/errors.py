@@ -12,8 +12,7 @@
     ├── HostedLimit       a limit of time, or of pictures, that the user has set
     └── Interrupted       the user stopped waiting
 
-Kinds of failures are from https://docs.fal.ai/errors and
-https://fal.ai/docs/documentation/model-apis/request-errors.
+Kinds of failures: https://docs.fal.ai/errors and https://fal.ai/docs/documentation/model-apis/request-errors.
 """
 
 from dataclasses import dataclass
@@ -62,16 +61,14 @@ HOSTS = (
     "Connect the picture itself instead, or upload it."
 )
 CANCELLED = "It was cancelled. Queue the prompt again to send it anew."
-NOT_STARTED = "No machine took it up in time, so nothing ran. Queue the prompt again."
 BY_KIND = {  # of what the service or the model says of a job, so it is evidence
     "content_policy_violation": "The service's content check refused it. It is not sent again.",
     "face_detection_error": "The service found no face there. Use a photograph with a clear, large face.",
     "file_download_error": f"The service could not fetch it. {HOSTS}",
     "image_load_error": f"The service could not read it as a picture. {HOSTS}",
     "file_too_large": "Use a smaller file, or leave reference_size at 1024.",
-    "client_cancelled": CANCELLED,
-    "client_disconnected": CANCELLED,
-    "startup_timeout": NOT_STARTED,
+    "startup_timeout": "No machine took it up in time, so nothing ran. Queue the prompt again.",
+    **dict.fromkeys(("client_cancelled", "client_disconnected"), CANCELLED),
     **dict.fromkeys(("internal_error", "internal_server_error", "downstream_service_error"), NOT_BILLED),
     **dict.fromkeys(("request_timeout", "generation_timeout"), NOT_BILLED),
 }
@@ -91,15 +88,11 @@ BY_STATUS = {
     499: NO_ANSWER,
 }
 THE_PROXYS = "That is for the proxy: its own key, or its leave for you (PULID_FAL_PROXY_URL). No key is sent from here."
-LOCKED = (
-    "The account is locked, mostly for its balance: see fal.ai/dashboard/billing. "
-    "A lock that stays after a top-up needs fal's support."
-)
-LONGEST_DETAIL = 600  # characters of the service's own words
+LOCKED = "The account is locked: see fal.ai/dashboard/billing. A lock that stays after a top-up needs fal's support."
 
 
-def clean(text: object, longest: int = LONGEST_DETAIL) -> str:
-    """A text of somebody else's, fit for a log and a screen: one line, without control characters, and cut."""
+def clean(text: object, longest: int = 600) -> str:
+    """A text of somebody else's, fit for a log and a screen: one line, at most so long, without control characters."""
     shown = str(text)[: 2 * longest]
     return "".join(sign if sign.isprintable() else " " for sign in shown).strip()[:longest]
 
@@ -125,33 +118,32 @@ class Failure:
     kinds: frozenset[str] = frozenset()  # as the service or the model calls it: evidence of what became of a job
     retryable: bool | None = None
     units: str = ""  # that the service billed for it
-    proxied: bool = False  # the call went through the user's proxy, which adds the key
 
-    def words(self, doing: str, request_id: str = "") -> str:
+    def words(self, doing: str, request_id: str = "", proxied: bool = False) -> str:
         """`doing` is the half sentence "Fetching the result failed" and its like; "The request failed" needs evidence.
 
-        Nothing is said about the bill unless the service or the model itself told how the request ended.
+        Nothing is said about the bill unless the service or the model itself told how the request ended. `proxied` is
+        for what went through the user's proxy, which adds the key.
         """
         said = clean(self.said).rstrip(".")
         parts = (
             f"{doing}." if self.status == 200 else f"{doing} (HTTP {self.status}).",
             f"{said}." if said else "",
-            self._advice(),
+            self._advice(proxied),
             "Nothing was billed." if self.kinds and self.units == "0" else "",
             "The service says that sending it again may help." if self.kinds and self.retryable else "",
             f"(request {request_id})" if request_id else "",
         )
         return " ".join(filter(None, parts))
 
-    def _advice(self) -> str:
-        for kind in (*BY_KIND, *sorted(self.kinds)):
-            if kind in self.kinds and (kind in BY_KIND or kind.startswith("runner_")):
-                return BY_KIND.get(kind, NOT_BILLED)
-        if self.proxied and self.status in (401, 403, 407):
+    def _advice(self, proxied: bool) -> str:
+        if known := [words for kind, words in BY_KIND.items() if kind in self.kinds]:
+            return known[0]
+        if proxied and self.status in (401, 403, 407):
             return THE_PROXYS
         if self.status == 403 and "locked" in self.said.lower():
             return LOCKED
-        if self.status >= 500:
+        if self.status >= 500 or any(kind.startswith("runner_") for kind in self.kinds):
             return NOT_BILLED if self.kinds else NO_ANSWER
         return BY_STATUS.get(self.status, "Look at the request at fal.ai/dashboard/requests.")
 

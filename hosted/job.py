@@ -17,26 +17,26 @@ Whoever sends a request owns it: their interrupt or limit calls it off, and that
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..pulid.errors import InputError
-from . import errors
-from .api import DONE, IDEAL_REFERENCES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status, read_answer
+from . import errors, references
+from .api import DONE, IDEAL_REFERENCES, MOST_PICTURES, QUEUED, RUNNING, HostedAnswer, HostedRequest, Status
 from .endpoints import check_webhook
 from .journal import Guard, Row, State
-from .pictures import Outcome
+from .pictures import Outcome, fetch_all
 from .queue import CancelOutcome, SubmitOptions, check_id
 from .references import Reference
 from .service import STEPS, Limits, Service
 
-LONGEST_TEXT = 64  # characters shown of a picture in a text
 CALL_OFF_SECONDS, LAST_SECONDS = 60, 1.5  # to fetch what was finished before a cancel; after a limit
 GOES_ON = "It goes on at the service: run this again to fetch its pictures, or stop it with PuLID Hosted Cancel."
 
 CANCELLED: dict[CancelOutcome, State] = {CancelOutcome.REMOVED: "FAILED", CancelOutcome.REQUESTED: "CANCEL_REQUESTED"}
+OVER = ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")  # no cancel changes that
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
@@ -53,6 +53,19 @@ class Job:
     transport: str = "auto"
     limits: Limits = field(default_factory=Limits)
     give_up: str = ""  # the id of an equal request, finished or not, that is given up for a new one
+
+    def shown(self) -> dict[str, Any]:
+        """What is asked for, without the photographs."""
+        named = tuple(photo.url or photo.content_type for photo in self.references)
+        return replace(self.request, reference_images=named).body()
+
+    def notes(self) -> list[str]:
+        """What the user should know about the photographs."""
+        numbered = enumerate(self.references, start=1)
+        noted = [f"Reference {number} {photo.note}." for number, photo in numbered if photo.note]
+        if (count := len(self.references)) > IDEAL_REFERENCES:
+            noted.insert(0, f"{count} references were sent; {IDEAL_REFERENCES} are ideal.")
+        return noted
 
 
 async def generate(job: Job, at: Service) -> Outcome:
@@ -75,15 +88,14 @@ async def submit(job: Job, at: Service, place: ExitStack) -> tuple[Row, list[str
 
     With it comes what the user should know about that, which is not kept with the pictures.
     """
-    webhook = job.options.webhook_url
-    if webhook:
+    if webhook := job.options.webhook_url:
         check_webhook(webhook, at.folder)
         webhook = hashlib.sha256(webhook.encode()).hexdigest()
     digest = job.request.digest()
     async with at.alone_with(digest):
         found = at.journal.find(digest)
         if found is None or found.id == job.give_up:
-            row = Row(digest, job.run, job.request.num_images, job.request.seed is not None, at.payer, webhook)
+            row = Row(digest, job.run, job.request.num_images, job.request.seed is not None, at.client.payer, webhook)
             return await _send(row, found, job, at, place)
     at.watch.begin(job.limits)
     if not found.request_id:
@@ -93,7 +105,7 @@ async def submit(job: Job, at: Service, place: ExitStack) -> tuple[Row, list[str
             f"An equal request, {found.id}, was sent with another webhook or none, and will not call this one. Nothing "
             f"was sent. Fetch its pictures by its id, or put {found.id} into force_resubmit to pay for a new one."
         )
-    notes = ["It was paid for with another key than today's."] if found.payer not in ("", at.payer) else []
+    notes = ["It was paid for with another key than today's."] if found.payer not in ("", at.client.payer) else []
     if job.give_up:
         named = f"force_resubmit names {errors.clean(job.give_up, 60)}"
         notes.append(f"{named}, but {found.id} answers this request, so nothing was given up.")
@@ -105,19 +117,17 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
     at.journal.check(job.run, job.request.num_images, job.guard)
     await at.take_place(place)
     at.watch.begin(job.limits)
-    price = await at.watch.over(at.client.price())
-    cost = price.of(job.request) if price else ""
+    cost = await at.watch.over(at.client.cost(job.request))
     at.report(0, f"{cost}; sending" if cost else "sending")
     needed = job.limits.queue + job.limits.run
-    urls = await at.watch.over(at.storage.place(job.references, job.transport, needed))
+    urls = await at.watch.over(references.place(job.references, at.client, job.transport, needed))
     body = replace(job.request, reference_images=urls).body()
     row = at.journal.claim(row, job.guard, given_up)
     try:
         row = replace(row, request_id=await at.client.submit(body, job.options, at.watch.check))
     except errors.AmbiguousSubmit as error:
-        row = replace(row, note=f"{'It was interrupted while it was being sent. ' if at.watch.stop() else ''}{error}")
-        _move(row, "AMBIGUOUS", at, row.note)
-        unknown = _unknown(row)
+        interrupted = "It was interrupted while it was being sent. " if at.watch.stop() else ""
+        unknown = _unknown(_move(row, "AMBIGUOUS", at, f"{interrupted}{error}"))
         logger.warning("%s", unknown)  # who interrupted it hears nothing else
         raise unknown from None
     except errors.HostedError as error:
@@ -126,10 +136,10 @@ async def _send(row: Row, given_up: Row | None, job: Job, at: Service, place: Ex
     except BaseException:
         _move(row, "AMBIGUOUS", at, "ended while it was being sent")
         raise
-    _move(row, "SUBMITTED", at)
+    row = _move(row, "SUBMITTED", at)
     at.watch.enter("queue", row.id)
     at.report(1, f"sent (request {row.id})")
-    return replace(row, state="SUBMITTED"), [f"By the service's price list it costs {cost}."] if cost else []
+    return row, [f"By the service's price list it costs {cost}."] if cost else []
 
 
 async def order(job: Job, at: Service) -> tuple[str, list[str]]:
@@ -148,11 +158,11 @@ async def status(request_id: str, logs: bool, at: Service) -> Status:
         return await at.watch.over(at.client.status(row.id, logs))
 
 
-async def upload(references: Sequence[Reference], seconds: int, at: Service) -> list[str]:
+async def upload(photos: Sequence[Reference], seconds: int, at: Service) -> list[str]:
     """The address of each file in the service's storage, which deletes it after so many seconds."""
     with ExitStack() as place:
         await at.take_place(place)
-        return [await at.watch.over(at.storage.upload(reference, seconds, seconds / 2)) for reference in references]
+        return [await at.watch.over(references.upload(photo, at.client, seconds, seconds / 2)) for photo in photos]
 
 
 async def fetch(request_id: str, limits: Limits, at: Service) -> Outcome:
@@ -174,25 +184,33 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
     if kept := at.store.get(row.id):
         return kept
     with _nothing_is_lost(row, at):
-        data, status = await wait(row.id, at)
+        answer, status = await wait(row.id, at)
         waited = at.watch.seconds()
         _move(row, "COMPLETED", at)
         at.report(4, f"fetching the pictures (request {row.id})")
-        answer = read_answer(HostedAnswer, data)
-        asked = row.pictures if row.digest else len(answer.images)
-        images, notes = await at.fetcher.fetch_all(answer.images, min(asked, 8))
-    timings = {"waited": round(waited, 3), "fetched": round(at.watch.seconds() - waited, 3)}
-    info = describe(row, answer, status, timings, job)
-    info["notes"] = notes + info["notes"]
+        asked = row.pictures if row.digest else min(len(answer.images), MOST_PICTURES)
+        images, notes = await fetch_all(at.client, answer.images, asked, at.picture_terms)
+    shown = [image.shown() for image in answer.images]
+    fetched = at.watch.seconds() - waited
+    info = {
+        "seed": answer.seed,
+        "request_id": row.id,
+        "urls": [image["url"] for image in shown],
+        "images": shown,
+        "timings": {"waited": round(waited, 3), "fetched": round(fetched, 3)} | (status.metrics or {}),
+        "request": job and job.shown(),
+        "logs": list(status.logs),
+        "notes": notes + (job.notes() if job else []),
+    }
     outcome = Outcome(images=images, seed=answer.seed, request_id=row.id, info=info)
     if at.store.put(row.id, outcome):
-        _move(row, "DOWNLOADED", at, seed=answer.seed)
+        _move(row, "DOWNLOADED", at)
     at.report(STEPS, f"done (request {row.id})")
     return outcome
 
 
-async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
-    """The JSON of the result, and the last status. Raises JobFailed, Refused, BadAnswer."""
+async def wait(request_id: str, at: Service) -> tuple[HostedAnswer, Status]:
+    """The result, and the last status. Raises JobFailed, Refused, BadAnswer."""
     seen, pauses = 0, iter(at.poll_seconds)
     at.watch.enter("queue", request_id)
     while True:
@@ -200,35 +218,23 @@ async def wait(request_id: str, at: Service) -> tuple[Any, Status]:
         for line in status.logs[seen:]:
             logger.info("request %s: %s", request_id, line)
         seen = max(seen, len(status.logs))
-        if status.done and (data := await _result(request_id, status, at)) is not None:
-            return data, status
+        if failure := status.failure:
+            with suppress(errors.Refused, errors.BadAnswer, errors.AnswerLost, errors.Unreachable):
+                await at.client.result(request_id)  # which says more, by a JobFailed of its own
+            raise errors.failed_job(failure, request_id)
+        if status.state == DONE and (answer := await at.client.result(request_id)):
+            return answer, status
         seconds = at.watch.enter("queue" if status.state == QUEUED else "run", request_id)
-        at.report(*_progress(status, request_id, seconds))
+        at.report(2 if status.state == QUEUED else 3, f"{_progress(status, seconds)} (request {request_id})")
         await at.watch.pause(next(pauses, at.poll_seconds[-1]))
 
 
-async def _result(request_id: str, status: Status, at: Service) -> Any | None:
-    """The JSON of a finished request, None while it is not there yet. A reported error counts in any case."""
-    try:
-        data = await at.client.result(request_id)
-    except errors.JobFailed:
-        raise
-    except errors.HostedError:
-        if not status.failed:
-            raise
-    if status.failed:
-        raise errors.failed_job(status.failure, request_id)
-    return data
-
-
-def _progress(status: Status, request_id: str, seconds: float) -> tuple[int, str]:
-    named = f" (request {request_id})"
+def _progress(status: Status, seconds: float) -> str:
     if status.state == QUEUED:
-        position = "" if status.position is None else f", {status.position} before it"
-        return 2, f"queued {seconds:.0f} s{position}{named}"
+        return f"queued {seconds:.0f} s" + ("" if status.position is None else f", {status.position} before it")
     known = "" if status.state in (RUNNING, DONE) else f" in the unknown state {status.state!r}"
     last = f": {status.logs[-1]}" if status.logs else ""
-    return 3, f"running {seconds:.0f} s{known}{last}{named}"
+    return f"running {seconds:.0f} s{known}{last}"
 
 
 @contextmanager
@@ -248,13 +254,18 @@ def _nothing_is_lost(row: Row, at: Service) -> Iterator[None]:
 
 
 def _known(request_id: str, at: Service) -> Row:
-    """What the journal knows of a request; a journal that cannot be read keeps nobody from asking the service."""
-    row, request_id = None, request_id.strip()
-    with suppress(errors.HostedError):
-        row = at.journal.by_id(request_id)
+    """The accepted request of this id, also where only the service knows it."""
+    row = _look_up(request_id.strip(), at)
     if row and not row.request_id:
         raise _unknown(row)
     return row or Row("", request_id=check_id(request_id))
+
+
+def _look_up(name: str, at: Service) -> Row | None:
+    """What the journal knows. One that cannot be read keeps nobody from asking the service, or from a cancel."""
+    with suppress(errors.HostedError):
+        return at.journal.by_id(name)
+    return None
 
 
 def _unknown(row: Row) -> errors.AmbiguousSubmit:
@@ -264,73 +275,36 @@ def _unknown(row: Row) -> errors.AmbiguousSubmit:
 
 async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     """Ask the service once to stop; what turns out to be finished is fetched and kept, since it is paid for."""
-    at.watch.finishing = True
-    is_limit = isinstance(stopped, errors.HostedLimit)
-    if not row.is_owner or _is_over(row, at):
-        raise errors.HostedLimit(f"{stopped} {GOES_ON}") if is_limit else stopped
-    at.report(3, f"calling it off (request {row.id})")
-    cancelled = await _cancel(row, at)
-    at.report(3, f"{cancelled.value} (request {row.id})")
-    logger.info("Request %s: %s", row.id, cancelled.value)
-    if cancelled is CancelOutcome.TOO_LATE:
-        with suppress(errors.HostedError, asyncio.TimeoutError):  # it can still be fetched by its id
-            outcome = await asyncio.wait_for(collect(row, at), LAST_SECONDS if is_limit else CALL_OFF_SECONDS)
-            if is_limit:
-                return outcome
-    raise errors.HostedLimit(f"{stopped} {cancelled.value}") if is_limit else stopped
-
-
-def _is_over(row: Row, at: Service) -> bool:
-    """Whether a request needs no cancel any more. A journal that is damaged or gone keeps nobody from it."""
-    with suppress(errors.HostedError):
-        now = at.journal.by_id(row.name)
-        return now is not None and now.state in ("COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED")
-    return False
+    at.watch.finishing, is_limit, becomes = True, isinstance(stopped, errors.HostedLimit), GOES_ON
+    now = _look_up(row.name, at) or row
+    if row.is_owner and now.state not in OVER:
+        at.report(3, f"calling it off (request {row.id})")
+        cancelled = await _cancel(row, at)
+        becomes = cancelled.value
+        at.report(3, f"{becomes} (request {row.id})")
+        logger.info("Request %s: %s", row.id, becomes)
+        if cancelled is CancelOutcome.TOO_LATE:
+            with suppress(errors.HostedError, asyncio.TimeoutError):  # it can still be fetched by its id
+                outcome = await asyncio.wait_for(collect(row, at), LAST_SECONDS if is_limit else CALL_OFF_SECONDS)
+                if is_limit:
+                    return outcome
+    raise errors.HostedLimit(f"{stopped} {becomes}") if is_limit else stopped
 
 
 async def _cancel(row: Row, at: Service) -> CancelOutcome:
     """Cancel and note what came of it: only a request that never ran is over; every other can still be asked about."""
     cancelled = await at.client.cancel(row.id)
-    if cancelled in CANCELLED and row.state not in ("COMPLETED", "DOWNLOADED", "FAILED"):
+    if cancelled in CANCELLED and row.state not in OVER:
         _move(row, CANCELLED[cancelled], at, cancelled.value)
     return cancelled
 
 
-def _move(row: Row, state: State, at: Service, note: str = "", seed: str | None = None) -> None:
-    """Note a step. A journal that cannot be written now must not cost pictures: the row then stays as it was."""
-    if not row.digest:
-        return
-    try:
-        at.journal.move(replace(row, state=state, note=note, seed=seed))
-    except errors.HostedError as error:
-        logger.warning("Request %s is %s, but: %s", row.id, state, error)
-
-
-def describe(
-    row: Row, answer: HostedAnswer, status: Status, waited: Mapping[str, float], job: Job | None
-) -> dict[str, Any]:
-    """What a user is told about a request that went through, as JSON's values; the seed as text."""
-    references, notes = job.references if job else (), []
-    if len(references) > IDEAL_REFERENCES:
-        notes.append(f"{len(references)} references were sent; {IDEAL_REFERENCES} are ideal.")
-    if job and len(answer.images) < job.request.num_images:
-        notes.append(f"{job.request.num_images} pictures were asked for, {len(answer.images)} came.")
-    notes += [f"Reference {number} {ref.note}." for number, ref in enumerate(references, 1) if ref.note]
-    shown = tuple(reference.url or reference.content_type for reference in references)
-    images = [image.model_dump(exclude_none=True) for image in answer.images]
-    return {
-        "seed": answer.seed,
-        "request_id": row.id,
-        "urls": [_shown(image.url) for image in answer.images],
-        "images": [{name: _shown(value) for name, value in image.items()} for image in images],
-        "timings": {**waited, **(status.metrics or {})},
-        "request": replace(job.request, reference_images=shown).body() if job else None,
-        "logs": list(status.logs),
-        "notes": notes,
-    }
-
-
-def _shown(value: Any) -> Any:
-    """An address or a number as it is, a picture in a text as its start."""
-    is_long = isinstance(value, str) and len(value) > LONGEST_TEXT and not value.startswith(("http://", "https://"))
-    return f"{value[:LONGEST_TEXT]}..." if is_long else value
+def _move(row: Row, state: State, at: Service, note: str = "") -> Row:
+    """Note a step. A journal that cannot be written now must not cost pictures: the row then stays there as it was."""
+    row = replace(row, state=state, note=note)
+    if row.digest:
+        try:
+            at.journal.move(row)
+        except errors.HostedError as error:
+            logger.warning("Request %s is %s, but: %s", row.id, state, error)
+    return row

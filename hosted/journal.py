@@ -13,38 +13,36 @@ somebody who has died. A row with a seed of its own stands also after its pictur
 The standard library only, since `run.py hosted` reads it too.
 """
 
+import itertools
 import os
 import shutil
 import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from .errors import HostedError, HostedLimit
 
-Database = sqlite3.Connection
-State = Literal[
-    "PREPARED", "SUBMITTED", "COMPLETED", "DOWNLOADED", "FAILED", "CANCEL_REQUESTED", "AMBIGUOUS", "FORGOTTEN"
-]  # fmt: skip
-OPEN = ("PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS")
+Open = Literal["PREPARED", "SUBMITTED", "COMPLETED", "CANCEL_REQUESTED", "AMBIGUOUS"]
+State = Open | Literal["DOWNLOADED", "FAILED", "FORGOTTEN"]
+OPEN: tuple[str, ...] = get_args(Open)
 STANDS = f"(state IN {OPEN!r} OR (state = 'DOWNLOADED' AND kept))"
 
 JOURNAL_FILE, PICTURES_FOLDER = "hosted.sqlite", "results"
 BUSY_SECONDS = 10  # to wait for another process's write
 DAY = 24 * 3600
 STEP = 60  # seconds that a clock may be set back by and rows still count as past
-VERSION = 1
+VERSION = 1  # of the table; others that older files hold are passed over
 SCHEMA = f"""CREATE TABLE requests (
     name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, run TEXT NOT NULL, pictures INTEGER NOT NULL,
-    kept INTEGER NOT NULL, payer TEXT NOT NULL, webhook TEXT NOT NULL, request_id TEXT, url TEXT, seed TEXT, note TEXT,
+    kept INTEGER NOT NULL, payer TEXT NOT NULL, webhook TEXT NOT NULL, request_id TEXT, note TEXT,
     created REAL NOT NULL, updated REAL NOT NULL);
 CREATE UNIQUE INDEX one_stands ON requests (digest) WHERE {STANDS};
 CREATE INDEX by_request ON requests (request_id);
-CREATE TABLE uploads (digest TEXT PRIMARY KEY, url TEXT NOT NULL, made REAL NOT NULL, expires REAL NOT NULL);
 PRAGMA user_version = {VERSION}"""
 
 
@@ -60,7 +58,6 @@ class Row:
     webhook: str = ""  # a hash of the address that is called
     state: State = "PREPARED"
     request_id: str | None = None
-    seed: str | None = None
     note: str = ""
     created: float = 0
     updated: float = 0
@@ -80,11 +77,11 @@ COLUMNS = [column.name for column in fields(Row) if column.name != "is_owner"]
 class Guard:
     """How many pictures may be asked for in one run of a workflow and in one day."""
 
-    per_run: int = 8
-    per_day: int = 100
-    lifted: bool = False  # the two above, by the user's word
-    ceiling_per_run: int = 32  # which nothing in a workflow lifts
-    ceiling_per_day: int = 200
+    pictures_per_run: float = 8
+    pictures_per_day: float = 100
+    ceiling_per_run: float = 32  # which nothing in a workflow lifts
+    ceiling_per_day: float = 200
+    lifted: bool = False  # the first two, by the user's word
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class Journal:
     now: Callable[[], float] = time.time
 
     @contextmanager
-    def _database(self) -> Iterator[Database]:
+    def _database(self) -> Iterator[sqlite3.Connection]:
         """One step that is written wholly or not at all. Raises HostedError where the disk does not take it."""
         inode = None
         try:
@@ -103,8 +100,7 @@ class Journal:
             if not self.path.exists():
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             inode = self.path.stat().st_ino
-            connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)
-            try:
+            with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None)) as connection:
                 connection.row_factory = sqlite3.Row
                 connection.execute("PRAGMA synchronous=FULL")  # on the disk before a byte leaves
                 connection.execute("BEGIN IMMEDIATE")
@@ -116,8 +112,6 @@ class Journal:
                     raise sqlite3.DatabaseError(f"it was written by another version of this pack ({version})")
                 yield connection
                 connection.execute("COMMIT")
-            finally:
-                connection.close()
         except (OSError, sqlite3.Error) as error:
             # Of no subclass: no database, a damaged one, or another version's. "no such table": a foreign one.
             if type(error) is sqlite3.DatabaseError or str(error).startswith("no such "):
@@ -183,76 +177,62 @@ class Journal:
         with self._database() as database:
             self._write(database, row)
 
-    def forget(self, name: str) -> None:
-        """Wipe a row but for what the guard counts."""
+    def forget(self, ids: Iterable[str] = (), older_than: float | None = None) -> int:
+        """Delete rows, kept pictures and with them prompts: of these ids, or of all that are so many seconds old.
+
+        What the guard counts stays, as a number, for a day. Returns how many requests were forgotten.
+        """
+        names, until = set(ids), -1 if older_than is None else self.now() - older_than
+        rows = [row for row in self.rows() if names & {row.id, row.name} or row.created <= until]
+        for row in rows:
+            shutil.rmtree(self.path.parent / PICTURES_FOLDER / row.id, ignore_errors=True)
         with self._database() as database:
-            database.execute(
+            database.executemany(
                 "UPDATE requests SET digest = name, state = 'FORGOTTEN', kept = 0, payer = '', webhook = '', "
-                "request_id = NULL, url = NULL, seed = NULL, note = NULL WHERE name = ?",
-                [name],
+                "request_id = NULL, note = NULL WHERE name = ?",
+                [[row.name] for row in rows],
             )
             database.execute("DELETE FROM requests WHERE state = 'FORGOTTEN' AND created < ?", [self.now() - DAY])
-            database.execute("DELETE FROM uploads")
+        return len(rows)
 
-    def uploaded(self, digest: str, at_least: float) -> str | None:
-        """The address of a photograph that stays readable for so many seconds, if it was uploaded before."""
-        with self._database() as database:
-            query = "SELECT url FROM uploads WHERE digest = ? AND expires > ? AND made <= ?"
-            found = database.execute(query, (digest, self.now() + at_least, self.now() + STEP)).fetchone()
-            return found and found["url"]
-
-    def remember_upload(self, digest: str, url: str, seconds: float) -> None:
-        with self._database() as database:
-            database.execute("DELETE FROM uploads WHERE expires < ?", [self.now()])
-            values = (digest, url, self.now(), self.now() + seconds)
-            database.execute("INSERT OR REPLACE INTO uploads VALUES (?, ?, ?, ?)", values)
-
-    def _write(self, database: Database, row: Row) -> None:
+    def _write(self, database: sqlite3.Connection, row: Row) -> None:
         values = {**{column: getattr(row, column) for column in COLUMNS}, "updated": self.now()}
-        kept = ", ".join(f"{name} = COALESCE(excluded.{name}, {name})" for name in ("request_id", "seed"))
         database.execute(
             f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
-            "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated"
-            f", {kept} WHERE state NOT IN ('FAILED', 'FORGOTTEN')",  # what has failed stays so
+            "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated,"
+            " request_id = COALESCE(excluded.request_id, request_id)"
+            " WHERE state NOT IN ('FAILED', 'FORGOTTEN')",  # what has failed stays so
             values,
         )
 
-    def _check(self, database: Database, run: str, pictures: int, guard: Guard) -> None:
+    def _check(self, database: sqlite3.Connection, run: str, pictures: int, guard: Guard) -> None:
         def asked(condition: str, *values: str | float) -> int:
             sent = "(request_id IS NOT NULL OR state IN ('PREPARED', 'AMBIGUOUS', 'FORGOTTEN'))"
             query = f"SELECT COALESCE(SUM(MAX(pictures, 1)), 0) FROM requests WHERE {sent} AND {condition}"
             return database.execute(query, values).fetchone()[0]
 
         day = asked("created > ? AND created <= ?", self.now() - DAY, self.now() + STEP)
-        spans = (("this run", asked("run = ?", run), "RUN"), ("the last 24 hours", day, "DAY"))
-        limits = [(guard.ceiling_per_run, guard.ceiling_per_day, "CEILING", "No switch on a node lifts this")]
+        spans = {"run": ("this run", asked("run = ?", run)), "day": ("the last 24 hours", day)}
+        lifting = {"ceiling": "No switch on a node lifts this"}
         if not guard.lifted:
-            lift = "Switch confirm_paid on to send it all the same"
-            limits.append((guard.per_run, guard.per_day, "PICTURES", lift))
-        for per_run, per_day, name, lifting in limits:
-            for (what, before, span), limit in zip(spans, (per_run, per_day), strict=True):
-                if before + max(pictures, 1) > limit:
-                    raise HostedLimit(
-                        f"The guard against unmeant costs stopped this: {before} pictures were asked for in {what}, "
-                        f"{pictures} more would exceed {limit}. Nothing was sent. {lifting}, "
-                        f"or set PULID_FAL_{name}_PER_{span} in ComfyUI's environment."
-                    )
+            lifting["pictures"] = "Switch confirm_paid on to send it all the same"
+        for (kind, lift), (span, (what, before)) in itertools.product(lifting.items(), spans.items()):
+            name = f"{kind}_per_{span}"
+            if before + max(pictures, 1) > (limit := getattr(guard, name)):
+                raise HostedLimit(
+                    f"The guard against unmeant costs stopped this: {before} pictures were asked for in {what}, "
+                    f"{pictures} more would exceed {limit:.10g}. Nothing was sent. {lift}, "
+                    f"or set PULID_FAL_{name.upper()} in ComfyUI's environment."
+                )
 
 
-def _rows(database: Database, condition: str, *values: str) -> list[Row]:
-    found = database.execute(
-        f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC", values
-    )
-    return [Row(**dict(each)) for each in found]
+def _rows(database: sqlite3.Connection, condition: str, *values: str) -> list[Row]:
+    query = f"SELECT {', '.join(COLUMNS)} FROM requests WHERE {condition} ORDER BY created DESC"
+    return [Row(**dict(each)) for each in database.execute(query, values)]
 
 
-# --- What is kept on this machine: lists it, and forgets it ---
+# --- What is listed ---
 
-CHOICES: dict[str, Callable[[Row], bool]] = {
-    "open": lambda row: row.state in OPEN,
-    "unknown": lambda row: row.state == "AMBIGUOUS",
-    "all": lambda row: True,
-}
 UNITS = {DAY: "d", 3600: "h", 60: "min", 0: "s"}
 NEXT = {  # what to do with a request in this state
     "PREPARED": "is being sent, or was when its sender ended; queue its prompt again to learn which",
@@ -263,28 +243,15 @@ NEXT = {  # what to do with a request in this state
     "DOWNLOADED": "finished, and its pictures are kept here: fetch it, or forget it",
     "FAILED": "over; forget it",
 }
+CHOICES = {"open": OPEN, "unknown": ("AMBIGUOUS",), "all": tuple(NEXT)}
 
 
 def listing(requests: Iterable[Row], choice: str = "all") -> str:
     """A line for each request: id, age, pictures, and what to do with it."""
     lines = []
-    for row in filter(CHOICES[choice], requests):
+    for row in filter(lambda row: row.state in CHOICES[choice], requests):
         seconds = max(0, int(time.time() - row.created))
         size, unit = next((size, unit) for size, unit in UNITS.items() if seconds >= size)
         pictures = f"{row.pictures} picture{'s' * (row.pictures != 1)}"
         lines.append(f"{row.id}  {seconds // max(size, 1)} {unit} ago  {pictures}  {NEXT[row.state]}")
     return "\n".join(lines) or "No such request is known on this machine."
-
-
-def forget(folder: Path, ids: Iterable[str] = (), older_than: float | None = None) -> int:
-    """Delete rows, kept pictures and with them prompts: of these ids, or of all that are older than so many seconds.
-
-    What the guard counts stays, as a number, for a day. Returns how many requests were forgotten.
-    """
-    journal, names, forgotten = Journal(folder / JOURNAL_FILE), set(ids), 0
-    for row in journal.rows():
-        if names & {row.request_id, row.name} or (older_than is not None and time.time() - row.created >= older_than):
-            shutil.rmtree(folder / PICTURES_FOLDER / row.id, ignore_errors=True)
-            journal.forget(row.name)
-            forgotten += 1
-    return forgotten

@@ -13,8 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from pydantic import BaseModel, Field
 
-from .api import LARGEST_ANSWER, MOST_PICTURES, HostedImage, parse, read_answer
+from .api import LARGEST_ANSWER, HostedImage, parse, read_answer
 from .endpoints import check_address
 from .errors import AnswerLost, BadAnswer, Gone, HostedError, Refused, clean
 from .journal import DAY
@@ -32,75 +31,69 @@ from .queue import QueueClient
 from .transport import Reply, Terms, repeated
 
 REDIRECTS = 3
-LARGEST_PIXELS = LARGEST_ANSWER  # of one picture
 PICTURE_TERMS = Terms(seconds=120, idle=30, public=True)
-MAGIC: dict[bytes, Callable[[io.BytesIO], Image.Image]] = {
-    b"\x89PNG\r\n\x1a\n": PngImageFile,
-    b"\xff\xd8\xff": JpegImageFile,
-    b"RIFF": WebPImageFile,
+TAIL = 2**16  # bytes at the end of a file
+Kind = tuple[Callable[[io.BytesIO], Image.Image], Callable[[bytes], bool]]
+KINDS: dict[bytes, Kind] = {  # by a file's first bytes: what reads it, and whether its end is there
+    b"\x89PNG\r\n\x1a\n": (PngImageFile, lambda data: b"IEND" in data[-TAIL:]),
+    b"\xff\xd8\xff": (JpegImageFile, lambda data: b"\xff\xd9" in data[-TAIL:]),
+    b"RIFF": (WebPImageFile, lambda data: len(data) >= int.from_bytes(data[4:8], "little") + 8),
 }
-EXPIRED = "Its pictures have expired (the service keeps them for 7 days or longer) and cannot be fetched again."
 
 logger = logging.getLogger(__package__)  # one logger, which keeps keys out
 
 
-@dataclass(frozen=True)
-class PictureFetcher:
-    """Fetches and decodes the pictures of an answer."""
-
-    client: QueueClient
-    terms: Terms = PICTURE_TERMS  # of one picture; its seconds are for all tries together
-    largest_pixels: int = LARGEST_PIXELS  # of all pictures of an answer together
-
-    async def fetch_all(
-        self, images: tuple[HostedImage, ...], asked: int = MOST_PICTURES
-    ) -> tuple[tuple[Image.Image, ...], list[str]]:
-        """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
-        pictures: list[Image.Image] = []
-        notes: list[str] = []
-        pixels = self.largest_pixels
-        for number, image in enumerate(images[:asked], start=1):
-            data = await self._content(image)
-            pictures.append(decode(data, pixels))
-            pixels -= pictures[-1].width * pictures[-1].height
-            notes += _differences(number, image, len(data), pictures[-1].size)
-        if len(images) > asked:
-            notes.append(f"{asked} pictures were asked for, {len(images)} came; the others were not read.")
-        return tuple(pictures), notes
-
-    async def _content(self, image: HostedImage) -> bytes:
-        """What is in the answer itself, else what its address leads to."""
-        if inside := image.file_data or (image.url if image.url.startswith("data:") else ""):
-            return decode_data_uri(inside)
-        return await self.fetch(image.url)
-
-    async def fetch(self, address: str) -> bytes:
-        """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
-        tries = repeated(lambda: self._follow(address), self.client.sleep)
-        try:
-            return _body(await asyncio.wait_for(tries, self.terms.seconds))
-        except asyncio.TimeoutError:
-            raise AnswerLost(f"A picture did not arrive within {self.terms.seconds:g} s.") from None
-
-    async def _follow(self, address: str) -> Reply:
-        url = check_address(address, self.client.endpoints)
-        for _ in range(REDIRECTS + 1):
-            reply = await self.client.transport.send("GET", url, {"Accept": "image/*"}, terms=self.terms)
-            if not 300 <= reply.status < 400 or "location" not in reply.headers:
-                return reply
-            url = check_address(reply.headers["location"], self.client.endpoints, base=url)
-        raise HostedError(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
+async def fetch_all(
+    client: QueueClient,
+    images: Sequence[HostedImage],
+    asked: int,
+    terms: Terms = PICTURE_TERMS,  # of one picture, and all its tries together
+    pixels: int = LARGEST_ANSWER,  # of all pictures together
+) -> tuple[tuple[Image.Image, ...], list[str]]:
+    """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
+    pictures: list[Image.Image] = []
+    notes: list[str] = []
+    for number, image in enumerate(images[:asked], start=1):
+        inside = image.file_data or (image.url if image.url.startswith("data:") else "")
+        data = decode_data_uri(inside) if inside else await fetch(client, image.url, terms)
+        picture = decode(data, pixels)
+        pictures.append(picture)
+        pixels -= picture.width * picture.height
+        came = {"file_size": len(data), "width": picture.width, "height": picture.height}
+        for what, value in came.items():
+            if (told := getattr(image, what)) not in (None, value):
+                notes.append(f"Picture {number}: {what} {told} was announced, {value} came.")
+    if len(images) != asked:
+        unread = "; the others were not read" if len(images) > asked else ""
+        notes.append(f"{asked} pictures were asked for, {len(images)} came{unread}.")
+    return tuple(pictures), notes
 
 
-def _body(reply: Reply) -> bytes:
+async def fetch(client: QueueClient, address: str, terms: Terms = PICTURE_TERMS) -> bytes:
+    """The bytes behind an address; repeated where its failure may pass. Raises HostedError."""
+    tries = repeated(lambda: _follow(client, address, terms), client.sleep)
+    try:
+        reply = await asyncio.wait_for(tries, terms.seconds)
+    except asyncio.TimeoutError:
+        raise AnswerLost(f"A picture did not arrive within {terms.seconds:g} s.") from None
     if reply.status in (404, 410):
-        raise Gone(EXPIRED)
+        raise Gone("Its pictures have expired (they are kept for 7 days or longer) and cannot be fetched again.")
     if reply.status != 200:
         raise Refused(f"The picture could not be read (HTTP {reply.status}).")
     kind = reply.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind not in ("application/octet-stream", "binary/octet-stream"):
         raise BadAnswer(f"Expected a picture, found content of type {clean(kind, 60)!r}.")
     return reply.body
+
+
+async def _follow(client: QueueClient, address: str, terms: Terms) -> Reply:
+    url = check_address(address, client.endpoints)
+    for _ in range(REDIRECTS + 1):
+        reply = await client.send("GET", url, {"Accept": "image/*"}, terms=terms)
+        if not 300 <= reply.status < 400 or "location" not in reply.headers:
+            return reply
+        url = check_address(reply.headers["location"], client.endpoints, base=url)
+    raise HostedError(f"The service's picture was forwarded more than {REDIRECTS} times. It was not read.")
 
 
 def decode_data_uri(uri: str) -> bytes:
@@ -114,18 +107,19 @@ def decode_data_uri(uri: str) -> bytes:
         raise BadAnswer("A data URI is damaged: its base64 text cannot be read.") from None
 
 
-def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
+def decode(data: bytes, largest_pixels: int = LARGEST_ANSWER) -> Image.Image:
     """PNG, JPEG or WebP bytes -> an RGB picture. Raises BadAnswer, before decoding where the size is too large."""
-    read = next((read for magic, read in MAGIC.items() if data.startswith(magic)), None)
-    if read is None:
+    kind = next((kind for start, kind in KINDS.items() if data.startswith(start)), None)
+    if kind is None:
         raise BadAnswer("Expected a PNG, JPEG or WebP picture, found something else.")
+    read, is_whole = kind
     try:
         # Not Image.open, whose own limit warns in some cases and says less in the others.
         with read(io.BytesIO(data)) as image:
             if image.width * image.height > largest_pixels:
-                most = f"what this pack decodes of one answer ({LARGEST_PIXELS // 2**20} million pixels together)"
+                most = f"what this pack decodes of one answer ({LARGEST_ANSWER // 2**20} million pixels together)"
                 raise BadAnswer(f"A picture of {image.width} x {image.height} pixels is larger than {most}.")
-            if not _is_whole(data, image):  # other packs may have told Pillow to fill what is missing with grey
+            if not is_whole(data):  # other packs may have told Pillow to fill what is missing with grey
                 raise BadAnswer("A picture is damaged: its end is missing.")
             return image.convert("RGBA" if "transparency" in image.info else "RGB").convert("RGB")
     except HostedError:
@@ -134,38 +128,16 @@ def decode(data: bytes, largest_pixels: int = LARGEST_PIXELS) -> Image.Image:
         raise BadAnswer(f"A picture is damaged and could not be read ({type(error).__name__}).") from None
 
 
-def _is_whole(data: bytes, image: Image.Image) -> bool:
-    ends = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
-    if image.format == "WEBP":
-        return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return ends[image.format or "PNG"] in data[-(2**16) :]
-
-
-def _differences(number: int, image: HostedImage, length: int, size: tuple[int, int]) -> list[str]:
-    announced = (("bytes", image.file_size, length), ("width", image.width, size[0]), ("height", image.height, size[1]))
-    said = "Picture {}: {} {} were announced, {} came."
-    return [said.format(number, told, what, came) for what, told, came in announced if told not in (None, came)]
-
-
-class Outcome(BaseModel, arbitrary_types_allowed=True, frozen=True):
+class Outcome(BaseModel, frozen=True, arbitrary_types_allowed=True):
     """What a request gave. `info` can be written as JSON; it holds the seed as text, addresses, timings and notes."""
 
-    images: tuple[Image.Image, ...] = Field(exclude=True)
+    images: tuple[Image.Image, ...] = Field(exclude=True, min_length=1)
     seed: str
     request_id: str
     info: dict[str, Any]
 
     def with_notes(self, notes: list[str]) -> "Outcome":
         return self.model_copy(update={"info": {**self.info, "notes": self.info["notes"] + notes}})
-
-
-class _Kept(BaseModel):
-    """What lies beside the pictures of an outcome."""
-
-    images: int = Field(ge=1, le=MOST_PICTURES)
-    seed: str
-    request_id: str
-    info: dict[str, Any]
 
 
 class PictureStore:
@@ -179,14 +151,13 @@ class PictureStore:
         """The kept outcome, or None also where its files are damaged."""
         place = self.folder / name
         try:
-            kept = read_answer(_Kept, parse((place / "outcome.json").read_bytes()))
-            if kept.request_id != name or not isinstance(kept.info.get("notes"), list):
-                return None
-            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(kept.images))
+            facts = parse((place / "outcome.json").read_bytes())
+            images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(facts["images"]))
+            outcome = read_answer(Outcome, {**facts, "images": images})
             os.utime(place)
-        except (OSError, BadAnswer):
+        except (OSError, BadAnswer, TypeError, KeyError):
             return None
-        return Outcome(images=images, seed=kept.seed, request_id=name, info=kept.info)
+        return outcome if outcome.request_id == name and isinstance(outcome.info.get("notes"), list) else None
 
     def put(self, name: str, outcome: Outcome) -> bool:
         """False where the disk does not take it: the pictures are there all the same."""

@@ -8,7 +8,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -18,13 +18,13 @@ from yarl import URL
 
 from ..pulid.errors import InputError
 from . import errors
-from .api import ENDPOINT, REQUEST_ID, Accepted, Price, PriceList, Status, read_answer
+from .api import ENDPOINT, REQUEST_ID, Accepted, HostedAnswer, HostedRequest, Price, PriceList, Status, read_answer
 from .endpoints import Endpoints, Key
-from .errors import Failure, clean, failed_job
-from .transport import DEFAULT_TERMS, Headers, Reply, Sleep, Terms, Transport, repeated, retry_after
+from .transport import TERMS, Headers, Leave, Reply, Send, Sleep, Terms, repeated, retry_after
 
 BUSY_REPEATS, LONGEST_BUSY_PAUSE = 3, 60.0  # of a submit that was turned away with 429
 PRICE_TERMS, PRICE_SECONDS = Terms(seconds=3, limit=2**20), 24 * 3600  # a price list, or its absence, is kept so long
+CANCEL_STATUSES = (200, 202, 400, 404, 405)  # as CancelOutcome has them
 ABOUT_US = (401, 403, 404, 407, 429)  # say something about us or the id, never about the job
 
 _prices: dict[str, tuple[float, Price | None]] = {}  # in this process
@@ -44,7 +44,7 @@ class SubmitOptions:
     store: bool = True  # False asks the service to keep no copy of the request and its answer
 
     def __post_init__(self) -> None:
-        if not self.runner_hint.isascii() or (self.runner_hint and not self.runner_hint.isprintable()):
+        if not (self.runner_hint.isascii() and self.runner_hint.isprintable()):
             raise InputError("runner_hint takes plain letters, digits and signs.")
 
     def headers(self) -> dict[str, str]:
@@ -72,23 +72,18 @@ class CancelOutcome(Enum):
     NO_ANSWER = "The service did not answer the cancel; the request may go on and be charged."
 
 
-CANCEL_STATUSES = (200, 202, 400, 404, 405)
-
-
 @dataclass(frozen=True)
 class QueueClient:
     """One account's way to one model."""
 
-    transport: Transport
+    send: Send
     endpoints: Endpoints
     key: Key | None  # None where a proxy adds it
-    terms: Terms = DEFAULT_TERMS  # of one exchange
+    terms: Terms = TERMS  # of one exchange
     sleep: Sleep = asyncio.sleep
     cancel_seconds: float = 10  # to wait for the answer to a cancel
 
-    async def submit(
-        self, body: Mapping[str, Any], options: SubmitOptions, leave: Callable[[], None] = lambda: None
-    ) -> str:
+    async def submit(self, body: Mapping[str, Any], options: SubmitOptions, leave: Leave = None) -> str:
         """Send a request that costs money, once; its id. `leave` may raise as long as it is not wholly sent.
 
         Sends again only where nothing can have been accepted: it was not wholly sent, or the answer was 429.
@@ -105,10 +100,10 @@ class QueueClient:
             if reply.status != 429 or attempt == BUSY_REPEATS or pause > LONGEST_BUSY_PAUSE:
                 break
             await self.sleep(pause)
-        if (reply.may_pass and reply.status != 429) or 300 <= reply.status < 400:
+        if (reply.may_pass() and reply.status != 429) or 300 <= reply.status < 400:
             raise errors.AmbiguousSubmit(f"The answer to the request was HTTP {reply.status}.")
         if reply.status >= 400:
-            raise errors.Refused(self.failure(reply).words("The service did not take the request"))
+            raise self.refusal(reply, "The service did not take the request")
         try:
             return read_answer(Accepted, reply.json).request_id
         except errors.BadAnswer:
@@ -116,33 +111,31 @@ class QueueClient:
 
     async def status(self, request_id: str, logs: bool = True) -> Status:
         """Raises Refused where the service does not say, BadAnswer where it says nothing of use."""
-        path, query = f"/requests/{request_id}/status", {"logs": str(int(logs))}
-        reply = await repeated(lambda: self._ask("GET", path, query), self.sleep, _may_pass)
+        reply = await self._read(f"/requests/{request_id}/status", {"logs": str(int(logs))})
         if reply.status not in (200, 202):
-            raise self._refusal(reply, "Asking for the status failed", request_id)
+            raise self.refusal(reply, "Asking for the status failed", request_id)
         return read_answer(Status, reply.json)
 
-    async def result(self, request_id: str) -> Any | None:
-        """The JSON that the model gave, or None while it is not ready.
+    async def result(self, request_id: str) -> HostedAnswer | None:
+        """What the model gave, or None while it is not ready.
 
         Raises JobFailed with the model's or the service's own word that it failed, Refused or BadAnswer for anything
         else: the request is then as it was.
         """
-        reply = await repeated(lambda: self._ask("GET", f"/requests/{request_id}"), self.sleep, _may_pass)
+        reply = await self._read(f"/requests/{request_id}")
         if reply.status == 200:
-            if (data := reply.json) is None:
-                raise errors.BadAnswer("Expected JSON from the service, found something else.")
-            return data
-        failure = self.failure(reply)
+            return read_answer(HostedAnswer, reply.json)
+        failure = reply.failure
         if reply.status == 400 and "in progress" in failure.said:
             return None
         if failure.kinds and reply.status not in ABOUT_US:
-            raise failed_job(failure, request_id)
-        raise self._refusal(reply, "Fetching the result failed", request_id)
+            raise errors.failed_job(failure, request_id)
+        raise self.refusal(reply, "Fetching the result failed", request_id)
 
-    def _refusal(self, reply: Reply, doing: str, request_id: str) -> errors.Refused:
+    def refusal(self, reply: Reply, doing: str, request_id: str = "") -> errors.Refused:
+        """What to raise for an answer that is none. `doing` is what failed, as the first words of a sentence."""
         kind = errors.Gone if reply.status in (404, 410) else errors.Refused
-        return kind(self.failure(reply).words(doing, request_id))
+        return kind(reply.failure.words(doing, request_id, proxied=self.endpoints.proxy is not None))
 
     async def cancel(self, request_id: str) -> CancelOutcome:
         """Ask once, and not for long; never raises for what the service or the network does."""
@@ -152,20 +145,29 @@ class QueueClient:
             return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
         return CancelOutcome.NO_ANSWER
 
-    async def price(self) -> Price | None:
-        """The model's price for this account, asked for once a day; None where it is not to be had."""
-        api, price = self.endpoints.api, None
-        known = f"{api} {self.key and self.key.account}"
-        if api and (known not in _prices or time.monotonic() - _prices[known][0] > PRICE_SECONDS):
+    @property
+    def payer(self) -> str:
+        """A name of the account."""
+        return self.key.account if self.key else f"proxy {self.endpoints.proxy}"
+
+    async def cost(self, request: HostedRequest) -> str:
+        """About what it costs, by this account's price list, which is asked for once a day; "" where nobody knows."""
+        api, known = self.endpoints.api, f"{self.endpoints.api} {self.payer}"
+        asked, price = _prices.get(known, (float("-inf"), None))
+        if api and time.monotonic() - asked > PRICE_SECONDS:
             with suppress(errors.HostedError):
                 reply = await self.call("GET", api / "v1/models/pricing" % {"endpoint_id": ENDPOINT}, terms=PRICE_TERMS)
                 listed = read_answer(PriceList, reply.json).prices
                 price = next((price for price in listed if price.endpoint_id == ENDPOINT), None)
             _prices[known] = time.monotonic(), price
-        return _prices[known][1] if api else None
+        return price.of(request) if price else ""
 
-    def failure(self, reply: Reply) -> Failure:
-        return replace(reply.failure, proxied=self.endpoints.proxy is not None)
+    async def _read(self, path: str, query: Mapping[str, str] | None = None) -> Reply:
+        def may_pass(reply: Reply) -> bool:  # damaged JSON, and what no word of the job's says
+            unnamed = not reply.failure.kinds and reply.failure.retryable is not False
+            return reply.json is None if reply.status < 300 else reply.may_pass() and unnamed
+
+        return await repeated(lambda: self._ask("GET", path, query), self.sleep, may_pass)
 
     async def _ask(self, method: str, path: str, query: Mapping[str, str] | None = None, **sent: Any) -> Reply:
         """A call to the queue; to its second name where the first one cannot have got all of it."""
@@ -182,10 +184,10 @@ class QueueClient:
         sent = {**(headers or {}), "Accept": "application/json", "Content-Type": "application/json"}
         if self.endpoints.proxy is not None:
             sent["x-fal-target-url"] = str(url)
-            return await self.transport.send(method, self.endpoints.proxy, sent, body, terms or self.terms)
+            return await self.send(method, self.endpoints.proxy, sent, body, terms or self.terms)
         if self.key is None or not self.endpoints.may_see_key(url):
             raise AssertionError(f"no key may go to {url.host}")
-        reply = await self.transport.send(method, url, {**sent, **self.key.header}, body, terms or self.terms)
+        reply = await self.send(method, url, {**sent, **self.key.header}, body, terms or self.terms)
         shown = self.key.hide(reply.body.decode("utf-8", "replace")).encode()
         return Reply(reply.status, {name: self.key.hide(value) for name, value in reply.headers.items()}, shown)
 
@@ -194,14 +196,7 @@ def check_id(request_id: str) -> str:
     """The id without spaces around it. Raises InputError for what is none."""
     if not re.fullmatch(REQUEST_ID, request_id := request_id.strip()):
         raise InputError(
-            f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {clean(request_id, 60)!r}. "
+            f"A request id looks like 764cabcf-b745-4b3e-ae38-1200304cf45b, found {errors.clean(request_id, 60)!r}. "
             "Copy it from a submit node or from fal.ai/dashboard/requests."
         )
     return request_id
-
-
-def _may_pass(reply: Reply) -> bool:
-    """True for what may be over in a moment: damaged JSON, and a gateway's failure, which is no word of the job's."""
-    if reply.status < 300:
-        return reply.json is None
-    return reply.may_pass and not reply.failure.kinds and reply.failure.retryable is not False

@@ -9,33 +9,32 @@ import hashlib
 import io
 import json
 import mimetypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
-from yarl import URL
 
 from ..pulid.errors import InputError
-from .api import UploadPlace, read_answer
-from .endpoints import check_address, is_shareable
+from .api import LARGEST_ANSWER, UploadPlace, read_answer
+from .endpoints import check_address, public_url
 from .errors import BadAnswer, Refused, clean
-from .journal import Journal
-from .pictures import LARGEST_PIXELS, decode_data_uri
+from .pictures import decode_data_uri
 from .queue import QueueClient
 from .transport import Terms, repeated
 
 LONGEST_SIDE = 1024  # pixels
 LARGEST_PNG = 10**6  # bytes; beyond, a JPEG of high quality
-JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}  # 4:4:4
 LARGEST_INLINE, LARGEST_INLINE_TOTAL = 2**20, 4 * 2**20  # bytes of one, of all, that go inside a request
 LARGEST_FILE = 90 * 2**20  # bytes; beyond, the service wants uploads in parts
 TRANSPORTS = ("auto", "data URI", "upload")
 SHORTEST_LIFE = 3600  # seconds that an upload is kept
 MARGIN = 1800  # seconds that it outlives the waiting and running, for uploading the others and sending
+
+_uploads: dict[str, tuple[float, float, str]] = {}  # in this process: when each was made, when it expires, its address
 
 
 @dataclass(frozen=True)
@@ -64,56 +63,46 @@ def encode(image: Tensor, as_is: bool = False) -> Reference:
 
 
 def _encode(picture: Image.Image, as_is: bool) -> Reference:
-    picture, note = _on_white(picture)
-    if not as_is and max(picture.size) > LONGEST_SIDE:
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    data, content_type = _save(picture, format="PNG"), "image/png"
-    if len(data) > LARGEST_PNG:
-        data, content_type = _save(picture, **JPEG), "image/jpeg"
-    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
-    return Reference(digest, content_type=content_type, data=data, note=note)
-
-
-def _on_white(picture: Image.Image) -> tuple[Image.Image, str]:
+    note = ""
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         note = "has transparent parts, which were sent as white"
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), note
-    return picture.convert("RGB"), ""
-
-
-def _save(picture: Image.Image, **how: Any) -> bytes:
-    picture.save(file := io.BytesIO(), **how)
-    return file.getvalue()
+    picture = picture.convert("RGB")
+    if not as_is:
+        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    picture.save(file := io.BytesIO(), "PNG")
+    content_type = "image/png"
+    if file.tell() > LARGEST_PNG:
+        picture.save(file := io.BytesIO(), "JPEG", quality=95, subsampling=0)  # 4:4:4
+        content_type = "image/jpeg"
+    digest = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()
+    return Reference(digest, content_type=content_type, data=file.getvalue(), note=note)
 
 
 def read_lines(text: str, as_is: bool = False) -> list[Reference]:
     """Addresses and data URIs, one a line, as references; pictures in data URIs are encoded anew. Raises InputError."""
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
-    return [_read_line(line, f"Line {number} of reference_urls", as_is) for number, line in lines if line]
+    lines = [(f"Line {number} of reference_urls", line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [_read_line(line, name, as_is) for name, line in lines if line]
 
 
 def _read_line(line: str, name: str, as_is: bool) -> Reference:
-    if line.startswith("data:"):
-        if not line.startswith("data:image/"):
-            raise InputError(f"{name} is a data URI, but not of a picture (data:image/...).")
-        try:
-            with Image.open(io.BytesIO(decode_data_uri(line))) as picture:
-                if picture.width * picture.height > LARGEST_PIXELS:
-                    raise InputError(f"{name} is a picture of {picture.width} x {picture.height} pixels: too large.")
-                return _encode(ImageOps.exif_transpose(picture), as_is)
-        except InputError:
-            raise
-        except BadAnswer as error:
-            raise InputError(f"{name}: {error}") from None
-        except Exception as error:  # Pillow's are of every class
-            raise InputError(f"{name} holds no picture that could be read ({type(error).__name__}).") from None
-    if not line.startswith("https://") or not is_shareable(line):
+    if line.startswith("https://") and public_url(line):
+        return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
+    if not line.startswith("data:"):
         raise InputError(
             f"{name} is neither a data URI nor an https:// address that the service can read, but {clean(line, 60)!r}. "
             "It cannot read this machine or a private network: connect the picture itself. Nothing was sent."
         )
-    return Reference(hashlib.sha256(f"address {line}".encode("utf-8", "replace")).hexdigest(), url=line)
+    try:
+        with Image.open(io.BytesIO(decode_data_uri(line))) as picture:
+            if picture.width * picture.height > LARGEST_ANSWER:
+                raise BadAnswer(f"A picture of {picture.width} x {picture.height} pixels is too large.")
+            return _encode(ImageOps.exif_transpose(picture), as_is)
+    except BadAnswer as error:
+        raise InputError(f"{name}: {error}") from None
+    except Exception as error:  # Pillow's are of every class
+        raise InputError(f"{name} holds no picture that could be read ({type(error).__name__}).") from None
 
 
 def read_file(folder: Path, name: str) -> Reference:
@@ -135,52 +124,36 @@ def inline(references: Sequence[Reference], how: str) -> bool:
     return max(sizes, default=0) <= LARGEST_INLINE and sum(sizes) <= LARGEST_INLINE_TOTAL
 
 
-@dataclass(frozen=True)
-class ReferenceStorage:
-    """Places photographs where the service can read them."""
+async def place(references: Sequence[Reference], client: QueueClient, how: str, needed: float) -> tuple[str, ...]:
+    """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""
+    if inline(references, how):
+        return tuple(reference.url or reference.data_uri for reference in references)
+    seconds = max(SHORTEST_LIFE, needed + MARGIN)
+    return tuple([reference.url or await upload(reference, client, seconds, needed) for reference in references])
 
-    client: QueueClient
-    journal: Journal  # remembers uploads until shortly before they expire
 
-    async def place(self, references: Sequence[Reference], how: str = "auto", needed: float = 0) -> tuple[str, ...]:
-        """The `image_url` of each reference, readable for at least `needed` seconds where it is uploaded."""
-        if inline(references, how):
-            return tuple(reference.url or reference.data_uri for reference in references)
-        seconds = max(SHORTEST_LIFE, needed + MARGIN)
-        return tuple([reference.url or await self.upload(reference, seconds, needed) for reference in references])
+async def upload(reference: Reference, client: QueueClient, seconds: float, needed: float) -> str:
+    """The address of a photograph in the service's storage, which deletes it after so many seconds. Raises HostedError.
 
-    async def upload(self, reference: Reference, seconds: float, needed: float) -> str:
-        """The address of an uploaded photograph. Raises HostedError; a photograph is never left out.
-
-        seconds  after which the service deletes it
-        needed   seconds for which an earlier upload must still be there to be used again
-        """
-        place = f"{self.client.endpoints.rest} {reference.content_type} {reference.digest}"
-        name = hashlib.sha256(place.encode()).hexdigest()
-        if kept := self.journal.uploaded(name, needed):
-            return kept
-        upload_url, file_url = await self._initiate(reference, int(seconds))
-        await self._put(upload_url, reference)
-        self.journal.remember_upload(name, file_url, int(seconds))
-        return file_url
-
-    async def _initiate(self, reference: Reference, seconds: int) -> tuple[URL, str]:
-        url = self.client.endpoints.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
-        lifecycle = json.dumps({"expiration_duration_seconds": seconds})
-        headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
-        suffix = mimetypes.guess_extension(reference.content_type) or ".bin"
-        body = {"file_name": f"reference{suffix}", "content_type": reference.content_type}
-        sent = json.dumps(body).encode()
-        reply = await repeated(lambda: self.client.call("POST", url, headers, sent), self.client.sleep)
-        if reply.status >= 300:
-            raise Refused(self.client.failure(reply).words("Uploading a reference picture failed, so nothing was sent"))
-        place = read_answer(UploadPlace, reply.json)
-        return check_address(place.upload_url, self.client.endpoints), place.file_url
-
-    async def _put(self, url: URL, reference: Reference) -> None:
-        """Without the key, which the storage must not have."""
-        headers, terms = {"Content-Type": reference.content_type}, Terms(self.client.terms.seconds, public=True)
-        send = self.client.transport.send
-        reply = await repeated(lambda: send("PUT", url, headers, reference.data, terms), self.client.sleep)
-        if reply.status >= 300:
-            raise Refused(f"Uploading a reference picture failed (HTTP {reply.status}). Nothing was generated.")
+    An earlier upload is used again where it will still be there after the seconds that are `needed`.
+    """
+    known = f"{client.endpoints.rest} {client.payer} {reference.content_type} {reference.digest}"
+    now, (made, expires, address) = time.time(), _uploads.get(known, (0.0, 0.0, ""))
+    if made <= now < expires - needed:
+        return address
+    lifecycle = json.dumps({"expiration_duration_seconds": int(seconds)})
+    headers = {"X-Fal-Object-Lifecycle": lifecycle, "X-Fal-Object-Lifecycle-Preference": lifecycle}
+    suffix = mimetypes.guess_extension(reference.content_type) or ".bin"
+    body = json.dumps({"file_name": f"reference{suffix}", "content_type": reference.content_type}).encode()
+    url = client.endpoints.rest / "storage/upload/initiate" % {"storage_type": "fal-cdn-v3"}
+    reply = await repeated(lambda: client.call("POST", url, headers, body), client.sleep)
+    if reply.status >= 300:
+        raise client.refusal(reply, "Uploading a reference picture failed, so nothing was sent")
+    there = read_answer(UploadPlace, reply.json)
+    upload_url, terms = check_address(there.upload_url, client.endpoints), Terms(client.terms.seconds, public=True)
+    kind = {"Content-Type": reference.content_type}  # without the key, which the storage must not have
+    reply = await repeated(lambda: client.send("PUT", upload_url, kind, reference.data, terms), client.sleep)
+    if reply.status >= 300:
+        raise Refused(f"Uploading a reference picture failed (HTTP {reply.status}). Nothing was generated.")
+    _uploads[known] = now, now + int(seconds), there.file_url
+    return there.file_url

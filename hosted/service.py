@@ -1,11 +1,12 @@
-"""Puts the parts of the hosted client together for one event loop, from the environment and one folder."""
+"""Puts the parts of the hosted client together, from the environment and one folder."""
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,20 +16,29 @@ from filelock import FileLock, Timeout
 from ..pulid.errors import InputError
 from .endpoints import PREFIX, Endpoints, find_key, quieten
 from .errors import HostedError, HostedLimit, Interrupted
-from .journal import JOURNAL_FILE, PICTURES_FOLDER, Guard, Journal
-from .pictures import PictureFetcher, PictureStore
+from .journal import JOURNAL_FILE, PICTURES_FOLDER, Journal
+from .pictures import PICTURE_TERMS, PictureStore
 from .queue import QueueClient
-from .references import ReferenceStorage
-from .transport import DEFAULT_TERMS, Terms, Transport
+from .transport import TERMS, Terms, send
 
 KEY_FILE, LOCKS_FOLDER = "fal.toml", "locks"
-AT_ONCE = 2  # what a new account may have running
 STEPS = 5  # of progress: sent, queued, running, finished, fetched
 PEEK_SECONDS = 0.2  # how long it takes at most until a wish to stop is seen
 SPANS = {"total": "altogether", "queue": "in the queue", "run": "for the run"}
 
 T = TypeVar("T")
+_slots = cache(threading.BoundedSemaphore)  # in this process: event loops come and go with each run of a workflow
 Report = Callable[[int, str], None]  # is told how far a request is, in steps of STEPS and in words, often
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Numbers of the environment, each as PULID_FAL_ and its name; those of Guard (journal.py) stand there, too."""
+
+    answer_seconds: float = TERMS.seconds
+    at_once: float = 2  # what a new account may have running
+    keep_mb: float = 512
+    keep_days: float = 30
 
 
 @dataclass(frozen=True)
@@ -92,18 +102,16 @@ class Watch:
 
 @dataclass(frozen=True)
 class Service:
-    """All that a job needs, for one event loop."""
+    """All that a job needs."""
 
     client: QueueClient
-    storage: ReferenceStorage
-    fetcher: PictureFetcher
     journal: Journal
     store: PictureStore
     folder: Path
-    payer: str  # a name of the account
     slots: threading.Semaphore  # for requests under way at once, over all threads
     watch: Watch
     report: Report
+    picture_terms: Terms = PICTURE_TERMS
     poll_seconds: tuple[float, ...] = (0.5, 1.0, 2.0, 3.0)  # pauses between two questions; the last one stays
 
     async def take_place(self, place: ExitStack) -> None:
@@ -136,63 +144,31 @@ class Service:
             lock.release()
 
 
-@asynccontextmanager
-async def open_service(
-    environ: Mapping[str, str], folder: Path, watch: Watch, report: Report
-) -> AsyncIterator[Service]:
-    """A Service whose connections close at the end. Raises HostedError, InputError; nothing is sent then.
+def open_service(environ: Mapping[str, str], folder: Path, watch: Watch, report: Report) -> Service:
+    """Addresses, key and numbers as `environ` has them. Raises HostedError, InputError; nothing is sent then.
 
-    environ  where the addresses, the key and the numbers come from
-    folder   of the key file, the journal and the pictures; nobody else may read it
+    The key file, the journal and the pictures lie in `folder`, which nobody else may read.
     """
-    endpoints = Endpoints.from_environment(environ)
-    key = None
+    endpoints, settings, key = Endpoints.from_environment(environ), read_numbers(Settings, environ), None
     if endpoints.proxy is None:
         key = find_key(environ, folder / KEY_FILE)
         quieten(key)
-    terms = Terms(read_number(environ, "ANSWER_SECONDS", DEFAULT_TERMS.seconds))
-    journal = Journal(folder / JOURNAL_FILE)
-    largest, days = read_number(environ, "KEEP_MB", 512) * 2**20, read_number(environ, "KEEP_DAYS", 30)
-    store = PictureStore(folder / PICTURES_FOLDER, largest, days)
+    store = PictureStore(folder / PICTURES_FOLDER, settings.keep_mb * 2**20, settings.keep_days)
     with suppress(OSError):
         store.shrink()
-    async with Transport() as transport:
-        client = QueueClient(transport, endpoints, key, terms, watch.pause)
-        yield Service(
-            client,
-            ReferenceStorage(client, journal),
-            PictureFetcher(client),
-            journal,
-            store,
-            folder,
-            payer=key.account if key else f"proxy {endpoints.proxy}",
-            slots=_slots(int(read_number(environ, "AT_ONCE", AT_ONCE))),
-            watch=watch,
-            report=report,
-        )
+    client = QueueClient(send, endpoints, key, Terms(settings.answer_seconds), watch.pause)
+    slots = _slots(max(1, int(settings.at_once)))
+    return Service(client, Journal(folder / JOURNAL_FILE), store, folder, slots, watch, report)
 
 
-def read_guard(environ: Mapping[str, str], lifted: bool) -> Guard:
-    """How many pictures may be asked for, from the environment; `lifted` is the user's word on a node."""
-    names = ("per_run", "per_day", "ceiling_per_run", "ceiling_per_day")
-    variables = {name: f"PICTURES_{name}" if name.startswith("per") else name for name in names}
-    numbers = {name: int(read_number(environ, variables[name].upper(), getattr(Guard, name))) for name in names}
-    return Guard(**numbers, lifted=lifted)
-
-
-def read_number(environ: Mapping[str, str], name: str, default: float) -> float:
-    """A positive number of the environment. Raises InputError."""
-    text = environ.get(f"{PREFIX}{name}", "")
-    try:
-        value = float(text) if text else default
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise InputError(f"{PREFIX}{name} is a positive number, found {text!r}.")
-    return value
-
-
-@cache
-def _slots(at_once: int) -> threading.Semaphore:
-    """One for the whole process: event loops come and go with each run of a workflow."""
-    return threading.BoundedSemaphore(max(1, at_once))
+def read_numbers(kind: type[T], environ: Mapping[str, str], **others: Any) -> T:
+    """A dataclass whose numbers, all positive, are those of the environment where it has them. Raises InputError."""
+    for field in fields(kind):  # type: ignore[arg-type]
+        variable = f"{PREFIX}{field.name.upper()}"
+        if field.name in others or not (text := environ.get(variable)):
+            continue
+        with suppress(ValueError):
+            others[field.name] = float(text)
+        if not 0 < others.get(field.name, 0) < math.inf:
+            raise InputError(f"{variable} is a positive number, found {text!r}.")
+    return kind(**others)

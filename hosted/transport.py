@@ -18,8 +18,8 @@ from aiohttp.abc import AbstractStreamWriter, ResolveResult
 from yarl import URL
 
 from .api import parse, read_failure
-from .endpoints import is_fals, is_loopback, is_public, refuse_private
-from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable
+from .endpoints import is_fals, is_loopback, is_public
+from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable, clean
 
 CONNECT_SECONDS = 10
 CHUNK = 64 * 1024  # bytes that are read at a time
@@ -40,6 +40,8 @@ KINDS = {  # of the library's errors, in words; their own texts can hold address
 }
 Headers = Mapping[str, str] | None
 Sleep = Callable[[float], Awaitable[None]]
+Send = Callable[..., Awaitable["Reply"]]  # `send`, below
+Leave = Callable[[], None] | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,6 @@ class Reply:
         """What an answer that is none says about why."""
         return read_failure(self.status, self.headers, self.body)
 
-    @property
     def may_pass(self) -> bool:
         """True for a status that may be over in a moment."""
         return self.status in (408, 429, 499) or self.status >= 500
@@ -74,10 +75,10 @@ class Terms:
     limit: int = 64 * 2**20  # bytes of the answer
     idle: float | None = None  # seconds between two of them
     public: bool = False  # no name that leads to a private address
-    leave: Callable[[], None] | None = None  # asked until all is sent; what it raises breaks the exchange off
+    leave: Leave = None  # asked until all is sent; what it raises breaks the exchange off
 
 
-DEFAULT_TERMS = Terms()
+TERMS = Terms()
 
 
 class PublicResolver(aiohttp.ThreadedResolver):
@@ -86,13 +87,11 @@ class PublicResolver(aiohttp.ThreadedResolver):
     fal's own names are known by TLS instead: VPNs, NAT64 and providers give them addresses that are not public.
     """
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
+    async def resolve(self, host: str, port: int = 0, family: Any = socket.AF_UNSPEC) -> list[ResolveResult]:
         found = await super().resolve(host, port, family)
         if is_fals(host) or all(is_public(entry["host"]) for entry in found):
             return found
-        refuse_private(host)
+        raise HostedError(f"{clean(host, 80)} leads to a private address, where no picture can be. It was not read.")
 
 
 class _Sending(aiohttp.payload.Payload):
@@ -126,70 +125,58 @@ class _Sending(aiohttp.payload.Payload):
             self.moved = self._clock()
 
 
-class Transport:
-    """An asynchronous context manager of one event loop."""
+async def send(method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = TERMS) -> Reply:
+    """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
+    sending, now = _Sending(body), asyncio.get_running_loop().time
+    exchange = asyncio.ensure_future(_exchange(method, url, headers, sending, terms))
+    failure: HostedError
+    try:
+        while not exchange.done():
+            left = sending.moved + terms.seconds - now()
+            if left <= 0:
+                raise asyncio.TimeoutError
+            if terms.leave and not sending.may_have_arrived:
+                terms.leave()
+                left = min(left, LOOK_SECONDS)
+            await asyncio.wait({exchange}, timeout=left)
+        return exchange.result()
+    except HostedError as error:
+        failure = error
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+        failure = _failure(sending, url, error)
+    finally:
+        sending.stop()
+        exchange.cancel()
+        await asyncio.gather(exchange, return_exceptions=True)
+    raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
 
-    async def __aenter__(self) -> "Transport":
-        self._any, self._public = _session(aiohttp.ThreadedResolver()), _session(PublicResolver())
-        return self
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._any.close()
-        await self._public.close()
-
-    async def send(
-        self, method: str, url: URL, headers: Headers = None, body: bytes = b"", terms: Terms = DEFAULT_TERMS
-    ) -> Reply:
-        """Raises Unreachable when nothing can have been accepted, AnswerLost when something may, BadAnswer."""
-        sending, now = _Sending(body), asyncio.get_running_loop().time
-        exchange = asyncio.ensure_future(self._exchange(method, url, headers, sending, terms))
-        failure: HostedError
-        try:
-            while not exchange.done():
-                left = sending.moved + terms.seconds - now()
-                if left <= 0:
-                    raise asyncio.TimeoutError
-                if terms.leave and not sending.may_have_arrived:
-                    terms.leave()
-                    left = min(left, LOOK_SECONDS)
-                await asyncio.wait({exchange}, timeout=left)
-            return exchange.result()
-        except HostedError as error:
-            failure = error
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            failure = _failure(sending, url, error)
-        finally:
-            sending.stop()
-            exchange.cancel()
-            await asyncio.gather(exchange, return_exceptions=True)
-        raise failure from None  # outside of `except`: the library's error and its headers are not even in the context
-
-    async def _exchange(self, method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
-        proxy = proxy_for(url)
-        if proxy and terms.public and not is_fals(url.raw_host or ""):
-            # It looks names up itself; what this machine knows to be private is refused all the same.
-            with suppress(socket.gaierror, UnicodeError):
-                await PublicResolver().resolve(url.raw_host or "", url.port or 443)
-        async with (self._public if terms.public and not proxy else self._any).request(
-            method,
-            url,
-            headers=headers,
-            data=sending if sending.size else None,
+async def _exchange(method: str, url: URL, headers: Headers, sending: _Sending, terms: Terms) -> Reply:
+    proxy = proxy_for(url)
+    if proxy and terms.public and not is_fals(url.raw_host or ""):
+        # It looks names up itself; what this machine knows to be private is refused all the same.
+        with suppress(socket.gaierror, UnicodeError):
+            await PublicResolver().resolve(url.raw_host or "", url.port or 443)
+    resolver = PublicResolver() if terms.public and not proxy else aiohttp.ThreadedResolver()
+    async with (
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
+            auto_decompress=False,
             timeout=aiohttp.ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=terms.idle),
-            allow_redirects=False,
-            proxy=proxy,
-        ) as response:
-            names = {name.lower(): value for name, value in response.headers.items()}
-            return Reply(response.status, names, await _read(response, url, terms.limit))
-
-
-def _session(resolver: aiohttp.ThreadedResolver) -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(resolver=resolver, use_dns_cache=False, force_close=True),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"User-Agent": USER_AGENT, "Accept-Encoding": "identity"},
-        auto_decompress=False,
-    )  # without trust_env, which would send what a .netrc holds in the place of the key
+        ) as session,  # without trust_env, which would send what a .netrc holds in the place of the key
+        session.request(
+            method, url, headers=headers, data=sending if sending.size else None, allow_redirects=False, proxy=proxy
+        ) as response,
+    ):
+        body = bytearray()
+        async for chunk in response.content.iter_chunked(CHUNK):
+            body += chunk
+            if max(len(body), response.content_length or 0) > terms.limit:
+                most = f"{terms.limit / 2**20:.0f} MiB"
+                raise BadAnswer(f"The answer of {url.host} is larger than {most} and was not read.")
+        return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, bytes(body))
 
 
 def proxy_for(url: URL) -> URL | None:
@@ -205,15 +192,6 @@ def proxy_for(url: URL) -> URL | None:
     raise Unreachable("HTTPS_PROXY names no proxy of kind http:// that could be used, so nothing was sent.")
 
 
-async def _read(response: aiohttp.ClientResponse, url: URL, limit: int) -> bytes:
-    read = bytearray()
-    async for chunk in response.content.iter_chunked(CHUNK):
-        read += chunk
-        if max(len(read), response.content_length or 0) > limit:
-            raise BadAnswer(f"The answer of {url.host} is larger than {limit / 2**20:.0f} MiB and was not read.")
-    return bytes(read)
-
-
 def _failure(sending: _Sending, url: URL, error: Exception) -> HostedError:
     words = next((words for kind, words in KINDS.items() if isinstance(error, kind)), type(error).__name__)
     why = words.format(getattr(error, "status", ""))
@@ -225,9 +203,7 @@ def _failure(sending: _Sending, url: URL, error: Exception) -> HostedError:
     )
 
 
-async def repeated(
-    send: Callable[[], Awaitable[Reply]], sleep: Sleep, may_pass: Callable[[Reply], bool] = lambda reply: reply.may_pass
-) -> Reply:
+async def repeated(send: Send, sleep: Sleep, may_pass: Callable[[Reply], bool] = Reply.may_pass) -> Reply:
     """The answer of a call that may be made several times; asks again after a lost one and after a passing failure."""
     for attempt in range(REPEATS):
         reply = None

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..hosted import api, job, journal, references
 from ..hosted.pictures import Outcome
 from ..hosted.queue import SubmitOptions
-from ..hosted.service import Limits, Report, Service, Watch, open_service, read_guard
+from ..hosted.service import Limits, Report, Service, Watch, open_service, read_numbers
 from ..pulid.errors import InputError
 from . import host
 from .background import run_in_background
@@ -179,7 +179,7 @@ def _as_job(values: Mapping[str, Any]) -> job.Job:
         request=request,
         references=tuple(photos),
         options=_options(values),
-        guard=read_guard(os.environ, lifted=bool(values["confirm_paid"])),
+        guard=read_numbers(journal.Guard, os.environ, lifted=bool(values["confirm_paid"])),
         run=context.prompt_id if context else NO_RUN,
         transport=values["transport"],
         limits=_limits(values),
@@ -192,11 +192,10 @@ def _limits(values: Mapping[str, Any]) -> Limits:
 
 
 async def _with_service(work: Callable[[Service], Awaitable[T]], node: type[io.ComfyNode]) -> T:
-    """Run `work` in the background, with a service that is open as long as it takes."""
+    """Run `work` in the background, with the service as the environment has it."""
 
     async def run(stop: Callable[[], bool], report: Report) -> T:
-        async with open_service(os.environ, host.private_folder(), Watch(stop), report) as service:
-            return await work(service)
+        return await work(open_service(os.environ, host.private_folder(), Watch(stop), report))
 
     return await run_in_background(run, node.hidden.unique_id)
 
@@ -442,7 +441,7 @@ class PulidHostedRequests(io.ComfyNode):
         elif action == "cancel":
             said = (await _with_service(lambda service: job.cancel(request_id, service), cls)).value
         elif action == "forget":
-            said = f"{await asyncio.to_thread(journal.forget, folder, [request_id])} forgotten."
+            said = f"{await asyncio.to_thread(known.forget, [request_id])} forgotten."
         report = "\n".join(filter(None, (said, journal.listing(await asyncio.to_thread(known.rows), show))))
         return io.NodeOutput(report, pictures or ExecutionBlocker(None), ui={"text": report.splitlines()})
 

@@ -21,6 +21,11 @@ def fuse_for(kv: HeadKV, fusion: Fusion) -> Fuse:
     fused = _kernels(kv.keys.device, kv.keys.dtype)
     if fused is not None and fused.fits(kv):
         return fused.Fused(kv, fusion)
+    return eager(kv, fusion)
+
+
+def eager(kv: HeadKV, fusion: Fusion) -> Fuse:
+    """`fuse` itself, by PyTorch's operators."""
     return lambda q, base, rows, *more, **named: fuse(q, base, kv, rows, fusion, *more, **named)
 
 

@@ -49,7 +49,8 @@ def main() -> int:
     if not (arguments.device and arguments.comfyui):
         sys.exit("This measures a device in a ComfyUI: name both, with --device and --comfyui.")
     card = Card(arguments.device)
-    comfy_host.enter(arguments.comfyui, device=arguments.device)
+    attention = ["--use-pytorch-cross-attention"] if arguments.device == "cpu" else []  # as on cards
+    comfy_host.enter(arguments.comfyui, *attention, device=arguments.device)
     from comfyui_version import __version__ as host_version
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -1,27 +1,24 @@
 """The sites by themselves on a card, for bench_card.py: against the references, float64, and what must be moved."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..pulid.attention import METHODS, Fusion, HeadKV, SiteKV, fuse
-from ..pulid.kernels import fuse_for
+from ..pulid.attention import METHODS, Fusion, SiteKV
+from ..pulid.kernels import eager, fuse_for
 from .card import FULL, TOKENS, WEIGHT, Bench, Card, Figure
 from .conformance import FOLDER, Reference, attention_official, attention_shared_workflows
 
 HEAD = 64  # channels of one
 
 
-def bound(function: Callable[..., Tensor], kv: HeadKV, fusion: Fusion) -> Callable[..., Tensor]:
-    """What takes the same as `fuse`, with these keys and values: to be called with (q, base, rows)."""
-    return lambda q, base, rows, **more: function(q, base, kv, rows, fusion, **more)
-
-
-WAYS = {"fused": lambda kv, fusion: bound(fuse_for(kv), kv, fusion), "eager": partial(bound, fuse)}
+WAYS = {"fused": fuse_for, "eager": eager}
 
 
 def correctness(bench: Bench) -> Iterator[Figure]:
@@ -33,16 +30,17 @@ def correctness(bench: Bench) -> Iterator[Figure]:
     from . import host_unet
 
     reference = Reference(FOLDER, bench.card.kind)
-    for name, way in WAYS.items():
+    with patch.dict(os.environ, {"PULID_ATTENTION": os.environ.get("PULID_ATTENTION", "triton")}):  # in float32, too
+        for name, way in WAYS.items():
 
-        def attend(q, base, kv, rows, fusion, way=way, **more):
-            return way(kv, fusion)(q, base, rows, **more)
+            def attend(q, base, kv, rows, fusion, *more, way=way, **named):
+                return way(kv, fusion)(q, base, rows, *more, **named)
 
-        for part in (attention_official, attention_shared_workflows):
-            errors = [line.error for line in part(reference, attend)]
-            yield where(f"{part.__name__}, {name}: worst of {len(errors)}", max(errors), "", 2e-5)
-    for line in host_unet.lines(reference):
-        yield where(line.vector, line.error, "", 2e-5)
+            for part in (attention_official, attention_shared_workflows):
+                errors = [line.error for line in part(reference, attend)]
+                yield where(f"{part.__name__}, {name}: worst of {len(errors)}", max(errors), "", 2e-5)
+        for line in host_unet.lines(reference):
+            yield where(line.vector, line.error, "", 2e-5)
 
 
 def precision(bench: Bench) -> Iterator[Figure]:

@@ -866,7 +866,7 @@ def test_no_part_of_the_key_is_in_anything_that_comfyui_writes_or_says(driver, f
     quoted = faults.answer(403, {"detail": f"Key {fal.key} of {secret} is locked"}, {"X-Key": fal.key})
     for seed, route in enumerate(("initiate", "submit", "status", "result"), 7000):  # a service that quotes the key
         fal.plan(route, EVERY, quoted)
-        graph = Graph(seed=seed, transport="upload", photos=["four.png"])
+        graph = Graph(seed=seed, transport="upload", photos=["large.png"])
         assert "hidden" in driver.run(graph).error or "locked" in driver.run(graph).error
         fal._plans.clear()
     graph = Graph(seed=7010)

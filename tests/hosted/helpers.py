@@ -34,8 +34,8 @@ def perform(fal, folder, act=None, watch=None, told=None, change=lambda service:
         def report(step, words):
             (told if told is not None else []).append(words)
 
-        async with open_service(fal.environment | environ, folder, watch or Watch(), report) as service:
-            return await act(change(replace(service, poll_seconds=(0.02,))))
+        service = open_service(fal.environment | environ, folder, watch or Watch(), report)
+        return await act(change(replace(service, poll_seconds=(0.02,))))
 
     return asyncio.run(run())
 

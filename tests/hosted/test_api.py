@@ -8,6 +8,8 @@ from pulid_sdxl.hosted import api
 from pulid_sdxl.hosted.errors import BadAnswer
 from pulid_sdxl.pulid.errors import InputError
 
+from .helpers import a_job
+
 FIELDS = [
     "reference_images", "prompt", "negative_prompt", "num_images", "guidance_scale", "num_inference_steps", "seed",
     "image_size", "id_scale", "mode", "id_mix",
@@ -45,6 +47,11 @@ def test_the_digest_tells_requests_apart_whoever_pays(change):
     first = request(seed=7, reference_images=("a", "b"))
     assert first.digest() == request(seed=7, reference_images=("a", "b")).digest()
     assert first.digest() != request(**{"seed": 7, "reference_images": ("a", "b")} | change).digest()
+
+
+def test_a_request_keeps_its_digest_in_every_version():
+    digest = "4494af872bf255149ae25ebbdfd0d10e766f91c015461d126005bb8f43116b3d"
+    assert a_job().request.digest() == digest  # else what was sent by another version would be sent and paid for anew
 
 
 def test_no_request_without_a_seed_equals_another():

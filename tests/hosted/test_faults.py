@@ -48,9 +48,9 @@ class HastyWatch(Watch):
 
 
 def hasty(service):
-    fetcher = replace(service.fetcher, terms=Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS, public=True))
+    terms = Terms(seconds=0.5, limit=1 << 20, idle=ANSWER_SECONDS, public=True)
     client = replace(service.client, cancel_seconds=ANSWER_SECONDS)
-    return replace(service, client=client, fetcher=fetcher, poll_seconds=(0.5, 1.0, 2.0, 3.0))
+    return replace(service, client=client, picture_terms=terms, poll_seconds=(0.5, 1.0, 2.0, 3.0))
 
 
 def perform(fal, folder, act=None, **environ):
@@ -259,20 +259,20 @@ ROWS = (
     picture("a drip", faults.drip(0.2), "did not arrive within", HostedError),
     picture("silence", faults.stall, "did not arrive within", HostedError),
     picture("redirect to the metadata", faults.redirect("http://169.254.169.254/x"), "address", HostedError),
-    picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "private address", HostedError),
+    picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "public https address", HostedError),
     elsewhere("plain http", "http://pictures.example/a.png", "https"),
-    elsewhere("private number", "https://192.168.0.2/a.png", "private address"),
-    elsewhere("IPv6 that means a private one", "https://[::ffff:10.0.0.1]/a.png", "private address"),
+    elsewhere("private number", "https://192.168.0.2/a.png", "public https address.*host '192.168.0.2'"),
+    elsewhere("IPv6 that means a private one", "https://[::ffff:10.0.0.1]/a.png", "public https address"),
     elsewhere("with a user name", "https://me:pw@pictures.example/a.png", "user name"),
     elsewhere("another port", "https://pictures.example:8443/a.png", "port 8443"),
     elsewhere("a name that leads to a private address", "https://inside.example/a.png", "private address"),
     elsewhere("a file", "file:///etc/passwd", "https"),
     *(
-        elsewhere(f"a number in the form {host}", f"https://{host}/a.png", "private address")
+        elsewhere(f"a number in the form {host}", f"https://{host}/a.png", "public https address")
         for host in ("127.1", "0", "2130706433", "0177.0.0.1", "[::ffff:127.0.0.1]", "[::]", "10.0.0.1.", "localhost.")
     ),
     picture(
-        "redirect to a number in another form", faults.redirect("https://2130706433/a.png"), "private", HostedError
+        "redirect to a number in another form", faults.redirect("https://2130706433/a.png"), "public https", HostedError
     ),
     picture("a warning", faults.served(faults.png_bomb(15_000)), "15000 x 15000"),
 )

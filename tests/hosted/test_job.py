@@ -10,11 +10,10 @@ import threading
 import pytest
 import torch
 from pulid_sdxl.hosted import job as jobs
-from pulid_sdxl.hosted import service as services
 from pulid_sdxl.hosted.errors import HostedLimit, Interrupted, JobCancelled, JobFailed
 from pulid_sdxl.hosted.journal import Guard
 from pulid_sdxl.hosted.references import encode
-from pulid_sdxl.hosted.service import Limits, Watch
+from pulid_sdxl.hosted.service import Limits, Settings, Watch, read_numbers
 from pulid_sdxl.pulid.errors import InputError
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes import fake_faults as faults
@@ -31,9 +30,6 @@ from types import SimpleNamespace
 from pulid_sdxl.tests.hosted.helpers import generate
 print(generate(SimpleNamespace(environment=dict(os.environ)), Path(sys.argv[1])).request_id)
 """
-
-
-# ---- Finished ones ----
 
 
 # ---- Joining ----
@@ -72,13 +68,14 @@ def test_who_joins_a_request_takes_no_place_from_others(fal, tmp_path):
         for result in results:
             with pytest.raises(Interrupted):
                 result()
+    assert len(fal.seen("cancel")) == 2  # of those who sent, and not of who joined
 
 
 def test_the_guard_stops_before_a_face_leaves_this_machine(fal, tmp_path):
     with pytest.raises(HostedLimit, match="confirm_paid"):
-        generate(fal, tmp_path, a_job(guard=Guard(per_run=1), num_images=2, transport="upload"))
+        generate(fal, tmp_path, a_job(guard=Guard(pictures_per_run=1), num_images=2, transport="upload"))
     assert fal.requests == []
-    assert len(generate(fal, tmp_path, a_job(guard=Guard(per_run=1, lifted=True), num_images=2)).images) == 2
+    assert len(generate(fal, tmp_path, a_job(guard=Guard(pictures_per_run=1, lifted=True), num_images=2)).images) == 2
 
 
 # ---- Calling off ----
@@ -204,7 +201,7 @@ def test_who_stops_waiting_for_an_id_does_not_cancel_it(fal, tmp_path):
 
 def test_a_cancel_that_comes_too_late_leaves_a_finished_request_as_it_is(fal, tmp_path):
     outcome = generate(fal, tmp_path)
-    fal.plan("cancel", EVERY, faults.gateway(502))
+    fal.plan("cancel", EVERY, faults.answer(200, {"status": "OK"}))
     perform(fal, tmp_path, lambda service: jobs.cancel(outcome.request_id, service))
     requests = len(fal.requests)
     assert generate(fal, tmp_path).request_id == outcome.request_id
@@ -253,10 +250,10 @@ def test_info_says_what_the_user_should_know_about_the_references(fal, tmp_path)
 @pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])
 def test_a_number_that_is_none_is_named(text):
     with pytest.raises(InputError, match="PULID_FAL_AT_ONCE is a positive number"):
-        services.read_number({"PULID_FAL_AT_ONCE": text}, "AT_ONCE", 2)
+        read_numbers(Settings, {"PULID_FAL_AT_ONCE": text})
 
 
 def test_numbers_come_from_the_environment():
     environ = {"PULID_FAL_PICTURES_PER_RUN": "3", "PULID_FAL_PICTURES_PER_DAY": "5"}
-    assert services.read_guard(environ, lifted=True) == Guard(3, 5, True)
-    assert services.read_guard({}, lifted=False) == Guard()
+    assert read_numbers(Guard, environ, lifted=True) == Guard(3, 5, lifted=True)
+    assert read_numbers(Guard, {}, lifted=False) == Guard()

@@ -85,6 +85,8 @@ def test_an_answer_that_comes_after_all_is_noted(journal):
     assert journal.find("a").state == "AMBIGUOUS"
     moved(journal, row, "SUBMITTED", request_id="request-1")
     assert (journal.find("a").state, journal.find("a").request_id) == ("SUBMITTED", "request-1")
+    moved(journal, row, "AMBIGUOUS")
+    assert journal.find("a").request_id == "request-1"  # an id that is known stays known
 
 
 @pytest.mark.parametrize("state", ["AMBIGUOUS", "SUBMITTED", "DOWNLOADED"])
@@ -160,6 +162,14 @@ def test_a_journal_that_cannot_be_read_is_set_aside_in_words_and_once(journal, h
     assert claim(journal).is_owner  # a new one has begun
 
 
+def test_what_an_older_file_holds_beside_is_passed_over(journal):
+    row = submitted(journal)
+    with closing(sqlite3.connect(journal.path)) as database, database:
+        database.executescript("ALTER TABLE requests ADD seed TEXT; CREATE TABLE uploads (digest TEXT, url TEXT)")
+    assert journal.find("a").request_id == row.request_id
+    assert claim(journal, "b").is_owner and journal.forget([row.name]) == 1
+
+
 # ---- The guard ----
 
 
@@ -172,7 +182,7 @@ def test_pictures_are_counted_by_run(journal):
 
 
 def test_pictures_are_counted_by_day(journal, clock):
-    guard = Guard(per_run=8, per_day=4)
+    guard = Guard(pictures_per_run=8, pictures_per_day=4)
     submitted(journal, digest="1", run="1", pictures=4)
     with pytest.raises(HostedLimit, match=r"4 pictures .* in the last 24 hours, 1 more would exceed 4"):
         claim(journal, "2", run="2", guard=guard)
@@ -204,7 +214,8 @@ def test_nothing_but_the_environment_lifts_the_ceiling(journal, run, span):
 
 def test_forgetting_lifts_nothing(journal):
     row = submitted(journal, pictures=8)
-    journal.forget(row.name)
+    journal.forget([row.name])
+    moved(journal, row, "COMPLETED")  # by somebody who still waits for it
     assert journal.find("a") is None and journal.rows() == [] and journal.by_id("request-1") is None
     with pytest.raises(HostedLimit):
         claim(journal)
@@ -221,25 +232,12 @@ def test_no_row_makes_the_sum_smaller(journal):
 
 
 def test_a_clock_that_went_backwards_counts_no_rows_of_the_future(journal, clock):
-    guard = Guard(per_run=99, per_day=4)
+    guard = Guard(pictures_per_run=99, pictures_per_day=4)
     submitted(journal, digest="1", pictures=4)
     clock.now -= 10 * DAY
     assert claim(journal, "2", pictures=4, guard=guard).is_owner
     with pytest.raises(HostedLimit):
         claim(journal, "3", guard=guard)
-
-
-# ---- Uploads ----
-
-
-def test_an_upload_is_used_again_until_shortly_before_its_end(journal, clock):
-    journal.remember_upload("a", "https://v3.fal.media/a", 3600)
-    assert journal.uploaded("a", at_least=600) == "https://v3.fal.media/a"
-    clock.now += 3100
-    assert journal.uploaded("a", at_least=600) is None
-    assert journal.uploaded("b", at_least=0) is None
-    clock.now -= 10 * DAY  # how long it still lives is not known to a clock that went backwards
-    assert journal.uploaded("a", at_least=0) is None
 
 
 # ---- What is kept on this machine ----
@@ -268,12 +266,12 @@ def test_requests_are_forgotten_with_their_pictures(journal, clock):
     submitted(journal, digest="3", request_id="new-1")
     for name in ("old-1", "new-1"):
         (folder / "results" / name).mkdir(parents=True)
-    assert journals.forget(folder, ["nobody"]) == 0
-    assert journals.forget(folder, older_than=DAY) == 1
+    assert journal.forget(["nobody"]) == 0
+    assert journal.forget(older_than=DAY) == 1
     assert [place.name for place in (folder / "results").iterdir()] == ["new-1"]
-    assert journals.forget(folder, [unknown.name]) == 1
+    assert journal.forget([unknown.name]) == 1
     assert [row.id for row in journal.rows()] == ["new-1"]
-    assert journals.forget(folder, older_than=0) == 1
+    assert journal.forget(older_than=0) == 1
     assert list((folder / "results").iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from pulid_sdxl.hosted.api import HostedImage
 from pulid_sdxl.hosted.endpoints import Endpoints
 from pulid_sdxl.hosted.errors import BadAnswer, HostedError
-from pulid_sdxl.hosted.pictures import Outcome, PictureFetcher, PictureStore, decode
+from pulid_sdxl.hosted.pictures import Outcome, PictureStore, decode, fetch, fetch_all
 from pulid_sdxl.hosted.queue import QueueClient
 from pulid_sdxl.hosted.transport import Reply
 
@@ -47,12 +47,12 @@ def page(content=b"", status=200, **headers):
     return Reply(status, {name.replace("_", "-"): value for name, value in headers.items()}, content)
 
 
-def fetcher(web, **limits):
-    return PictureFetcher(QueueClient(web, Endpoints(), None), **limits)
+def client(web):
+    return QueueClient(web.send, Endpoints(), None)
 
 
-def fetch(web, name):
-    return asyncio.run(fetcher(web).fetch(f"https://host.example/{name}"))
+def fetched(web, name):
+    return asyncio.run(fetch(client(web), f"https://host.example/{name}"))
 
 
 def test_redirects_are_followed_a_few_times_without_credentials():
@@ -63,14 +63,14 @@ def test_redirects_are_followed_a_few_times_without_credentials():
         d=page(b"picture"),
         z=page(status=302, location="/a"),
     )
-    assert fetch(web, "a") == b"picture"
+    assert fetched(web, "a") == b"picture"
     assert all(headers == {"Accept": "image/*"} for _, headers in web.asked)
     with pytest.raises(HostedError, match="more than 3 times"):
-        fetch(web, "z")
+        fetched(web, "z")
 
 
 def pictures(web, *images, **limits):
-    return asyncio.run(fetcher(web, **limits).fetch_all(images))
+    return asyncio.run(fetch_all(client(web), images, len(images), **limits))
 
 
 def test_pictures_come_in_order_and_differences_are_noted():
@@ -82,7 +82,7 @@ def test_pictures_come_in_order_and_differences_are_noted():
         HostedImage(url="https://host.example/b", width=9, height=2, file_size=1),
     )
     assert [image.size for image in found] == [(6, 4), (2, 2)]
-    assert notes[1] == "Picture 2: 9 width were announced, 2 came." and len(notes) == 2
+    assert notes[1] == "Picture 2: width 9 was announced, 2 came." and len(notes) == 2
 
 
 def test_a_picture_in_file_data_needs_no_address():
@@ -96,15 +96,15 @@ def test_a_picture_in_file_data_needs_no_address():
 
 def test_one_answer_brings_so_much_and_no_more():
     images = [HostedImage(url="https://host.example/a")] * 3
-    assert len(pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4)[0]) == 3
+    assert len(pictures(Web(a=page(picture())), *images, pixels=3 * 6 * 4)[0]) == 3
     with pytest.raises(BadAnswer, match="6 x 4 pixels is larger"):
-        pictures(Web(a=page(picture())), *images, largest_pixels=3 * 6 * 4 - 1)
+        pictures(Web(a=page(picture())), *images, pixels=3 * 6 * 4 - 1)
 
 
 def test_no_more_pictures_are_read_than_were_asked_for():
     web = Web(a=page(picture()))
     images = tuple([HostedImage(url="https://host.example/a")] * 3)
-    found, notes = asyncio.run(fetcher(web).fetch_all(images, asked=2))
+    found, notes = asyncio.run(fetch_all(client(web), images, asked=2))
     assert (len(found), len(web.asked)) == (2, 2)
     assert notes == ["2 pictures were asked for, 3 came; the others were not read."]
 

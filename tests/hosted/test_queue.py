@@ -41,7 +41,7 @@ def client(line, endpoints=None, key=KEY):
     async def sleep(seconds):
         line.pauses.append(seconds)
 
-    return QueueClient(line, endpoints or Endpoints(), key, sleep=sleep)
+    return QueueClient(line.send, endpoints or Endpoints(), key, sleep=sleep)
 
 
 def submit(line, endpoints=None, key=KEY, **options):
@@ -153,7 +153,7 @@ def ask(line, call):
 @pytest.mark.parametrize("status", [408, 429, 499, 500, 502, 503, 504, 520])
 @pytest.mark.parametrize("ask_for", [QueueClient.status, QueueClient.result])
 def test_a_bare_status_says_nothing_of_the_job_and_is_asked_again(status, ask_for):
-    once = Line(reply(status, {"detail": "x"}), reply(200, {"status": "COMPLETED"}))
+    once = Line(reply(status, {"detail": "x"}), reply(200, {"status": "COMPLETED", "images": [{"url": "u"}]}))
     always = Line(*[reply(status, b"<html>")] * 7)
     ask(once, ask_for)
     with pytest.raises(Refused) as caught:

@@ -85,7 +85,7 @@ def test_addresses_and_data_uris_are_taken_line_by_line():
         ("file:///etc/passwd", "neither a data URI nor an https"),
         ("https://", "neither a data URI nor an https"),
         ("https://[", "neither a data URI nor an https"),
-        ("data:text/plain;base64,eA==", "not of a picture"),
+        ("data:text/plain;base64,eA==", "no picture that could be read"),
         ("data:image/png;base64,***", "damaged"),
         ("data:image/png,abc", ";base64"),
         ("data:image/png;base64,eA==", "no picture that could be read"),

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from pulid_sdxl.hosted.errors import AnswerLost, BadAnswer, HostedError, Unreachable
-from pulid_sdxl.hosted.transport import PublicResolver, Terms, Transport
+from pulid_sdxl.hosted.transport import PublicResolver, Terms, send
 from yarl import URL
 
 FIVE_SECONDS = Terms(seconds=5)
@@ -50,9 +50,9 @@ async def hang_up(writer):
 
 def exchange(answer, method="GET", terms=FIVE_SECONDS, times=1):
     async def run():
-        async with server(answer) as (url, requests), Transport() as transport:
+        async with server(answer) as (url, requests):
             for _ in range(times):
-                reply = await transport.send(method, url, SECRET, b"body" if method != "GET" else b"", terms)
+                reply = await send(method, url, SECRET, b"body" if method != "GET" else b"", terms)
             return reply, requests
 
     return asyncio.run(run())
@@ -70,8 +70,7 @@ def test_nobody_there_proves_that_nothing_was_sent():
         port = probe.getsockname()[1]
 
     async def run():
-        async with Transport() as transport:
-            await transport.send("POST", URL(f"http://127.0.0.1:{port}"), SECRET)
+        await send("POST", URL(f"http://127.0.0.1:{port}"), SECRET)
 
     with pytest.raises(Unreachable, match=r"127\.0\.0\.1 did not get all of it \(refused\), so nothing was accepted"):
         asyncio.run(run())
@@ -124,11 +123,11 @@ def through(monkeypatch, answer, url, **environ):
     heard = []
 
     async def run():
-        async with server(answer) as (proxy, seen), Transport() as transport:
+        async with server(answer) as (proxy, seen):
             for name, value in environ.items():
                 monkeypatch.setenv(name, value.format(proxy=f"{proxy.host}:{proxy.port}"))
             try:
-                await transport.send("POST", URL(url), SECRET, b"body", Terms(seconds=5, public=True))
+                await send("POST", URL(url), SECRET, b"body", Terms(seconds=5, public=True))
             finally:
                 heard.extend(seen)
 
@@ -213,8 +212,7 @@ def test_every_address_that_a_name_leads_to_must_be_public(monkeypatch, found, s
         raise OSError("not from a test")
 
     async def run():
-        async with Transport() as transport:
-            await transport.send("GET", URL("https://pictures.example/a"), terms=Terms(public=True))
+        await send("GET", URL("https://pictures.example/a"), terms=Terms(public=True))
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     monkeypatch.setattr(socket.socket, "connect", connect)
