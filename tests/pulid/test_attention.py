@@ -144,6 +144,17 @@ def test_a_channel_that_is_zero_everywhere_gives_no_nan(fusion):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_projection_costs_no_further_rounding_at_the_size_of_base(dtype):
+    q, base, keys, values = tensors(0, 2, 1024, 4, 64, 10, 2)
+    errors = {}
+    for fusion in OFFICIAL:
+        exact = fuse(q.double(), base.double(), kv_of(keys.double(), values.double(), 4, 8, 0.8), [0, 1], fusion)
+        kv = SiteKV(keys, values).prepare(4, 8, 0.8, dtype)
+        errors[fusion] = (fuse(q.to(dtype), base.to(dtype), kv, [0, 1], fusion) - exact).norm().item()
+    assert max(errors.values()) <= 1.06 * errors[Fusion.PLAIN]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("fusion", Fusion)
 def test_half_precision_stays_within_its_rounding_of_float32(fusion, dtype):
     q, base, keys, values = tensors(0, 2, 4096, 2, 64, 10, 2)
