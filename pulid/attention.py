@@ -134,17 +134,17 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _elsewhere(scaled: Tensor, kv: HeadKV, scale: float, fusion: Fusion) -> Tensor:
-    """1 - m of ortho_v2: the attention that does not go to the face tokens, mean over heads.
+    """(1 - m) * heads of ortho_v2: the attention that does not go to the face tokens, summed over heads.
 
     From the softmax of *unscaled* logits over all tokens; scaled (B, heads, T, N) are the scaled ones and log_counts.
     -> (B, N, 1), or (B, 1, 1) for SHARED_V2.
     """
     if fusion is Fusion.ORTHOGONAL_V2:
         logits = torch.add(kv.unscaling, scaled, alpha=1 / scale)
-        return logits.softmax(dim=2)[:, :, FACE_TOKENS:].sum(dim=(1, 2)).div_(scaled.shape[1]).unsqueeze(-1)
+        return logits.softmax(dim=2)[:, :, FACE_TOKENS:].sum(dim=(1, 2)).unsqueeze(-1)
     headless = (scaled - kv.log_counts).sum(dim=1).div_(scale).add_(kv.log_counts)  # (B, T, N)
     elsewhere = headless.softmax(dim=1)[:, FACE_TOKENS:].sum(dim=1)
-    return elsewhere.mean(dim=1).view(-1, 1, 1)
+    return elsewhere.mean(dim=1).mul_(scaled.shape[1]).view(-1, 1, 1)
 
 
 def fuse(
@@ -191,12 +191,12 @@ def fuse(
     split = base.unflatten(-1, (heads, dim))
     if share is None:
         return (split + attended).flatten(2)
-    taken = share if where is None else share * where  # (B, 1 or N, C)
+    taken, times = share if where is None else share * where, 1.0  # (B, 1 or N, C)
     if fusion is not Fusion.ORTHOGONAL:
-        taken = taken * _elsewhere(scaled, kv, scale, fusion)
+        taken, times = taken * _elsewhere(scaled, kv, scale, fusion), 1 / heads
     # All that is added, and then base once: in half precision, it is a rounding at the size of base that shows.
     added = torch.empty_like(split)
-    torch.addcmul(attended, split, taken.unflatten(-1, (heads, dim)), value=-1, out=added)
+    torch.addcmul(attended, split, taken.unflatten(-1, (heads, dim)), value=-times, out=added)
     return added.add_(split).flatten(2)
 
 
