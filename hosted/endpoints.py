@@ -40,15 +40,13 @@ class Endpoints:
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> "Endpoints":
         """PULID_FAL_QUEUE_URL, _REST_URL, _API_URL and _PROXY_URL, each checked; raises HostedError."""
-        run_host = environ.get("FAL_RUN_HOST", "")
-        queue_host = environ.get("FAL_QUEUE_RUN_HOST") or (run_host and f"queue.{run_host}")
+        queue_host = environ.get("FAL_QUEUE_RUN_HOST") or f"queue.{environ.get('FAL_RUN_HOST') or 'fal.run'}"
 
         def read(name: str, default: URL | str | None) -> Any:
             address = environ.get(f"{PREFIX}{name}_URL") or default
             return checked(address, f"{PREFIX}{name}_URL") if address else None
 
-        queue, rest = read("QUEUE", (queue_host and f"https://{queue_host}") or QUEUE), read("REST", REST)
-        proxy = read("PROXY", None)
+        queue, rest, proxy = read("QUEUE", f"https://{queue_host}"), read("REST", REST), read("PROXY", None)
         return cls(queue, rest, proxy, read("API", API if (queue, rest, proxy) == (QUEUE, REST, None) else None))
 
     @property

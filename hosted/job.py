@@ -107,8 +107,8 @@ async def submit(job: Job, at: Service, place: ExitStack) -> tuple[Row, list[str
         )
     notes = ["It was paid for with another key than today's."] if found.payer not in ("", at.client.payer) else []
     if job.give_up:
-        named = f"force_resubmit names {errors.clean(job.give_up, 60)}"
-        notes.append(f"{named}, but {found.id} answers this request, so nothing was given up.")
+        named = errors.clean(job.give_up, 60)
+        notes.append(f"force_resubmit names {named}, but {found.id} answers this request: nothing was given up.")
     return found, notes
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,13 @@ class Outcome(BaseModel, frozen=True, arbitrary_types_allowed=True):
         return self.model_copy(update={"info": {**self.info, "notes": self.info["notes"] + notes}})
 
 
+@dataclass(frozen=True)
 class PictureStore:
-    """A folder with one folder of PNG files per request. None stays for longer than `days`; of more than `largest`
-    bytes, the ones not used for longest go first."""
+    """A folder with one folder of PNG files per request; where they are too large, the ones not used for longest go."""
 
-    def __init__(self, folder: Path, largest: float = 512 * 2**20, days: float = 30):
-        self.folder, self.largest, self.days = Path(folder), largest, days
+    folder: Path
+    largest: float = 512 * 2**20  # bytes of all
+    days: float = 30  # that each stays
 
     def get(self, name: str) -> Outcome | None:
         """The kept outcome, or None also where its files are damaged."""

@@ -22,7 +22,6 @@ from .endpoints import is_fals, is_loopback, is_public
 from .errors import AnswerLost, BadAnswer, Failure, HostedError, Unreachable, clean
 
 CONNECT_SECONDS = 10
-CHUNK = 64 * 1024  # bytes that are read at a time
 PIECE, SEND_BUFFER = 16 * 1024, 32 * 1024  # bytes that are sent at a time, and that the system may hold back
 LOOK_SECONDS = 0.2  # between two looks at whether somebody wants to leave
 USER_AGENT = "pulid-sdxl (ComfyUI)"
@@ -171,11 +170,10 @@ async def _exchange(method: str, url: URL, headers: Headers, sending: _Sending, 
         ) as response,
     ):
         body = bytearray()
-        async for chunk in response.content.iter_chunked(CHUNK):
+        async for chunk in response.content.iter_any():
             body += chunk
             if max(len(body), response.content_length or 0) > terms.limit:
-                most = f"{terms.limit / 2**20:.0f} MiB"
-                raise BadAnswer(f"The answer of {url.host} is larger than {most} and was not read.")
+                raise BadAnswer(f"The answer of {url.host} is larger than {terms.limit // 2**20} MiB and was not read.")
         return Reply(response.status, {name.lower(): value for name, value in response.headers.items()}, bytes(body))
 
 

@@ -778,7 +778,7 @@ def test_photographs_are_encoded_beside_comfyuis_event_loop(fal, tmp_path, monke
 # --- interrupt ---
 
 PHASES = {
-    "uploading": {"photo": "three.png", "plan": ("put", faults.stall), "route": "put", "bill": 0},
+    "uploading": {"photo": "large.png", "plan": ("put", faults.stall), "route": "put", "bill": 0},
     "submitting": {"plan": ("submit", faults.accept_then_stall), "route": "submit", "bill": 1},
     "queued": {"script": (3,), "route": "status", "bill": 1, "cancelled": True},
     "running": {"script": ("IN_PROGRESS",), "route": "status", "bill": 1, "cancelled": True},

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -52,23 +53,27 @@ def test_two_processes_with_equal_requests_pay_once(fal, tmp_path):
     assert fal.bill == 1
 
 
-# ---- Many at once ----
-
-
-def test_who_joins_a_request_takes_no_place_from_others(fal, tmp_path):
-    fal.script = ("IN_PROGRESS",)
-    stop = threading.Event()
-    results = [beside(generate, fal, tmp_path, watch=Watch(stop.is_set)) for _ in range(2)]
+def test_who_joins_a_request_takes_no_place_from_others_and_has_no_say(fal, tmp_path):
+    fal.script, told = ("IN_PROGRESS",), []
+    owners, joiners = threading.Event(), threading.Event()
+    results = [beside(generate, fal, tmp_path, watch=Watch(owners.is_set))]
     wait_until(lambda: fal.bill == 1)
-    results.append(beside(generate, fal, tmp_path, a_job(seed=8), watch=Watch(stop.is_set)))
+    joined = beside(generate, fal, tmp_path, watch=Watch(joiners.is_set), told=told)
+    wait_until(lambda: any("running" in words for words in told))
+    results.append(beside(generate, fal, tmp_path, a_job(seed=8), watch=Watch(owners.is_set)))
     try:
         wait_until(lambda: fal.bill == 2)
+        joiners.set()
+        with pytest.raises(Interrupted):
+            joined()
+        assert fal.seen("cancel") == []
     finally:
-        stop.set()
+        joiners.set()
+        owners.set()
         for result in results:
             with pytest.raises(Interrupted):
                 result()
-    assert len(fal.seen("cancel")) == 2  # of those who sent, and not of who joined
+    assert len(fal.seen("cancel")) == 2
 
 
 def test_the_guard_stops_before_a_face_leaves_this_machine(fal, tmp_path):
@@ -208,13 +213,14 @@ def test_a_cancel_that_comes_too_late_leaves_a_finished_request_as_it_is(fal, tm
     assert len(fal.requests) == requests
 
 
-# ---- Uploads ----
-
-
-def test_an_uploaded_photograph_is_used_again_until_it_expires(fal, tmp_path):
+def test_an_uploaded_photograph_is_used_again_until_it_expires(fal, tmp_path, monkeypatch):
     for seed, queue in ((1, 7200), (2, 7200), (3, 9200)):  # the last one may need it for longer than it is kept
         generate(fal, tmp_path, a_job(seed=seed, transport="upload", limits=Limits(queue=queue)))
     assert len(fal.seen("put")) == 2
+    generate(fal, tmp_path, a_job(seed=4, transport="upload"), PULID_FAL_PROXY_URL=fal.proxy_url)  # by somebody else
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # a clock that went backwards knows nothing of it
+    generate(fal, tmp_path, a_job(seed=5, transport="upload"))
+    assert len(fal.seen("put")) == 4
     life = json.loads(fal.seen("initiate")[0].headers["x-fal-object-lifecycle"])["expiration_duration_seconds"]
     assert 7200 + 600 < life < 9200 + 600
     assert fal.seen("put")[0].authorization is None
@@ -242,9 +248,6 @@ def test_info_says_what_the_user_should_know_about_the_references(fal, tmp_path)
     clear = torch.zeros(8, 8, 4)
     info = generate(fal, tmp_path, a_job(references=[encode(FACE), encode(clear)])).info
     assert info["notes"] == ["Reference 2 has transparent parts, which were sent as white."]
-
-
-# ---- Settings ----
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])

@@ -282,12 +282,8 @@ def test_run_py_lists_and_forgets_for_every_user(tmp_path, capsys):
             submitted(journal, digest=name, request_id=f"{user[-1:]}-{name}")
     where = ["--user-directory", str(tmp_path)]
     assert run.hosted([], ["list", *where]) == 0
-    assert sorted(line.split()[0] for line in capsys.readouterr().out.splitlines()) == [
-        "-one",
-        "-two",
-        "1-one",
-        "1-two",
-    ]
+    shown = sorted(line.split()[0] for line in capsys.readouterr().out.splitlines())
+    assert shown == ["-one", "-two", "1-one", "1-two"]
     run.hosted([], ["forget", "1-one", *where])
     run.hosted([], ["forget", "--older-than", "1h", *where])
     run.hosted([], ["forget", "--all", *where])

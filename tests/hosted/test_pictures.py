@@ -125,7 +125,7 @@ def test_every_kind_of_picture_becomes_rgb(mode, color):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-@pytest.mark.parametrize("part", [0.3, 0.8])
+@pytest.mark.parametrize("part", [0.3, 0.8, 0.95])
 @pytest.mark.parametrize("filled", [False, True])
 def test_a_damaged_picture_is_an_error_and_never_grey(kind, part, filled, monkeypatch):
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", filled)  # as other packs set it, for the whole process
