@@ -196,8 +196,8 @@ def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tens
             f"Weights count in an 'average' only, and photos is {settings.photos!r}. Change it, or empty weights."
         )
     taken = [weight for weight, one in zip(settings.weights, seen, strict=True) if isinstance(one, SeenFace)]
-    if sum(taken) <= 0:
-        raise InputError(f"Weights of photographs with a face must not all be 0; found {taken}.")
+    if min(taken) < 0 or sum(taken) == 0:
+        raise InputError(f"Weights must be 0 or more, and those of photographs with a face not all be 0; found {taken}.")
     return torch.tensor(taken)
 
 

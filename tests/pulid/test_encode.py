@@ -282,6 +282,7 @@ def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
 @pytest.mark.parametrize(("settings", "words"), [
     ({"photos": "one person", "counts": (1.0, 1.0)}, "Weights count in an 'average' only, .*'one person'"),
     ({"photos": "average", "counts": (0.0, 0.0)}, "not all be 0"),
+    ({"photos": "average", "counts": (2.0, -1.0)}, "0 or more"),
 ])  # fmt: skip
 @torch.inference_mode()
 def test_weights_that_make_no_sense_are_refused(settings, words):
