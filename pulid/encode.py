@@ -197,7 +197,7 @@ def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tens
         )
     taken = [weight for weight, one in zip(settings.weights, seen, strict=True) if isinstance(one, SeenFace)]
     if min(taken) < 0 or sum(taken) == 0:
-        raise InputError(f"Weights must be 0 or more, and those of photographs with a face not all be 0; found {taken}.")
+        raise InputError(f"Weights must be 0 or more, and of photographs with a face not all be 0; found {taken}.")
     return torch.tensor(taken)
 
 
