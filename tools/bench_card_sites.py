@@ -1,6 +1,7 @@
 """The sites by themselves on a card, for bench_card.py: against the references, float64, and what must be moved."""
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from .card import FULL, TOKENS, WEIGHT, Bench, Card, Figure
 from .conformance import FOLDER, Reference, attention_official, attention_shared_workflows
 
 HEAD = 64  # channels of one
+CALLS = 200  # that the host makes ahead of a card, which are fewer than its queue holds
 
 
 WAYS = {"fused": fuse_for, "eager": eager}
@@ -97,7 +99,7 @@ def error(ours: Tensor, exact: Tensor) -> float:
 
 
 def launches(bench: Bench) -> Iterator[Figure]:
-    """Kernels per site, by torch's profiler."""
+    """Kernels per site, by torch's profiler, and how long the host takes to launch them."""
     from torch.profiler import ProfilerActivity, profile
 
     if bench.card.kind not in ("cuda", "xpu"):
@@ -117,6 +119,11 @@ def launches(bench: Bench) -> Iterator[Figure]:
                 bench.card.wait()
             kernels = [event for event in profiled.events() if event.device_type.name != "CPU"]
             yield Figure("launches", f"kernels per site, {name}, {way}", len(kernels))
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                attend(q, base, (1, 0))
+            yield Figure("launches", "  the host's time for a call", 1e6 * (time.perf_counter() - start) / CALLS, "us")
+            bench.card.wait()
 
 
 def limit(bench: Bench) -> Iterator[Figure]:

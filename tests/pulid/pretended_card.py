@@ -23,22 +23,14 @@ class Driver:
     """What Triton asks of a driver."""
 
     def __init__(self, capability: int):
-        self.target, self.launched = GPUTarget("cuda", capability, 32), []
+        self.launched: list[dict] = []
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: f"stream of {device}"
+        self.get_active_torch_device = lambda: torch.device("cpu")
         self.utils = SimpleNamespace(
             load_binary=lambda name, *_: (name, name, 0, 0, 1024), get_device_properties=lambda _: PROPERTIES
         )
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> str:
-        return f"stream of {device}"
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
     def launcher_cls(self, source: object, metadata: object):
         def launch(x, y, z, stream, function, facts, launch_metadata, enter, leave, *arguments):
