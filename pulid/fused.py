@@ -6,6 +6,7 @@ What depends on the shape of a batch alone is worked out once: the host has less
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ def fits(kv: HeadKV) -> bool:
     steps = tokens * heads * width, width, heads * width, 1  # as SiteKV.prepare lays them out
     laid_out = kv.keys.stride() == kv.values.stride() == steps
     return kv.keys.dtype in DTYPES and width in WIDTHS and FACE_TOKENS <= tokens <= MOST_TOKENS and laid_out
+
+
+@cache
+def _tell(why: str) -> None:
+    """Once in a process, and not for each of seventy sites."""
+    log.warning("PuLID does without its fused kernels here: %s. Pictures are the same, steps slower.", why)
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,7 @@ class Fused:
             try:
                 out = self._launch(plan, q, base, strength, mask, overwrite)
             except OutOfResources as error:  # before the last kernel, which alone writes what others can see
-                log.warning(
-                    "A site does without PuLID's fused kernels: %s. Pictures are the same, steps slower.", error
-                )
+                _tell(str(error))
                 self._is_refused = True
             else:
                 self._plans[key] = plan

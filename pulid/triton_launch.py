@@ -20,7 +20,7 @@ class Launch:
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, int, int], kept: Sequence[Tensor], numbers: tuple, warps: int):
-        """kept and numbers are the kernel's last arguments, in order; it is specialised for each number."""
+        """kept and numbers are the kernel's last arguments, in order, for which it may be specialised."""
         self._kernel, self._grid, self._kept, self._numbers, self._warps = kernel, grid, kept, numbers, warps
         self._run: Callable[[list[int | None]], None] | None = None
 
