@@ -1,7 +1,7 @@
 """The face networks behind one protocol: InsightFace's antelopev2, and facexlib's RetinaFace and BiSeNet.
 
 They are given as files, built at first use and kept; nothing here downloads. InsightFace's and facexlib's own networks
-and decoding are used, so the numbers are the authors'. InsightFace from 0.7.3 to 2.1 serves.
+are used, so the numbers are the authors'. InsightFace from 0.7.3 to 2.1 serves.
 Sources: https://github.com/deepinsight/insightface, https://github.com/xinntao/facexlib
 """
 
@@ -25,14 +25,13 @@ from ..pulid.photo import Photo
 from .catalogue import GLINTR100, SCRFD
 from .locate import file_state, shown
 from .onnx_providers import LOG_ERRORS, PROVIDERS
+from .retinaface import find_faces
 from .tensors import label, read_tensors, system_trouble, unread
 
 log = logging.getLogger(__name__)
 
-RETINAFACE_SCORE = 0.97  # facexlib's FaceRestoreHelper keeps faces above this
 OWN_SIZE = (640, 640)  # px, at which InsightFace looks for faces where nobody says otherwise
 FACE_PARTS = 19  # labels of BiSeNet trained on CelebAMask-HQ
-CAFFE_MEAN = (104.0, 117.0, 123.0)  # BGR, what RetinaFace was trained with
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -131,12 +130,7 @@ class InsightFaceAnalyzer:
 
     def detect_for_alignment(self, photo: Photo) -> list[Face]:
         """RetinaFace's faces, at the photograph's own size."""
-        network: Any = self._retinaface.module  # facexlib's
-        network.device = self._retinaface.load()
-        network.mean_tensor = network.mean_tensor.to(network.device)
-        with torch.inference_mode():
-            rows = network.detect_faces(bgr(photo), RETINAFACE_SCORE)  # (n, 15): box, score, landmarks
-        return faces_of(rows[:, :4], rows[:, 5:].reshape(-1, 5, 2), rows[:, 4])
+        return find_faces(self._retinaface.module, bgr(photo), self._retinaface.load())
 
     def recognise(self, photo: Photo, face: Face) -> Tensor:
         """ArcFace embedding (512,) of a face, aligned as ArcFace was trained: to 112 px by its landmarks."""
@@ -156,7 +150,7 @@ class InsightFaceAnalyzer:
         with torch.inference_mode():
             # One crop at a time keeps the peak low. Of BiSeNet's three outputs, two only helped its training.
             normalised = ((crops.cpu().float() - mean) / std).to(device).split(1)
-            return torch.cat([self._bisenet.module(crop)[0].argmax(1).byte() for crop in normalised]).cpu()
+            return torch.cat([self._bisenet.module(crop)[0].max(1).indices.byte() for crop in normalised]).cpu()
 
     @cached_property
     def _detector(self) -> OnnxModel:
@@ -170,7 +164,6 @@ class InsightFaceAnalyzer:
     def _retinaface(self) -> Managed[nn.Module]:
         retinaface = import_package("facexlib.detection.retinaface")
         network = load_torch(self._retinaface_file, lambda: retinaface.RetinaFace("resnet50", device="meta"))
-        network.mean_tensor = torch.tensor(CAFFE_MEAN).view(1, 3, 1, 1)  # no part of its weights
         return Managed(network, self._manage(network))
 
     @cached_property
