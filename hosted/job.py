@@ -203,7 +203,7 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
         "notes": notes + (job.notes() if job else []),
     }
     outcome = Outcome(images=images, seed=answer.seed, request_id=row.id, info=info)
-    if at.store.put(row.id, outcome):
+    if len(images) == len(answer.images[:asked]) and at.store.put(row.id, outcome):  # else the rest may still come
         _move(row, "DOWNLOADED", at)
     at.report(STEPS, f"done (request {row.id})")
     return outcome
@@ -248,7 +248,8 @@ def _nothing_is_lost(row: Row, at: Service) -> Iterator[None]:
     except (errors.HostedLimit, errors.Interrupted):
         raise
     except errors.Gone as error:
-        raise errors.Gone(f"{error} To have it made, and paid for, anew, put {row.id} into force_resubmit.") from None
+        anew = f"to have it made, and paid for, anew, put {row.id} into force_resubmit"
+        raise errors.Gone(f"{error} Queue the prompt again to ask once more; {anew}.") from None
     except errors.HostedError as error:
         raise type(error)(f"{error} {errors.NOT_LOST.format(row.id)}") from None
 
