@@ -78,6 +78,7 @@ async def generate(job: Job, at: Service) -> Outcome:
             place.close()
             return await _call_off(row, stopped, at)
         except errors.JobCancelled:
+            at.watch.check()  # who wants to stop, too, hears of that
             if row.state != "CANCEL_REQUESTED" or at.journal.find(row.digest):
                 raise
     return await generate(job, at)  # the user had called that one off, it has ended, and they ask again
@@ -280,8 +281,7 @@ async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     now = _look_up(row.name, at) or row
     if row.is_owner and now.state not in OVER:
         at.report(3, f"calling it off (request {row.id})")
-        cancelled = await _cancel(row, at)
-        becomes = cancelled.value
+        becomes = (cancelled := await _cancel(row, at)).value
         at.report(3, f"{becomes} (request {row.id})")
         logger.info("Request %s: %s", row.id, becomes)
         if cancelled is CancelOutcome.TOO_LATE:

@@ -390,10 +390,8 @@ class TestReferences:
 
     def test_addresses_come_after_what_is_connected(self, driver, fal):
         fal.internet = {"https://example.org/a.png": png(Image.fromarray(face("two.png")))}
-        assert (
-            driver.run(Graph(photos=["one.png"], reference_urls="\nhttps://example.org/a.png\n", seed=2002)).error
-            is None
-        )
+        run = driver.run(Graph(photos=["one.png"], reference_urls="\nhttps://example.org/a.png\n", seed=2002))
+        assert run.error is None
         assert [picture.tobytes() for picture in references(fal)] == [face().tobytes(), face("two.png").tobytes()]
 
     def test_pictures_are_uploaded_by_themselves(self, driver, fal):
@@ -453,11 +451,8 @@ class TestOutputs:
             data["images"][1] = fal._publish(content, (10, 12))
 
         fal.plan("result", 1, faults.altered(smaller))
-        assert [picture.shape for picture in driver.run(Graph(num_images=3, seed=3004)).images()] == [
-            (48, 32, 3),
-            (12, 10, 3),
-            (48, 32, 3),
-        ]
+        shapes = [picture.shape for picture in driver.run(Graph(num_images=3, seed=3004)).images()]
+        assert shapes == [(48, 32, 3), (12, 10, 3), (48, 32, 3)]
 
 
 class TestMethods:

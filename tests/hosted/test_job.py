@@ -188,6 +188,9 @@ def test_a_request_that_somebody_else_cancelled_is_not_sent_anew(fal, tmp_path):
     with pytest.raises(JobCancelled, match="It was cancelled"):
         generate(fal, tmp_path)
     assert fal.bill == 1
+    asked = len(fal.seen("result"))
+    with pytest.raises(Interrupted):  # for whom it was cancelled because they, too, want to stop
+        generate(fal, tmp_path, watch=Watch(lambda: len(fal.seen("result")) > asked))
 
 
 # ---- By id ----
