@@ -8,8 +8,10 @@ comes as an answer is read as one of the models here, or is a BadAnswer.
 import hashlib
 import json
 import math
+import re
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any, TypeVar
 
@@ -119,6 +121,7 @@ def _or_none(value: Any, read: Callable[[Any], Any]) -> Any:
 UNREADABLE_IS_NONE = WrapValidator(_or_none)  # for what is no reason to lose pictures that were paid for
 Text = Annotated[str | None, UNREADABLE_IS_NONE]
 Number = Annotated[int | None, UNREADABLE_IS_NONE]
+HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 REQUEST_ID = r"^[0-9A-Za-z][0-9A-Za-z_-]{3,127}$"
 
 
@@ -153,9 +156,7 @@ class HostedAnswer(BaseModel):
     seed: Annotated[str, BeforeValidator(lambda seed: str(seed) if type(seed) is int else "unknown")] = "unknown"
 
 
-class Accepted(BaseModel):
-    """The answer to a submit."""
-
+class Accepted(BaseModel):  # the answer to a submit
     request_id: str = Field(pattern=REQUEST_ID)
 
 
@@ -200,11 +201,12 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 def parse(text: str | bytes) -> Any:
-    """The JSON in a text; None where it is none, or is nested without end."""
-    try:
+    """The JSON in a text; None where it is none, or is nested without end. Halves of characters become "?"."""
+    with suppress(ValueError):
         return from_json(text)
-    except ValueError:
-        return None
+    with suppress(ValueError):  # some services cut their logs inside of a character
+        return from_json(HALF.sub("?", text if isinstance(text, str) else text.decode()))
+    return None
 
 
 def read_answer(kind: type[Answer], data: Any) -> Answer:

@@ -208,7 +208,7 @@ def find_key(environ: Mapping[str, str], file: Path) -> Key:
     file = Path(environ.get("PULID_FAL_KEY_FILE") or file)
     pair = environ.get("FAL_KEY_ID", "").strip(), environ.get("FAL_KEY_SECRET", "").strip()
     for value in (environ.get("FAL_KEY", ""), ":".join(pair) if all(pair) else "", _read_key(file)):
-        if (value := value.strip()) in NO_KEYS:
+        if (value := value.strip().strip("\"'")) in NO_KEYS:  # as `set FAL_KEY="id:secret"` leaves it on Windows
             continue
         if not re.fullmatch(r"[!-~]+", value):
             raise HostedError("The hosted service's key holds characters that no key has. Copy it again, as id:secret.")

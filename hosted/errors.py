@@ -20,38 +20,19 @@ from dataclasses import dataclass
 from ..pulid.errors import PulidError
 
 
+# fmt: off
 class HostedError(PulidError): ...
-
-
 class Unreachable(HostedError, ConnectionError): ...
-
-
 class AnswerLost(HostedError, ConnectionError): ...
-
-
 class BadAnswer(HostedError, ValueError): ...
-
-
 class Refused(HostedError): ...
-
-
 class Gone(Refused): ...
-
-
 class AmbiguousSubmit(HostedError): ...
-
-
 class JobFailed(HostedError): ...
-
-
 class JobCancelled(JobFailed): ...
-
-
 class HostedLimit(HostedError): ...
-
-
 class Interrupted(HostedError): ...
-
+# fmt: on
 
 # --- What a failure is called ---
 

@@ -78,6 +78,7 @@ async def generate(job: Job, at: Service) -> Outcome:
             place.close()
             return await _call_off(row, stopped, at)
         except errors.JobCancelled:
+            at.watch.check()  # who wants to stop, too, hears of that
             if row.state != "CANCEL_REQUESTED" or at.journal.find(row.digest):
                 raise
     return await generate(job, at)  # the user had called that one off, it has ended, and they ask again
@@ -203,7 +204,7 @@ async def collect(row: Row, at: Service, job: Job | None = None) -> Outcome:
         "notes": notes + (job.notes() if job else []),
     }
     outcome = Outcome(images=images, seed=answer.seed, request_id=row.id, info=info)
-    if at.store.put(row.id, outcome):
+    if len(images) == len(answer.images[:asked]) and at.store.put(row.id, outcome):  # else the rest may still come
         _move(row, "DOWNLOADED", at)
     at.report(STEPS, f"done (request {row.id})")
     return outcome
@@ -248,7 +249,8 @@ def _nothing_is_lost(row: Row, at: Service) -> Iterator[None]:
     except (errors.HostedLimit, errors.Interrupted):
         raise
     except errors.Gone as error:
-        raise errors.Gone(f"{error} To have it made, and paid for, anew, put {row.id} into force_resubmit.") from None
+        anew = f"to have it made, and paid for, anew, put {row.id} into force_resubmit"
+        raise errors.Gone(f"{error} Queue the prompt again to ask once more; {anew}.") from None
     except errors.HostedError as error:
         raise type(error)(f"{error} {errors.NOT_LOST.format(row.id)}") from None
 
@@ -279,8 +281,7 @@ async def _call_off(row: Row, stopped: BaseException, at: Service) -> Outcome:
     now = _look_up(row.name, at) or row
     if row.is_owner and now.state not in OVER:
         at.report(3, f"calling it off (request {row.id})")
-        cancelled = await _cancel(row, at)
-        becomes = cancelled.value
+        becomes = (cancelled := await _cancel(row, at)).value
         at.report(3, f"{becomes} (request {row.id})")
         logger.info("Request %s: %s", row.id, becomes)
         if cancelled is CancelOutcome.TOO_LATE:

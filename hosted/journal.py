@@ -60,7 +60,6 @@ class Row:
     request_id: str | None = None
     note: str = ""
     created: float = 0
-    updated: float = 0
     name: str = field(default_factory=lambda: f"local-{uuid.uuid4().hex[:12]}")  # until the service has named it
     is_owner: bool = False  # for who sends it, and so has a say over it
 
@@ -196,13 +195,13 @@ class Journal:
         return len(rows)
 
     def _write(self, database: sqlite3.Connection, row: Row) -> None:
-        values = {**{column: getattr(row, column) for column in COLUMNS}, "updated": self.now()}
+        """`updated` is there for earlier versions of this pack alone: they read it, and their files ask for it."""
         database.execute(
-            f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join(f':{name}' for name in COLUMNS)}) "
-            "ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note, updated = excluded.updated,"
+            f"INSERT INTO requests ({', '.join(COLUMNS)}, updated) VALUES ({', '.join(f':{name}' for name in COLUMNS)},"
+            " :created) ON CONFLICT (name) DO UPDATE SET state = excluded.state, note = excluded.note,"
             " request_id = COALESCE(excluded.request_id, request_id)"
             " WHERE state NOT IN ('FAILED', 'FORGOTTEN')",  # what has failed stays so
-            values,
+            {column: getattr(row, column) for column in COLUMNS},
         )
 
     def _check(self, database: sqlite3.Connection, run: str, pictures: int, guard: Guard) -> None:
@@ -254,4 +253,4 @@ def listing(requests: Iterable[Row], choice: str = "all") -> str:
         size, unit = next((size, unit) for size, unit in UNITS.items() if seconds >= size)
         pictures = f"{row.pictures} picture{'s' * (row.pictures != 1)}"
         lines.append(f"{row.id}  {seconds // max(size, 1)} {unit} ago  {pictures}  {NEXT[row.state]}")
-    return "\n".join(lines) or "No such request is known on this machine."
+    return "\n".join(lines) or "There are none on this machine."

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,20 @@ async def fetch_all(
     terms: Terms = PICTURE_TERMS,  # of one picture, and all its tries together
     pixels: int = LARGEST_ANSWER,  # of all pictures together
 ) -> tuple[tuple[Image.Image, ...], list[str]]:
-    """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced."""
+    """At most `asked` RGB pictures in order, and notes on what differs from what was asked for and announced.
+
+    One that is damaged or gone is noted where others are left, and raised where none is.
+    """
     pictures: list[Image.Image] = []
     notes: list[str] = []
     for number, image in enumerate(images[:asked], start=1):
-        inside = image.file_data or (image.url if image.url.startswith("data:") else "")
-        data = decode_data_uri(inside) if inside else await fetch(client, image.url, terms)
-        picture = decode(data, pixels)
+        try:
+            data, picture = await _picture(client, image, terms, pixels)
+        except (BadAnswer, Gone) as error:
+            notes.append(f"Picture {number} is missing: {error} Fetching the request by its id asks for it again.")
+            if number == len(images[:asked]) and not pictures:
+                raise
+            continue
         pictures.append(picture)
         pixels -= picture.width * picture.height
         came = {"file_size": len(data), "width": picture.width, "height": picture.height}
@@ -68,6 +76,15 @@ async def fetch_all(
         unread = "; the others were not read" if len(images) > asked else ""
         notes.append(f"{asked} pictures were asked for, {len(images)} came{unread}.")
     return tuple(pictures), notes
+
+
+async def _picture(client: QueueClient, image: HostedImage, terms: Terms, pixels: int) -> tuple[bytes, Image.Image]:
+    """Its bytes and what they show, from inside the answer, else from its address."""
+    with suppress(BadAnswer) if image.url else nullcontext():
+        if image.file_data:
+            return (data := decode_data_uri(image.file_data)), decode(data, pixels)
+    data = decode_data_uri(image.url) if image.url.startswith("data:") else await fetch(client, image.url, terms)
+    return data, decode(data, pixels)
 
 
 async def fetch(client: QueueClient, address: str, terms: Terms = PICTURE_TERMS) -> bytes:
@@ -156,7 +173,8 @@ class PictureStore:
             facts = parse((place / "outcome.json").read_bytes())
             images = tuple(decode((place / f"{number}.png").read_bytes()) for number in range(facts["images"]))
             outcome = read_answer(Outcome, {**facts, "images": images})
-            os.utime(place)
+            with suppress(OSError):  # a disk that can only be read
+                os.utime(place)
         except (OSError, BadAnswer, TypeError, KeyError):
             return None
         return outcome if outcome.request_id == name and isinstance(outcome.info.get("notes"), list) else None
@@ -179,12 +197,13 @@ class PictureStore:
         return True
 
     def shrink(self, keep: str = "") -> None:
-        """Drop what is too old or too much. Raises OSError."""
-        places = [place for place in self.folder.glob("*") if place.is_dir()]
-        sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in places}
-        total = sum(sizes.values())
-        for place in sorted(places, key=lambda place: place.stat().st_mtime):
-            made = max((file.stat().st_mtime for file in place.glob("*.*")), default=time.time())
-            if place.name != keep and (total > self.largest or time.time() - made > self.days * DAY):
-                shutil.rmtree(place, ignore_errors=True)
-                total -= sizes[place]
+        """Drop what is too old or too much, as far as nobody else is just doing so."""
+        with suppress(OSError):
+            places = [place for place in self.folder.glob("*") if place.is_dir()]
+            sizes = {place: sum(file.stat().st_size for file in place.iterdir()) for place in places}
+            total = sum(sizes.values())
+            for place in sorted(places, key=lambda place: place.stat().st_mtime):
+                made = max((file.stat().st_mtime for file in place.glob("*.*")), default=time.time())
+                if place.name != keep and (total > self.largest or time.time() - made > self.days * DAY):
+                    shutil.rmtree(place, ignore_errors=True)
+                    total -= sizes[place]

@@ -138,11 +138,13 @@ class QueueClient:
         return kind(reply.failure.words(doing, request_id, proxied=self.endpoints.proxy is not None))
 
     async def cancel(self, request_id: str) -> CancelOutcome:
-        """Ask once, and not for long; never raises for what the service or the network does."""
+        """Ask once, and not for long; never raises. A 200 without "OK" does not prove that the request never ran."""
         terms = replace(self.terms, seconds=self.cancel_seconds)
         with suppress(errors.Unreachable, errors.AnswerLost, errors.BadAnswer):
             reply = await self._ask("PUT", f"/requests/{request_id}/cancel", terms=terms)
-            return dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False)).get(reply.status, CancelOutcome.NO_ANSWER)
+            proven = reply.status != 200 or (isinstance(reply.json, dict) and reply.json.get("status") == "OK")
+            outcomes = dict(zip(CANCEL_STATUSES, CancelOutcome, strict=False))
+            return outcomes.get(reply.status if proven else 202, CancelOutcome.NO_ANSWER)
         return CancelOutcome.NO_ANSWER
 
     @property

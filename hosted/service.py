@@ -154,8 +154,7 @@ def open_service(environ: Mapping[str, str], folder: Path, watch: Watch, report:
         key = find_key(environ, folder / KEY_FILE)
         quieten(key)
     store = PictureStore(folder / PICTURES_FOLDER, settings.keep_mb * 2**20, settings.keep_days)
-    with suppress(OSError):
-        store.shrink()
+    store.shrink()
     client = QueueClient(send, endpoints, key, Terms(settings.answer_seconds), watch.pause)
     slots = _slots(max(1, int(settings.at_once)))
     return Service(client, Journal(folder / JOURNAL_FILE), store, folder, slots, watch, report)

@@ -238,8 +238,6 @@ def prepare(base):
     (base / "input").mkdir()
     for name, (width, height, color) in FACES.items():
         Image.new("RGB", (width, height), color).save(base / "input" / name)
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), np.uint8)
-    Image.fromarray(noise).save(base / "input" / "noise.png")
     return base
 
 
@@ -392,10 +390,8 @@ class TestReferences:
 
     def test_addresses_come_after_what_is_connected(self, driver, fal):
         fal.internet = {"https://example.org/a.png": png(Image.fromarray(face("two.png")))}
-        assert (
-            driver.run(Graph(photos=["one.png"], reference_urls="\nhttps://example.org/a.png\n", seed=2002)).error
-            is None
-        )
+        run = driver.run(Graph(photos=["one.png"], reference_urls="\nhttps://example.org/a.png\n", seed=2002))
+        assert run.error is None
         assert [picture.tobytes() for picture in references(fal)] == [face().tobytes(), face("two.png").tobytes()]
 
     def test_pictures_are_uploaded_by_themselves(self, driver, fal):
@@ -455,11 +451,8 @@ class TestOutputs:
             data["images"][1] = fal._publish(content, (10, 12))
 
         fal.plan("result", 1, faults.altered(smaller))
-        assert [picture.shape for picture in driver.run(Graph(num_images=3, seed=3004)).images()] == [
-            (48, 32, 3),
-            (12, 10, 3),
-            (48, 32, 3),
-        ]
+        shapes = [picture.shape for picture in driver.run(Graph(num_images=3, seed=3004)).images()]
+        assert shapes == [(48, 32, 3), (12, 10, 3), (48, 32, 3)]
 
 
 class TestMethods:
@@ -577,20 +570,6 @@ class TestMoney:
         *unconfirmed, one, other = sorted(job.input["seed"] for job in fal.jobs.values())
         assert len(unconfirmed) <= 1 and (one, other) == (5032, 5033)
 
-    @pytest.mark.parametrize("route", ["status", "result"])
-    def test_a_bare_500_is_no_failure(self, driver, fal, route):
-        fal.plan(route, 1, faults.answer(500, {"detail": "Internal"}))
-        assert driver.run(Graph(seed=5100 + (route == "result"))).error is None
-        assert fal.bill == 1
-
-    def test_a_bare_408_for_good_loses_nothing_and_names_the_id(self, driver, fal):
-        fal.plan("result", EVERY, faults.answer(408, b"", {"Retry-After": "0"}))
-        error = driver.run(Graph(seed=5110)).error
-        assert f"Request {next(iter(fal.jobs))} is not lost" in error and "billed" not in error
-        fal._plans.clear()
-        assert driver.run(Graph(seed=5110)).error is None
-        assert fal.bill == 1
-
     def test_a_number_through_a_link_is_checked_where_it_is_spent(self, driver, fal):
         for number in (-50, 104):
             graph = Graph()
@@ -623,13 +602,6 @@ class TestMoney:
         assert first != second == third
         assert fal.bill == 2
 
-    def test_a_damaged_kept_result_is_fetched_again(self, driver, fal):
-        first = driver.run(Graph(seed=5160)).request_id
-        kept = driver.server.base / "user" / "__pulid" / "results" / first / "outcome.json"
-        kept.write_text('{"images": "x"}')
-        assert driver.run(Graph(seed=5160, run_limit=601)).request_id == first
-        assert fal.bill == 1
-
     def test_a_place_is_taken_before_anything_is_uploaded(self, driver, fal):
         fal.script = ("IN_PROGRESS",)
         graph = Graph()
@@ -640,13 +612,6 @@ class TestMoney:
         assert len(fal.seen("submit")) == 2 >= len(fal.seen("put"))
         preference = fal.seen("submit")[0].headers["x-fal-object-lifecycle-preference"]
         assert json.loads(preference) == {"expiration_duration_seconds": 3600}
-
-    def test_what_was_not_wholly_sent_was_not_accepted(self, driver, fal):
-        fal.plan("submit", 1, faults.unread(faults.reset))
-        values = {"photos": ["noise.png"], "seed": 5175, "transport": "data URI", "reference_size": "as is"}
-        assert "nothing was accepted" in driver.run(Graph(**values)).error
-        assert driver.run(Graph(**values)).error is None
-        assert fal.bill == 1
 
     def test_who_joins_has_no_say_and_the_cancel_needs_no_journal(self, driver, fal):
         fal.script = ("IN_PROGRESS",)
@@ -661,22 +626,6 @@ class TestMoney:
         run = driver.run(graph, when=lambda: len(fal.seen("status")) > 4, act=act)
         assert run.interrupted and fal.bill == 1
         assert wait_for(lambda: fal.seen("cancel")) and not wait_for(lambda: len(fal.seen("cancel")) > 1, seconds=0.5)
-
-    def test_a_webhook_is_shown_before_it_is_used(self, driver, fal):
-        graph = Graph()
-        graph.submit(**SMALL, seed=5180, webhook_url="https://elsewhere.example/take")
-        error = driver.run(graph).error
-        assert "https://elsewhere.example/take" in error and "webhook_hosts.txt" in error
-        assert fal.seen("submit") == []
-
-    def test_an_equal_submit_with_another_webhook_stops(self, driver, fal):
-        errors = []
-        for hook in ("https://optional.webhook.url/a", "https://optional.webhook.url/b"):
-            graph = Graph()
-            graph.submit(**SMALL, seed=5190, webhook_url=hook)
-            errors.append(driver.run(graph).error)
-        assert errors[0] is None and "was sent with another webhook" in errors[1]
-        assert fal.bill == 1
 
     def test_photographs_of_different_sizes_in_a_list_are_one_request(self, driver, fal):
         graph = Graph()
@@ -813,15 +762,6 @@ def test_one_interrupt_ends_all_that_run_and_all_that_wait_their_turn(driver, fa
     assert run.interrupted
     assert wait_for(lambda: len(fal.seen("cancel")) == 2)
     assert fal.bill == 2
-
-
-def test_after_an_interrupt_nothing_is_bought_twice(driver, fal):
-    fal.plan("download", EVERY, faults.stall)
-    graph = Graph(seed=6100)
-    driver.run(graph, when=lambda: fal.seen("download"), act=driver.interrupt)
-    fal._plans.clear()
-    assert len(driver.run(graph).images()) == 1
-    assert fal.bill == 1
 
 
 # --- nothing of the key anywhere ---

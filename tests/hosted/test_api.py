@@ -96,9 +96,14 @@ def test_what_is_odd_beside_a_picture_is_passed_over():
     assert (answer.images[0].url, answer.images[0].file_size, answer.seed) == ("u", None, "unknown")
 
 
-@pytest.mark.parametrize("text", [b"[" * 10**6, b"1" * 5000, b'{"a": "\\ud800"}', b"\xff", b"", b"{"])
+@pytest.mark.parametrize("text", [b"[" * 10**6, b"1" * 5000, b'{"a": "\\ud800\\"}', b"\xff", b"", b"{"])
 def test_json_that_cannot_be_read_is_none(text):
     assert api.parse(text) is None
+
+
+@pytest.mark.parametrize("text", [rb'{"a": "cut \ud83d"}', r'{"a": "cut \uDCFF"}'])
+def test_half_a_character_takes_nothing_else_with_it(text):
+    assert api.parse(text) == {"a": "cut ?"}
 
 
 def test_a_status_is_read_whatever_is_in_it():

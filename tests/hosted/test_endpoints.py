@@ -263,7 +263,7 @@ def test_a_placeholder_hides_no_key_that_comes_after_it(tmp_path, nothing):
 
 
 def test_white_space_around_a_key_is_no_part_of_it_and_a_colon_is_not_needed(tmp_path):
-    assert found({"FAL_KEY": f" {VALUE}\n"}, tmp_path / "none") == f"Key {VALUE}"
+    assert found({"FAL_KEY": f' "{VALUE}"\n'}, tmp_path / "none") == f"Key {VALUE}"
     assert found({"FAL_KEY": "withoutcolon"}, tmp_path / "none") == "Key withoutcolon"
 
 

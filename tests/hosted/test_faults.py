@@ -259,7 +259,7 @@ ROWS = (
     picture("a drip", faults.drip(0.2), "did not arrive within", HostedError),
     picture("silence", faults.stall, "did not arrive within", HostedError),
     picture("redirect to the metadata", faults.redirect("http://169.254.169.254/x"), "address", HostedError),
-    picture("redirect inside", faults.redirect("https://10.0.0.1/a.png"), "public https address", HostedError),
+    picture("redirect inside", faults.redirect("https://0177.1/a.png"), "public https address", HostedError),
     elsewhere("plain http", "http://pictures.example/a.png", "https"),
     elsewhere("private number", "https://192.168.0.2/a.png", "public https address.*host '192.168.0.2'"),
     elsewhere("IPv6 that means a private one", "https://[::ffff:10.0.0.1]/a.png", "public https address"),
@@ -267,13 +267,7 @@ ROWS = (
     elsewhere("another port", "https://pictures.example:8443/a.png", "port 8443"),
     elsewhere("a name that leads to a private address", "https://inside.example/a.png", "private address"),
     elsewhere("a file", "file:///etc/passwd", "https"),
-    *(
-        elsewhere(f"a number in the form {host}", f"https://{host}/a.png", "public https address")
-        for host in ("127.1", "0", "2130706433", "0177.0.0.1", "[::ffff:127.0.0.1]", "[::]", "10.0.0.1.", "localhost.")
-    ),
-    picture(
-        "redirect to a number in another form", faults.redirect("https://2130706433/a.png"), "public https", HostedError
-    ),
+    elsewhere("a number in another form", "https://2130706433/a.png", "public https address"),
     picture("a warning", faults.served(faults.png_bomb(15_000)), "15000 x 15000"),
 )
 
@@ -377,6 +371,15 @@ def test_pictures_come_although_the_disk_fills_up_after_the_request_was_accepted
     assert len(outcome.images) == 1
     assert outcome.request_id in caplog.text  # so that it can be found again
     assert fal.bill == 2  # one for each seed
+
+
+@pytest.mark.parametrize("fault", [faults.answer(404, "gone"), faults.served(b"no picture")])
+def test_a_picture_that_cannot_be_had_takes_none_of_the_others_with_it(fal, tmp_path, fault):
+    fal.plan("download", 2, fault)
+    outcome = generate(fal, tmp_path, num_images=3)
+    assert len(outcome.images) == 2 and outcome.info["notes"][0].startswith("Picture 2 is missing: ")
+    assert len(generate(fal, tmp_path, num_images=3).images) == 3  # it was not kept as if it were all
+    assert fal.bill == 1
 
 
 # --- calling off ---
@@ -508,8 +511,10 @@ def test_a_photograph_that_is_compressed_in_another_way_is_the_same(fal, tmp_pat
 
 @pytest.mark.parametrize("route", ["status", "result", "download"])
 def test_a_kept_result_that_is_damaged_and_over_is_asked_for_in_words(fal, tmp_path, route):
-    first = generate(fal, tmp_path)
-    (tmp_path / "results" / first.request_id / "outcome.json").unlink()
+    kept = tmp_path / "results" / (first := generate(fal, tmp_path)).request_id / "outcome.json"
+    kept.unlink()
+    assert generate(fal, tmp_path).request_id == first.request_id  # fetched again
+    kept.unlink()
     fal.plan(route, EVERY, faults.answer(404, {"detail": "gone"}))
     with pytest.raises(Gone, match=rf"expired.*paid for, anew, put {first.request_id} into force_resubmit"):
         generate(fal, tmp_path)
@@ -523,8 +528,9 @@ LARGE = encode(torch.rand(1600, 1600, 3, generator=torch.Generator().manual_seed
 AT_LENGTH = {"references": [LARGE], "transport": "data URI"}
 
 
-def test_a_body_of_which_no_byte_moves_any_more_was_not_accepted(fal, tmp_path):
-    fal.plan("submit", EVERY, faults.unread(faults.stall))
+@pytest.mark.parametrize("then", [faults.stall, faults.reset])
+def test_a_body_of_which_no_byte_moves_any_more_was_not_accepted(fal, tmp_path, then):
+    fal.plan("submit", EVERY, faults.unread(then))
     with pytest.raises(Unreachable, match=r"did not get all of it.*nothing was accepted"):
         generate(fal, tmp_path, **AT_LENGTH)
     clear(fal)

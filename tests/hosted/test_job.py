@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from pulid_sdxl.hosted import job as jobs
 from pulid_sdxl.hosted.errors import HostedLimit, Interrupted, JobCancelled, JobFailed
 from pulid_sdxl.hosted.journal import Guard
+from pulid_sdxl.hosted.queue import SubmitOptions
 from pulid_sdxl.hosted.references import encode
 from pulid_sdxl.hosted.service import Limits, Settings, Watch, read_numbers
 from pulid_sdxl.pulid.errors import InputError
@@ -114,6 +116,14 @@ def test_an_interrupt_while_a_busy_service_is_waited_for_sends_nothing(fal, tmp_
     assert (fal.bill, len(fal.seen("submit"))) == (0, 1)
 
 
+def test_an_interrupt_while_pictures_come_cancels_nothing(fal, tmp_path):
+    fal.plan("download", EVERY, faults.stall)
+    interrupted(fal, tmp_path, lambda: fal.seen("download"))
+    fal._plans.clear()
+    assert len(generate(fal, tmp_path).images) == 1
+    assert (fal.bill, fal.seen("cancel")) == (1, [])
+
+
 def test_what_is_fetched_after_all_keeps_no_place_from_others(fal, tmp_path):
     fal.script = ("IN_PROGRESS",)
     fal.plan("cancel", 1, faults.answer(400, {"status": "ALREADY_COMPLETED"}))
@@ -178,9 +188,29 @@ def test_a_request_that_somebody_else_cancelled_is_not_sent_anew(fal, tmp_path):
     with pytest.raises(JobCancelled, match="It was cancelled"):
         generate(fal, tmp_path)
     assert fal.bill == 1
+    asked = len(fal.seen("result"))
+    with pytest.raises(Interrupted):  # for whom it was cancelled because they, too, want to stop
+        generate(fal, tmp_path, watch=Watch(lambda: len(fal.seen("result")) > asked))
 
 
 # ---- By id ----
+
+
+def ordered(fal, folder, webhook):
+    job = replace(a_job(), options=SubmitOptions(webhook_url=webhook))
+    return perform(fal, folder, lambda service: jobs.order(job, service))
+
+
+@pytest.mark.parametrize("first", ["", "https://a.example/1"])
+def test_a_webhook_has_an_allowed_host_and_is_called_for_the_request_that_named_it(fal, tmp_path, first):
+    with pytest.raises(InputError, match=r"does not know a\.example"):
+        ordered(fal, tmp_path, "https://a.example/2")
+    assert fal.requests == []
+    (tmp_path / "webhook_hosts.txt").write_text("a.example")
+    known = ordered(fal, tmp_path, first)
+    with pytest.raises(InputError, match="another webhook or none"):
+        ordered(fal, tmp_path, "https://a.example/2")
+    assert (ordered(fal, tmp_path, ""), fal.bill) == (known, 1)
 
 
 def test_what_was_fetched_by_id_answers_the_request_itself(fal, tmp_path):

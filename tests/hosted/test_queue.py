@@ -194,6 +194,7 @@ def test_a_failed_job_differs_from_a_result_that_cannot_be_had_now(answer, error
     [
         (reply(202, {"status": "CANCELLATION_REQUESTED"}), CancelOutcome.REQUESTED),
         (reply(200, {"status": "OK"}), CancelOutcome.REMOVED),
+        *((reply(200, no_proof), CancelOutcome.REQUESTED) for no_proof in ({"success": False}, ["OK"], b"<html>", b"")),
         (reply(400, {"status": "ALREADY_COMPLETED"}), CancelOutcome.TOO_LATE),
         (reply(404, {"status": "NOT_FOUND"}), CancelOutcome.UNKNOWN),
         (reply(405), CancelOutcome.NOT_PASSED_ON),
