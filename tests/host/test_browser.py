@@ -57,8 +57,8 @@ RECTANGLES = """() => {
         const box = element ? onGraph(element.getBoundingClientRect()) : [...node.getBounding()];
         return [`${node.type} ${node.id}`, box];
     });
-    const { clientWidth, clientHeight } = app.canvas.canvas;
-    const view = [60 / scale - offset[0], 80 / scale - offset[1], (clientWidth - 60) / scale, (clientHeight - 80) / scale];
+    const { clientWidth: width, clientHeight: height } = app.canvas.canvas;
+    const view = [60 / scale - offset[0], 80 / scale - offset[1], (width - 60) / scale, (height - 80) / scale];
     return { nodes, groups: app.graph.groups.map(group => [group.title, [...group.pos, ...group.size]]), view };
 }"""
 # What a run sends for each node, longer than most: the editor cannot tell it from one.
@@ -364,7 +364,7 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
         panel(editor).wait_for()
         text = panel(editor).locator(".pulid-notes-text").inner_text()
         assert text.startswith(f"Missing: {names[0]}, {names[1]}, ")
-        assert text.splitlines()[1].startswith("Set missing_files to download and run again")
+        assert text.splitlines()[1].startswith("Set missing_files of Load PuLID (SDXL) to download and run again")
         assert str(Path.home()) not in text
         editor.page.evaluate("""() => app.api.dispatchEvent(new CustomEvent("execution_start", { detail: {} }))""")
         panel(editor).wait_for(state="detached")  # until this run says otherwise
