@@ -71,7 +71,7 @@ class PulidLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pulid_file: str, eva_clip: str) -> bool:
+    def validate_inputs(cls, pulid_file: str = "", eva_clip: str = "") -> bool:
         # Taking these two over lets a shared workflow name a file that is not here; execute says what to do.
         return True
 
@@ -79,9 +79,8 @@ class PulidLoader(io.ComfyNode):
     def fingerprint_inputs(cls, pulid_file: str, eva_clip: str, **_: Any) -> str:
         # A file that is replaced under its name, and one that has come since, is loaded at the next run.
         folders = host.model_folders()
-        return str(
-            [state_of(lambda: _weight_files(pulid_file, eva_clip, folders)), state_of(lambda: face_files(folders))]
-        )
+        weights = state_of(lambda: _weight_files(pulid_file, eva_clip, folders))
+        return str([weights, state_of(lambda: face_files(folders)) or _missing_faces(folders)])
 
     @classmethod
     def execute(
@@ -140,8 +139,8 @@ def missing_message(missing: list[Missing], folders: ModelFolders) -> str:
     lines = [f"Missing: {', '.join((*unknown, *(file.name for file in files)))}.", *unknown.values()]
     lines += filter(None, map(folders.in_the_way, files))
     if files:
-        megabytes = sum(file.size or 0 for file in files) / 1e6
-        lines.append(f"Set missing_files to download and run again ({megabytes:.0f} MB). Or fetch by hand:")
+        size = f"{sum(file.size or 0 for file in files) / 1e6:.0f} MB"
+        lines.append(f"Set missing_files of Load PuLID (SDXL) to download and run again ({size}). Or fetch by hand:")
         lines += [f"- {file.url} to {host.below_models(folders.destination(file))}" for file in files]
     if any(file.licence == catalogue.RESEARCH_ONLY for file in files):
         lines.append(f"The two of antelopev2 are for {catalogue.RESEARCH_ONLY}.")
@@ -240,15 +239,16 @@ def _face_analyzer(provider: str, folders: ModelFolders) -> tuple[FaceAnalyzer, 
     try:
         return load_face_networks(available_providers(provider), folders)
     except MissingWeights as error:
-        missing = lacking(
-            NONE_YET, NONE_YET, folders, [need for need in catalogue.NEEDS if need.input == "face_analysis"]
-        )
-        why: WeightsError | MissingPackage = MissingWeights(
-            missing_message(missing, folders) if missing else str(error)
-        )
+        why: WeightsError | MissingPackage = MissingWeights(_missing_faces(folders) or str(error))
     except MissingPackage as error:
         why = MissingPackage(f"{error}\n\n{advice(folders)}")
     return MissingFaceNetworks(why), [f"Only saved identities can be used, no photographs. {why}"]
+
+
+def _missing_faces(folders: ModelFolders) -> str:
+    """What is said of the face networks' files that are missing; nothing where all are there."""
+    missing = lacking(NONE_YET, NONE_YET, folders, [need for need in catalogue.NEEDS if need.input == "face_analysis"])
+    return missing_message(missing, folders) if missing else ""
 
 
 def load_face_networks(providers: list[str], folders: ModelFolders) -> tuple[InsightFaceAnalyzer, list[str]]:

@@ -73,7 +73,7 @@ class PulidLoadIdentity(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, identity_file: str, image: str = NO_CARD) -> bool:
+    def validate_inputs(cls, identity_file: str = "", image: str = NO_CARD) -> bool:
         # Taking this over from ComfyUI lets a shared workflow name a file that is not here; find_identity says so.
         return True
 

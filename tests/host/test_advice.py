@@ -117,7 +117,7 @@ class Reader:
         elif says(r"choose another file|Choose one of the list"):
             name = next(name for name in ("pulid_file", "eva_clip") if self.chosen[name] in said)
             self.chosen[name] = offered(PulidLoader, name)[0]
-        elif says("Set missing_files to download and run again") and self.chosen["missing_files"] != "download":
+        elif says("Set missing_files of .* to download and run again") and self.chosen["missing_files"] != "download":
             self.chosen["missing_files"] = "download"
         elif found := says(r"([^\s/]+/[^\s/]+) (\(0 bytes\)|is not a whole).*Delete it and"):
             self.path(found[1]).unlink()
@@ -192,7 +192,7 @@ def test_whoever_does_what_is_said_gets_rid_of_the_error(models, fault, names, c
     spoil(models, fault, *names)
     reader.follow()
     if missing_files == "download":
-        assert not [said for said in reader.said if "missing_files to download" in said.split("\n\n")[0]]
+        assert not [said for said in reader.said if "Set missing_files of" in said.split("\n\n")[0]]
     if chosen.get("pulid_file") == f"SDXL\\{V1_1}" and (not names or missing_files == "download"):
         assert reader.said == []  # there is nothing to do
 

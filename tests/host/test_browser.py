@@ -48,7 +48,7 @@ LOOK = """() => ({
     })),
 })"""
 RECTANGLES = """() => {
-    // Of each node with its title, in units of the graph. Nodes 2.0 makes elements of nodes.
+    // Of each node with its title, and of what no menu covers, in units of the graph. Nodes 2.0 makes elements.
     const { scale, offset } = app.canvas.ds, { left, top } = app.canvas.canvas.getBoundingClientRect();
     const onGraph = box => [(box.left - left) / scale - offset[0], (box.top - top) / scale - offset[1],
                             box.width / scale, box.height / scale];
@@ -57,8 +57,8 @@ RECTANGLES = """() => {
         const box = element ? onGraph(element.getBoundingClientRect()) : [...node.getBounding()];
         return [`${node.type} ${node.id}`, box];
     });
-    const { clientWidth, clientHeight } = app.canvas.canvas;
-    const view = [-offset[0], -offset[1], clientWidth / scale, clientHeight / scale];
+    const { clientWidth: width, clientHeight: height } = app.canvas.canvas;
+    const view = [60 / scale - offset[0], 80 / scale - offset[1], (width - 60) / scale, (height - 80) / scale];
     return { nodes, groups: app.graph.groups.map(group => [group.title, [...group.pos, ...group.size]]), view };
 }"""
 # What a run sends for each node, longer than most: the editor cannot tell it from one.
@@ -288,7 +288,7 @@ def test_nothing_overlaps_or_leaves_its_group_before_and_after_a_run(editor, ren
     editor.open(workflow)
     opened = editor.settled(RECTANGLES)
     homes = {name: [title for title, group in opened["groups"] if overlap(box, group)] for name, box in opened["nodes"]}
-    assert [name for name, box in opened["nodes"] if not overlap(box, opened["view"])] == [], "the view opens elsewhere"
+    assert [name for name, box in opened["nodes"] if not inside(box, opened["view"])] == [], "the view opens elsewhere"
     editor.page.evaluate(SENT, OUTPUTS)
     for seen in (opened, editor.settled(RECTANGLES)):
         boxes, groups = dict(seen["nodes"]), dict(seen["groups"])
@@ -364,7 +364,7 @@ def test_files_that_are_not_there_are_listed_before_a_run_and_named_on_the_node_
         panel(editor).wait_for()
         text = panel(editor).locator(".pulid-notes-text").inner_text()
         assert text.startswith(f"Missing: {names[0]}, {names[1]}, ")
-        assert text.splitlines()[1].startswith("Set missing_files to download and run again")
+        assert text.splitlines()[1].startswith("Set missing_files of Load PuLID (SDXL) to download and run again")
         assert str(Path.home()) not in text
         editor.page.evaluate("""() => app.api.dispatchEvent(new CustomEvent("execution_start", { detail: {} }))""")
         panel(editor).wait_for(state="detached")  # until this run says otherwise

@@ -26,6 +26,7 @@ from pulid_sdxl.models import catalogue
 from pulid_sdxl.nodes import host, legacy, load
 from pulid_sdxl.nodes.encode import PulidEncode
 from pulid_sdxl.nodes.load import PulidLoader
+from pulid_sdxl.nodes.save_load import PulidLoadIdentity
 from pulid_sdxl.pulid.errors import DownloadError, MissingWeights
 from pulid_sdxl.tools import TOOLS
 from pulid_sdxl.tools.fakes.fake_hub import answer, serving
@@ -237,7 +238,7 @@ def test_one_message_names_everything_that_is_missing_the_cure_first(models, mon
         run("stop", choice, load.NONE_YET)
     first, second, *rest = str(caught.value).splitlines()
     assert first == f"Missing: {', '.join(SMALL)}."
-    assert second == "Set missing_files to download and run again (2281 MB). Or fetch by hand:"
+    assert second == "Set missing_files of Load PuLID (SDXL) to download and run again (2281 MB). Or fetch by hand:"
     for line, need in zip(rest, catalogue.NEEDS, strict=False):
         file = need.files[0]
         assert line == f"- {file.url} to models/{file.folders[0]}"
@@ -253,6 +254,10 @@ def test_a_file_of_ones_own_that_is_missing_is_not_offered_for_download(models, 
     assert first == "Missing: mine.safetensors."
     assert second.startswith("mine.safetensors was not found. Looked in: ")
     assert second.endswith(", or choose another file.")
+
+
+def test_a_file_name_that_a_prompt_leaves_out_is_left_to_comfyui_to_tell():
+    assert PulidLoader.validate_inputs() and PulidLoadIdentity.validate_inputs()
 
 
 def test_no_error_carries_a_path_before_its_name():
@@ -275,25 +280,17 @@ def test_whole_files_load_whatever_their_names_and_the_node_says_what_runs(model
     ]
 
 
-def linked(models, comfyui):
+def linked(models, comfyui, but=()):
     """A stand-in for each file that is not there."""
     for part in gather(None, None, comfyui):
         place = models / part.place
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(part.source)
-
-
-def without_face_files(models, comfyui):
-    for part in gather(None, None, comfyui):
-        if not part.place.startswith(("insightface", "facexlib")):
-            place = models / part.place
+        if not place.exists() and not part.place.startswith(but):
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(part.source)
 
 
 def test_without_face_networks_saved_identities_work_and_photographs_are_refused_in_words(models, comfyui):
-    without_face_files(models, comfyui)
+    linked(models, comfyui, but=("insightface", "facexlib"))
 
     output = run("stop")
 
@@ -306,13 +303,14 @@ def test_without_face_networks_saved_identities_work_and_photographs_are_refused
         )
 
 
-def test_face_networks_that_arrive_later_make_the_loader_run_again(models, comfyui):
-    without_face_files(models, comfyui)
-    names = catalogue.V1_1.name, catalogue.EVA_CLIP.name
-    before = PulidLoader.fingerprint_inputs(*names)
-    linked(models, comfyui)
-    after = PulidLoader.fingerprint_inputs(*names)
-    assert before != after == PulidLoader.fingerprint_inputs(*names)
+def test_each_face_file_that_arrives_makes_the_loader_run_again_once(models, comfyui):
+    linked(models, comfyui, but=("insightface", "facexlib"))
+    names, states = (catalogue.V1_1.name, catalogue.EVA_CLIP.name), set()
+    for place in map(models.joinpath, ("", *list(PLACES.values())[2:])):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+        states |= {PulidLoader.fingerprint_inputs(*names) for _ in range(2)}
+    assert len(states) == 5
 
 
 def test_files_that_are_replaced_under_their_names_make_the_loaders_run_again(models, comfyui):

@@ -261,10 +261,7 @@ def test_nodes_are_found_by_what_people_look_for(info, ours):
         assert shared <= {*words["PuLID_Encode"]}, name
 
 
-SUBGRAPHS = sorted((WORKFLOWS[0].parents[1] / "subgraphs").glob("*.json"))
-
-
-@pytest.mark.parametrize("path", [*WORKFLOWS, *SUBGRAPHS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*WORKFLOWS, *BLUEPRINTS], ids=lambda path: path.stem)
 def test_what_is_shipped_uses_no_deprecated_node(info, path):
     flow = json.loads(path.read_text(encoding="utf-8"))
     graphs = [flow, *flow.get("definitions", {}).get("subgraphs", [])]
@@ -283,8 +280,10 @@ def test_shipped_workflows_are_offered_as_templates(server):
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
 def test_subgraphs_fit_the_nodes_and_are_offered(server, info, path):
-    inside = inner_workflow(json.loads(path.read_text(encoding="utf-8")))
-    assert misfits(inside, info) == []
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    [definition] = blueprint["definitions"]["subgraphs"]
+    assert definition["category"] == "PuLID" and definition["description"], "found under no words but its name"
+    assert misfits(inner_workflow(blueprint), info) == []
     try:
         offered = server.get("/global_subgraphs")
     except urllib.error.HTTPError as error:
