@@ -32,8 +32,9 @@ def test_a_photograph_can_keep_its_size():
 
 
 def test_transparency_is_laid_on_white():
-    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).expand(20, 20, 4)
-    assert read_photo(image)[0, 0].tolist() == [153, 178, 204]  # 255 (0.5 c + 0.5), to the nearest level
+    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).repeat(100, 20, 1)
+    image[70:, :, 3] = 0.25
+    assert read_photo(image)[[0, 99], 0].tolist() == [[153, 178, 204], [204, 217, 230]]  # 255 (1 - opacity (1 - c))
 
 
 def test_a_grey_photograph_gets_three_equal_channels():
