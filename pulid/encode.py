@@ -188,7 +188,7 @@ def encode(
 
 
 def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tensor | None:
-    """How much each photograph that shows a face counts, (P,). Raises InputError where weights make no sense."""
+    """How much each photograph that shows a face counts, (P,), at most 1. InputError where weights make no sense."""
     if not settings.weights:
         return None
     if settings.photos != "average":
@@ -198,7 +198,7 @@ def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tens
     taken = [weight for weight, one in zip(settings.weights, seen, strict=True) if isinstance(one, SeenFace)]
     if min(taken) < 0 or sum(taken) == 0:
         raise InputError(f"Weights must be 0 or more, and of photographs with a face not all be 0; found {taken}.")
-    return torch.tensor(taken)
+    return torch.tensor([weight / max(taken) for weight in taken])  # the sum of what is huge, or tiny, is no float32
 
 
 def see(
