@@ -332,6 +332,15 @@ def test_no_damage_leads_to_anything_but_our_errors(changed_models, network, tas
             assert path.name in str(error)
 
 
+@pytest.mark.parametrize("network", ["retinaface", "bisenet"])
+def test_weights_in_half_precision_serve(models, changed_models, network):
+    (place, use), state = USES[network], torch.load(models / USES[network][0])
+    (changed_models / place).unlink()
+    torch.save({name: each.half() if each.is_floating_point() else each for name, each in state.items()},
+               changed_models / place)  # fmt: skip
+    use(analyzer_of(changed_models))
+
+
 # ---- What is not the file's fault ----
 
 
@@ -362,13 +371,8 @@ def test_without_face_networks_each_use_says_why_and_keeps_no_photograph():
         pass
 
     missing = MissingFaceNetworks(MissingWeights("no antelopev2"))
-    uses = [
-        lambda photo: missing.detect(photo, 640),
-        missing.detect_for_alignment,
-        lambda photo: missing.recognise(photo, None),
-        missing.recognise_crop,
-        missing.parse,
-    ]
+    uses = [lambda photo: missing.detect(photo, 640), lambda photo: missing.recognise(photo, None)]
+    uses += [missing.detect_for_alignment, missing.recognise_crop, missing.parse]
 
     def look(use, photograph):
         with pytest.raises(MissingWeights, match="no antelopev2"):
