@@ -94,9 +94,8 @@ def test_what_there_is_to_know_of_a_photograph_is_put_into_words():
     assert washed_out(white) == "99.0% white" and washed_out(255 - white) == "99.0% black"
     white[:20] = 100
     assert washed_out(white) is None
-    assert cut_off(torch.tensor([-0.5, 1.4])) == (
-        "with pixels from -0.50 to 1.40: what lies beyond 0 to 1 is taken as black or white"
-    )
+    beyond = "with pixels from -0.50 to 1.40: what lies beyond 0 to 1 is taken as black or white"
+    assert cut_off(torch.tensor([-0.5, 1.4])) == beyond
     assert cut_off(torch.rand(9, 9, 3)) is None
     assert shrunk(torch.zeros(2048, 4096, 3)) == "shrunk from 4096 x 2048 to 1024 x 512 px (4.0 times)"
     assert shrunk(torch.zeros(64, 64, 3)) is None

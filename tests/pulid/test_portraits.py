@@ -146,8 +146,7 @@ def portrait(angle=0.0, **marks):
 def test_the_best_are_taken_in_order_and_the_rest_is_told_why():
     looks = [portrait(side=60), "no face", portrait(), portrait(yaw=50), portrait(130), portrait(side=150)]
     choice = choose(looks, 3, drop_strangers=True)
-    assert choice.best == [2, 5, 3]
-    assert choice.further == [0]
+    assert (choice.best, choice.further) == ([2, 5, 3], [0])
     assert choice.left_out == {1: "no face", 4: f"someone else? likeness {choice.likeness[4]:.2f}"}
     assert falls([choice.scores[number] for number in (2, 5, 3, 0)])
 
