@@ -335,7 +335,6 @@ ALTERATIONS = {
 @pytest.mark.parametrize("fault", ALTERATIONS)
 def test_an_altered_tower_is_refused_with_its_fault(tmp_path, fault):
     path = small_eva(tmp_path / "eva.safetensors", "timm", **ALTERATIONS[fault])
-
     message = refusal(DamagedWeights, checkpoints.load_vision_tower, path)
 
     assert fault in message and message.count("is missing") <= 3

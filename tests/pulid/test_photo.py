@@ -19,9 +19,7 @@ def test_a_photograph_of_whole_levels_comes_back_as_it_was(photo):
 
 def test_a_large_photograph_is_shrunk_as_the_authors_do():
     levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
-
     photo = read_photo(torch.from_numpy(levels) / 255)
-
     expected = cv2.resize(levels, (int(1111 * 1024 / 1500), 1024), interpolation=cv2.INTER_LANCZOS4)
     assert np.array_equal(photo, expected)
 
