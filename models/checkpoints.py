@@ -89,7 +89,7 @@ KINDS = (
 # The same tensors go by two spellings: the authors' own, and the one made for IP-Adapter loaders.
 ENCODER_NAME = re.compile(r"(?:id_adapter|image_proj)\.(?P<parameter>.+)")
 PROJECTION_NAME = re.compile(
-    r"(?:id_adapter_attn_layers|ip_adapter)\.(?P<index>\d+)\.(?:id_)?(?P<half>to_[kv])(?:_ip)?\.weight"
+    r"(?:id_adapter_attn_layers|ip_adapter)\.(?P<index>\d{1,4})\.(?:id_)?(?P<half>to_[kv])(?:_ip)?\.weight"
 )
 
 

@@ -258,7 +258,8 @@ def load_onnx(file: Path, task: str, providers: list[str]) -> OnnxModel:
 def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
     """The network that `make` builds on the CPU, with the weights of one of facexlib's files, ready to run."""
     # Trained on several GPUs, RetinaFace was saved with `module.` before every name.
-    state = {name.removeprefix("module."): tensor for name, tensor in read_tensors(file).items()}
+    read = {name.removeprefix("module."): tensor for name, tensor in read_tensors(file).items()}
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in read.items()}
     # On the meta device nothing is drawn at random only to be replaced: it is quick, and the host's numbers stay.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")  # facexlib's deprecated argument

@@ -24,10 +24,10 @@ from .faces import FaceAnalyzer, Heard, Selection, find_face, find_largest_and_c
 from .identity import PREVIEWS, FaceCrop, IdEmbedding
 from .networks import PhotoNetworks, PulidWeights
 from .onednn import quick_linear
-from .people import mean_direction
+from .people import mean_direction, unit
 from .photo import digest, read_photo
 from .preview import thumbnails
-from .tokens import Photos, face_vectors, identity_of, reads_together
+from .tokens import Photos, face_vectors, identity_of, reads_together, sound
 
 PARTS = (Block, PerceiverAttention, nn.Sequential)  # of the vision tower and the ID encoders
 BATCH = 4  # photographs that go through the vision tower together; more would need more memory for the same speed
@@ -188,7 +188,7 @@ def encode(
 
 
 def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tensor | None:
-    """How much each photograph that shows a face counts, (P,). Raises InputError where weights make no sense."""
+    """How much each photograph that shows a face counts, (P,), at most 1. InputError where weights make no sense."""
     if not settings.weights:
         return None
     if settings.photos != "average":
@@ -198,7 +198,7 @@ def _counts(settings: EncodeSettings, seen: Sequence[SeenFace | NoFace]) -> Tens
     taken = [weight for weight, one in zip(settings.weights, seen, strict=True) if isinstance(one, SeenFace)]
     if min(taken) < 0 or sum(taken) == 0:
         raise InputError(f"Weights must be 0 or more, and of photographs with a face not all be 0; found {taken}.")
-    return torch.tensor(taken)
+    return torch.tensor([weight / max(taken) for weight in taken])  # the sum of what is huge, or tiny, is no float32
 
 
 def see(
@@ -266,6 +266,7 @@ def _through_networks(
     device = networks.tower.load()
     with quick_linear(device):
         features = networks.tower.module.features(to_vision_input(grey).to(device))
+        unit(arcface), sound(features.pooled)  # each says which network answered with NaN
         x = face_vectors(arcface.to(device), features)
         encoded: list[Tensor | EncoderInput]
         if together:
@@ -274,7 +275,7 @@ def _through_networks(
         else:
             device = weights.encoder.load()
             tokens = weights.encoder.module(x.to(device), [stream.to(device) for stream in features.hidden])
-            encoded = [own.clone() for own in tokens.cpu()]
+            encoded = [own.clone() for own in sound(tokens).cpu()]
     pictures = grey.clamp(0, 1).movedim(1, -1)  # (P, 3, H, W) -> (P, H, W, 3)
     return [
         SeenFace(selection, picture.clone(), thumbnail.clone(), crop.arcface, own)
@@ -292,7 +293,7 @@ def identify(
         x = torch.stack([one.x for one in inputs]).unsqueeze(0)  # (1, P, 1280)
         stages = (torch.cat([one.hidden[stage] for one in inputs]).unsqueeze(0).to(device) for stage in range(STAGES))
         with quick_linear(device):
-            tokens = weights.encoder.module(x.to(device), stages).cpu()
+            tokens = sound(weights.encoder.module(x.to(device), stages)).cpu()
     else:
         tokens = torch.stack([face.encoded for face in faces if isinstance(face.encoded, Tensor)])
     identity = identity_of(tokens, weights.zeros, weights.version, weights.fingerprint, photos, id_mix, counts)

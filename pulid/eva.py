@@ -230,7 +230,8 @@ def read_eva_state(state: Mapping[str, Tensor]) -> tuple[EvaConfig, dict[str, Te
         mlp_width=own["blocks.0.mlp.fc1_g.weight"].shape[0],
         embed_dim=own["head.weight"].shape[0],
     )
-    if config.depth <= HIDDEN_BLOCKS[-1] + 1:  # the pooled vector comes from further down
+    # The pooled vector comes from further down than the hidden states; each block has tensors of its own.
+    if not HIDDEN_BLOCKS[-1] + 1 < config.depth <= len(own):
         raise ForeignWeights(
             f"This vision tower has {config.depth} blocks; PuLID needs one of 24, EVA02-CLIP-L/14-336."
         )

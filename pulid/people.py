@@ -30,7 +30,7 @@ def mean_direction(embeddings: Tensor, weights: Tensor | None = None) -> Tensor:
     The mean of normalised embeddings, so that each photograph counts the same, or as its weight (F,) says. Raises
     InputError for NaN.
     """
-    directions = _directions(embeddings)
+    directions = unit(embeddings)
     if weights is not None:
         directions = directions * weights[:, None]
     return functional.normalize(directions.mean(dim=0), dim=0)  # mean over F photographs
@@ -38,10 +38,11 @@ def mean_direction(embeddings: Tensor, weights: Tensor | None = None) -> Tensor:
 
 def similarities(embeddings: Tensor, direction: Tensor) -> Tensor:
     """Cosines -1..1 of faces (F, 512) with a direction (512,) from `mean_direction` -> (F,). InputError for NaN."""
-    return _directions(embeddings) @ direction
+    return unit(embeddings) @ direction
 
 
-def _directions(embeddings: Tensor) -> Tensor:
+def unit(embeddings: Tensor) -> Tensor:
+    """The directions of embeddings (F, 512), each of length 1. Raises InputError for NaN."""
     if not embeddings.isfinite().all():
         raise InputError(
             "The face recogniser answered with NaN or infinite values. Load PuLID with another provider, such as CPU."
@@ -106,7 +107,7 @@ def match(embeddings: Tensor, people: Tensor) -> Likeness:
     embeddings  (F, 512) of a picture's faces; where F is less than R, the people least alike go without
     people      (R, 512) directions
     """
-    cosines = _directions(embeddings) @ people.T  # (F, R)
+    cosines = unit(embeddings) @ people.T  # (F, R)
     rows, columns = import_package("scipy.optimize").linear_sum_assignment(cosines.numpy(), maximize=True)
     face_of = dict(zip(columns.tolist(), rows.tolist(), strict=True))
     faces = tuple(face_of.get(person) for person in range(len(people)))
@@ -122,7 +123,7 @@ def floor_of(strangers: Sequence[Tensor], people: Tensor) -> float:
     faces = torch.cat(list(strangers))
     if not len(faces):
         raise NoFaceError("The pictures of strangers show no face. Give some that do, or leave the input empty.")
-    return (_directions(faces) @ people.T).max().item()
+    return (unit(faces) @ people.T).max().item()
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,11 @@ def read_photo(image: Tensor, long_edge: float = LONG_EDGE) -> Photo:
         raise InputError("The photograph holds NaN or infinite pixels. Check the node that made it.")
     if most > BRIGHTEST:
         raise InputError(f"The photograph has pixels up to {most:g}; expected 0 to 1. Divide it by 255.")
-    if channels == 4:
-        opacity = image[..., 3:].clamp(0, 1)
-        image = image[..., :3] * opacity + (1 - opacity)
     pixels = torch.empty(height, width, 3, dtype=torch.uint8)
     for lines, read in zip(image.split(CACHED), pixels.split(CACHED), strict=True):
-        read.copy_((lines * 255).round_().clamp_(0, 255))
+        opacity = lines[..., 3:].clamp(0, 1) if channels == 4 else None
+        on_white = lines if opacity is None else lines[..., :3] * opacity + (1 - opacity)
+        read.copy_((on_white * 255).round_().clamp_(0, 255))
     photo = pixels.numpy()
     if scale < 1:
         cv2 = import_package("cv2")
@@ -82,7 +81,8 @@ def washed_out(photo: Photo) -> str | None:
     if lowest == highest:
         return f"one colour all over (level {lowest} of 255)"
     for level, colour in ((0, "black"), (255, "white")):
-        if (share := float((photo == level).all(axis=-1).mean())) > 1 - WASHED_OUT:
+        red, green, blue = np.moveaxis(photo == level, -1, 0)
+        if (share := float((red & green & blue).mean())) > 1 - WASHED_OUT:
             return f"{share:.1%} {colour}"
     return None
 

@@ -4,6 +4,7 @@ A mark runs from 0 to 1 and rises with what helps PuLID: a large, sharp, well ex
 The marks are this pack's own; the head's pose is that of scaled orthographic projection (DeMenthon and Davis, 1995).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .cache import ResultCache
 from .encode import FaceChoice, Photograph
@@ -19,7 +21,7 @@ from .errors import InputError, NoFaceError, about
 from .faces import CROP_LANDMARKS, Face, FaceAnalyzer, Heard
 from .identity import FaceCrop
 from .packages import import_package
-from .people import mean_direction, similarities
+from .people import unit
 
 # Where a mark is a half. The crop that the vision tower sees is 336 px, of which a face's box takes about the half; the
 # other two were read off real photographs.
@@ -154,18 +156,21 @@ def others(embeddings: Tensor, drop: bool) -> tuple[list[float], list[int]]:
     are looked at without it. Two faces that differ do not say which of them is the stranger. With `drop` false, nobody
     is one. A cosine is that with the middle of those who are no strangers.
     """
-    kept = list(range(len(embeddings)))
+    if len(embeddings) == 1:
+        return [1.0], []
+    directions = unit(embeddings.double())  # a sum less one of its parts must be that of the others
+    kept = torch.ones(len(embeddings), 1, dtype=torch.bool)
 
-    def cosine(index: int) -> float:
-        rest = [other for other in kept if other != index]
-        return similarities(embeddings[[index]], mean_direction(embeddings[rest])).item() if rest else 1.0
+    def cosines() -> Tensor:
+        rest = (directions * kept).sum(0) - directions * kept  # (F, 512)
+        return functional.cosine_similarity(directions, rest)
 
-    while drop and len(kept) > 2:
-        farthest = min(kept, key=cosine)
-        if cosine(farthest) >= SAME_PERSON:
+    while drop and kept.sum() > 2:
+        least, farthest = cosines().masked_fill(~kept[:, 0], math.inf).min(0)
+        if least >= SAME_PERSON:
             break
-        kept.remove(farthest)
-    return [cosine(index) for index in range(len(embeddings))], [i for i in range(len(embeddings)) if i not in kept]
+        kept[farthest] = False
+    return cosines().tolist(), (~kept[:, 0]).nonzero()[:, 0].tolist()
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,16 @@ def face_vectors(arcface: Tensor, features: VisionFeatures) -> Tensor:
     return torch.cat((arcface.to(features.pooled), features.pooled), dim=-1)
 
 
+def sound(answer: Tensor) -> Tensor:
+    """The same. InputError for NaN and infinity, which would make every picture black without a word."""
+    if not answer.isfinite().all():
+        raise InputError(
+            "PuLID's networks answered with NaN or infinite values. Get the files chosen as pulid_file and eva_clip "
+            "again; if they are whole, start ComfyUI with --cpu to see whether the graphics card is at fault."
+        )
+    return answer
+
+
 def uncond_tokens(
     encoder: nn.Module,
     positions: int = POSITIONS,
@@ -40,7 +50,7 @@ def uncond_tokens(
     generator = torch.Generator().manual_seed(seed)
     shapes = [(1, FACE_WIDTH), *[(1, positions, HIDDEN_WIDTH)] * STAGES]
     x, *hidden = ((torch.rand(shape, generator=generator) * noise).to(device) for shape in shapes)
-    return encoder(x, hidden)
+    return sound(encoder(x, hidden))
 
 
 def join_tokens(tokens: Sequence[Tensor], id_mix: bool) -> Tensor:

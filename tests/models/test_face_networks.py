@@ -332,6 +332,14 @@ def test_no_damage_leads_to_anything_but_our_errors(changed_models, network, tas
             assert path.name in str(error)
 
 
+@pytest.mark.parametrize("network", ["retinaface", "bisenet"])
+def test_weights_in_half_precision_serve(models, changed_models, network):
+    (place, use), state = USES[network], torch.load(models / USES[network][0])
+    (changed_models / place).unlink()
+    torch.save({n: t.half() if t.is_floating_point() else t for n, t in state.items()}, changed_models / place)
+    use(analyzer_of(changed_models))
+
+
 # ---- What is not the file's fault ----
 
 
@@ -358,17 +366,10 @@ def test_a_device_memory_or_a_disk_that_fails_is_not_told_as_a_damaged_file(mode
 
 
 def test_without_face_networks_each_use_says_why_and_keeps_no_photograph():
-    class Photograph:
-        pass
-
+    Photograph = type("Photograph", (), {})
     missing = MissingFaceNetworks(MissingWeights("no antelopev2"))
-    uses = [
-        lambda photo: missing.detect(photo, 640),
-        missing.detect_for_alignment,
-        lambda photo: missing.recognise(photo, None),
-        missing.recognise_crop,
-        missing.parse,
-    ]
+    uses = [lambda photo: missing.detect(photo, 640), lambda photo: missing.recognise(photo, None)]
+    uses += [missing.detect_for_alignment, missing.recognise_crop, missing.parse]
 
     def look(use, photograph):
         with pytest.raises(MissingWeights, match="no antelopev2"):

@@ -25,10 +25,8 @@ needs_reference = pytest.mark.skipif(
 @needs_reference
 def test_vision_input_is_the_authors_to_the_precision_they_are_stored_in():
     reference = load_file(FOLDER / "face_features.safetensors")
-
     grey = encoding.grey_on_white(reference["crop_rgb_u8"] / 255, reference["label_map"][:, 0])
     pixels = encoding.to_vision_input(grey)
-
     assert pixels.dtype == torch.float32
     assert torch.equal(pixels.half(), reference["pixels_336"])
 
@@ -36,9 +34,7 @@ def test_vision_input_is_the_authors_to_the_precision_they_are_stored_in():
 @pytest.mark.parametrize("label", range(19))
 def test_what_is_not_the_face_becomes_white_and_the_rest_grey(label):
     crop = torch.tensor([1.0, 0.5, 0.25]).view(1, 3, 1, 1)  # 0.299 + 0.2935 + 0.0285 = 0.621
-
     shown = encoding.grey_on_white(crop, torch.full((1, 1, 1), label, dtype=torch.uint8))
-
     expected = 1.0 if label in {0, 7, 8, 9, 14, 15, 16, 18} else 0.621
     assert shown.flatten().tolist() == pytest.approx([expected] * 3)
 
@@ -46,9 +42,7 @@ def test_what_is_not_the_face_becomes_white_and_the_rest_grey(label):
 def test_crops_and_labels_are_left_as_they_were():
     crops, labels = torch.rand(2, 3, 512, 512), torch.zeros(2, 512, 512, dtype=torch.uint8)
     before = crops.clone()
-
     encoding.to_vision_input(encoding.grey_on_white(crops, labels))
-
     assert torch.equal(crops, before)
 
 
@@ -101,7 +95,6 @@ def run(images, weights, networks, cache=None, step=lambda done: None, counts=()
 def test_it_gives_what_its_parts_give_all_at_once(weights, tower, encoder, version, photos, id_mix, count):
     networks = fakes.photo_networks(tower=tower)
     made = run(images(count), weights, networks, photos=photos, id_mix=id_mix).identity
-
     crops = [find_face(read_photo(image), fakes.SpotAnalyzer())[1] for image in images(count)]
     pixels = torch.stack([crop.pixels for crop in crops])
     grey = encoding.grey_on_white(pixels, torch.ones(count, 512, 512))
@@ -110,7 +103,6 @@ def test_it_gives_what_its_parts_give_all_at_once(weights, tower, encoder, versi
     if reads_together(version, photos):
         x, hidden = x[None], [stream.flatten(0, 1)[None] for stream in hidden]
     expected = identity_of(encoder(x, hidden), weights.zeros, version, "print", photos, id_mix)
-
     assert made.cond.shape == expected.cond.shape and made.version == version and made.encoder == "print"
     assert torch.allclose(made.cond, expected.cond, atol=1e-5)
     assert torch.equal(made.uncond, expected.uncond)
@@ -174,17 +166,28 @@ def test_an_interrupt_is_heard_before_every_network_and_within_the_vision_tower(
 def test_every_part_of_a_network_is_preceded_by_a_look_at_whether_to_go_on(weights, tower, photos):
     """On a CPU a tower or an encoder of many photographs takes many seconds; a part of one, a fraction of a second."""
     events = []
-    found = (part for network in (tower, weights.encoder.module) for part in network.modules())
-    hooks = [
-        part.register_forward_pre_hook(lambda *_: events.append("part"))
-        for part in found
-        if isinstance(part, encoding.PARTS)
-    ]
+    both = torch.nn.ModuleList([tower, weights.encoder.module])
+    found = [part for part in both.modules() if isinstance(part, encoding.PARTS)]
+    hooks = [part.register_forward_pre_hook(lambda *_: events.append("part")) for part in found]
     run(images(3), weights, fakes.photo_networks(tower=tower), step=lambda _: events.append("step"), photos=photos)
     for hook in hooks:
         hook.remove()
     parts = [index for index, event in enumerate(events) if event == "part"]
     assert len(parts) > len(tower.blocks) and {events[index + 1] for index in parts} == {"step"}
+
+
+@torch.inference_mode()
+def test_a_network_that_answers_with_nan_is_told_and_nothing_of_it_is_kept(weights, tower):
+    for network in (tower.head, weights.encoder.module):
+        networks, cache = fakes.photo_networks(tower=tower), ResultCache(2**30)
+        hook = network.register_forward_hook(lambda *seen: seen[-1] * torch.nan)
+        with pytest.raises(InputError, match="answered with NaN"):
+            run(images(1), weights, networks, cache)
+        hook.remove()
+        assert run(images(1), weights, networks, cache).identity.cond.isfinite().all()
+    networks.analyzer.recognise = lambda *_: torch.full((512,), torch.nan)
+    with pytest.raises(InputError, match="recogniser answered with NaN"):
+        run(images(1), weights, networks)
 
 
 @torch.inference_mode()
@@ -262,8 +265,9 @@ def test_an_average_counts_each_photograph_as_its_weight_says(weights, tower, ve
     expected = 0.5 * alone[0].cond + 0.25 * alone[1].cond + 0.25 * alone[2].cond
     assert torch.allclose(made.cond, expected, atol=1e-5)
     equal = run(images(3), weights, networks, cache, photos="average").identity
-    same = run(images(3), weights, networks, cache, photos="average", counts=(2.0, 2.0, 2.0)).identity
-    assert torch.allclose(same.cond, equal.cond, atol=1e-5)
+    for count in (2.0, 1e300, 1e-300):
+        same = run(images(3), weights, networks, cache, photos="average", counts=(count,) * 3).identity
+        assert torch.allclose(same.cond, equal.cond, atol=1e-5) and torch.allclose(same.arcface, equal.arcface)
     directions = torch.cat([one.arcface for one in alone])
     middle = torch.nn.functional.normalize((directions * torch.tensor([[1.0], [0.5], [0.5]])).mean(0), dim=0)
     assert torch.allclose(made.arcface[0], middle, atol=1e-6)
@@ -273,10 +277,8 @@ def test_an_average_counts_each_photograph_as_its_weight_says(weights, tower, ve
 def test_a_photograph_that_is_skipped_takes_its_weight_with_it():
     taken = [images(1)[0], torch.zeros(64, 64, 3), images(2)[1]]
     alone = [run([taken[row]], fakes.weights(), fakes.photo_networks()).identity.cond for row in (0, 2)]
-    made = run(
-        taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, counts=(3.0, 9.0, 1.0)
-    ).identity
-    assert torch.allclose(made.cond, 0.75 * alone[0] + 0.25 * alone[1])
+    made = run(taken, fakes.weights(), fakes.photo_networks(), photos="average", skip=True, counts=(3.0, 9.0, 1.0))
+    assert torch.allclose(made.identity.cond, 0.75 * alone[0] + 0.25 * alone[1])
 
 
 @pytest.mark.parametrize(("settings", "words"), [

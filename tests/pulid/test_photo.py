@@ -19,9 +19,7 @@ def test_a_photograph_of_whole_levels_comes_back_as_it_was(photo):
 
 def test_a_large_photograph_is_shrunk_as_the_authors_do():
     levels = np.random.default_rng(1).integers(0, 256, (1500, 1111, 3), dtype=np.uint8)
-
     photo = read_photo(torch.from_numpy(levels) / 255)
-
     expected = cv2.resize(levels, (int(1111 * 1024 / 1500), 1024), interpolation=cv2.INTER_LANCZOS4)
     assert np.array_equal(photo, expected)
 
@@ -32,8 +30,9 @@ def test_a_photograph_can_keep_its_size():
 
 
 def test_transparency_is_laid_on_white():
-    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).expand(20, 20, 4)
-    assert read_photo(image)[0, 0].tolist() == [153, 178, 204]  # 255 (0.5 c + 0.5), to the nearest level
+    image = torch.tensor([0.2, 0.4, 0.6, 0.5]).repeat(100, 20, 1)
+    image[70:, :, 3] = 0.25
+    assert read_photo(image)[[0, 99], 0].tolist() == [[153, 178, 204], [204, 217, 230]]  # 255 (1 - opacity (1 - c))
 
 
 def test_a_grey_photograph_gets_three_equal_channels():
@@ -93,9 +92,8 @@ def test_what_there_is_to_know_of_a_photograph_is_put_into_words():
     assert washed_out(white) == "99.0% white" and washed_out(255 - white) == "99.0% black"
     white[:20] = 100
     assert washed_out(white) is None
-    assert cut_off(torch.tensor([-0.5, 1.4])) == (
-        "with pixels from -0.50 to 1.40: what lies beyond 0 to 1 is taken as black or white"
-    )
+    beyond = "with pixels from -0.50 to 1.40: what lies beyond 0 to 1 is taken as black or white"
+    assert cut_off(torch.tensor([-0.5, 1.4])) == beyond
     assert cut_off(torch.rand(9, 9, 3)) is None
     assert shrunk(torch.zeros(2048, 4096, 3)) == "shrunk from 4096 x 2048 to 1024 x 512 px (4.0 times)"
     assert shrunk(torch.zeros(64, 64, 3)) is None

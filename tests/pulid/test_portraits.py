@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from time import process_time
 
 import cv2
 import numpy as np
@@ -122,9 +123,9 @@ def test_several_strangers_drop_out_and_likeness_is_to_those_who_stay():
     likeness, dropped = others(at(0, 10, 100, 20, 250, 5), drop=True)
     assert dropped == [2, 4]
     middle = torch.nn.functional.normalize(at(0, 10, 20, 5), dim=1).mean(0)
-    assert likeness[2] == pytest.approx(
-        (torch.nn.functional.normalize(at(100), dim=1)[0] @ middle / middle.norm()).item()
-    )
+    assert likeness[2] == pytest.approx(torch.cosine_similarity(at(100)[0], middle, dim=0).item())
+    start = process_time()
+    assert len(others(torch.randn(300, 512), drop=True)[1]) == 298 and process_time() - start < 4
 
 
 def test_nobody_is_a_stranger_of_two_or_where_strangers_stay():
@@ -145,8 +146,7 @@ def portrait(angle=0.0, **marks):
 def test_the_best_are_taken_in_order_and_the_rest_is_told_why():
     looks = [portrait(side=60), "no face", portrait(), portrait(yaw=50), portrait(130), portrait(side=150)]
     choice = choose(looks, 3, drop_strangers=True)
-    assert choice.best == [2, 5, 3]
-    assert choice.further == [0]
+    assert (choice.best, choice.further) == ([2, 5, 3], [0])
     assert choice.left_out == {1: "no face", 4: f"someone else? likeness {choice.likeness[4]:.2f}"}
     assert falls([choice.scores[number] for number in (2, 5, 3, 0)])
 
