@@ -8,12 +8,12 @@ from types import CellType
 from typing import Any
 from uuid import uuid4
 
-import comfy.patcher_extension
 import numpy as np
 import torch
 import torch.nn.functional as F
 from comfy.ldm.modules import attention as host_attention
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP, add_wrapper_with_key
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from . import host
 from .host import cross_attention
-from .rows import KEY, Placement, SamplingRun, without_a_run
+from .rows import KEY, RUN, Placement, SamplingRun, arrive_by_the_way, without_a_run
 
 # The branches of a guider that hold what the picture is to show: CFG and most others, DualCFG's second prompt.
 POSITIVE_BRANCHES = ("positive", "middle")
@@ -133,12 +133,15 @@ class AttentionPatch:
         else:
             placement = call.at_site(q, extra_options)
             schedule = call.run.schedules.get(self.installed.schedule, schedule)
-        if len(k) > len(q):  # behind the rows of the prompts, NAG puts those that it guides away from
+        if k.ndim == q.ndim and len(k) > len(q):  # behind the prompts' rows, NAG puts those that it guides away from
             k, v = k[: len(q)], v[: len(q)]
             if call is not None:
                 call.run.say(SURPLUS_KEYS, self.installed.node_id)
-        if self.base is not None:
-            base = self.base(q, k, v, extra_options)
+        below = self.base
+        if below is None and call is not None:  # what another node has put on the whole block, behind ours
+            below = call.replacements.get(extra_options["block"])
+        if below is not None:
+            base = below(q, k, v, extra_options)
         else:
             base = host_attention.optimized_attention(
                 q, k, v, extra_options["n_heads"],
@@ -155,7 +158,7 @@ class AttentionPatch:
             grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
             mask = self.mask.tokens(q, grid, placement)
         rows = placement.identities(self.kv.rows - 1)
-        is_ours = self.base is None or isinstance(self.base, AttentionPatch)  # what others give, they may keep
+        is_ours = below is None or isinstance(below, AttentionPatch)  # what others give, they may keep
         out = self._way(q)(q, base, rows, strength, mask, overwrite=is_ours)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
 
@@ -180,9 +183,9 @@ class AttentionPatch:
 
     def to(self, target: torch.device | torch.dtype) -> "AttentionPatch":
         """The host calls this with the device, then with the dtype of the weights, which may be a storage dtype."""
-        if isinstance(target, torch.dtype):
-            return self
-        return replace(self, kv=self.kv.to(target))
+        kv = self.kv if isinstance(target, torch.dtype) else self.kv.to(target)
+        move = getattr(self.base, "to", None)  # what lies on a key alone is asked
+        return replace(self, kv=kv, base=move(target) if move else self.base)
 
 
 SURPLUS_KEYS = (
@@ -225,7 +228,11 @@ def _start(
     for one in installed:
         for text in (*_displaced(one, options), *_misfit(one, run.size)):
             run.say(text, one.node_id)
-    return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    token = RUN.set(run)
+    try:
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+    finally:
+        RUN.reset(token)
 
 
 def _run_of(guider: CFGGuider, noise: Tensor, installed: Sequence[Installed]) -> SamplingRun:
@@ -277,11 +284,11 @@ def _displaced(installed: Installed, options: dict) -> list[str]:
 HOLDING = ("__self__", "__wrapped__", "__defaults__", "__kwdefaults__", "func", "args", "keywords")
 
 
-def _holds(replacement: object, installed: Installed, depth: int = 5) -> bool:
+def _holds(replacement: object, installed: Installed, depth: int = 6) -> bool:
     """Whether a patch of that node is what lies there, or can be reached from it: other packs wrap what they find."""
     if isinstance(replacement, AttentionPatch):
         return replacement.installed == installed or _holds(replacement.base, installed, depth)
-    if depth == 0 or replacement is None or isinstance(replacement, Tensor | torch.nn.Module | str | type):
+    if depth == 0 or isinstance(replacement, Tensor | torch.nn.Module | ModelPatcher | str | type | None):
         return False
     if isinstance(replacement, dict):
         inside = [*replacement.values()]
@@ -349,8 +356,8 @@ def patch_model(
         prepared = kv.prepare(attention.heads, zero_tokens, weight, host.sampling_dtype(model))
         patch = AttentionPatch(prepared, fusion, installed, schedule, mask, base)
         clone.set_model_attn2_replace(patch, site.part, site.number, site.block)
-    wrapper, callback = comfy.patcher_extension.WrappersMP.SAMPLER_SAMPLE, comfy.patcher_extension.CallbacksMP.ON_CLONE
-    if not clone.get_wrappers(wrapper, KEY):
-        clone.add_wrapper_with_key(wrapper, KEY, _start)
-        clone.add_callback_with_key(callback, KEY, _own_patches)
+    if not clone.get_wrappers(WrappersMP.SAMPLER_SAMPLE, KEY):
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, _start)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, arrive_by_the_way, clone.model_options, True)
+        clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_patches)
     return clone

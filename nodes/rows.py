@@ -7,6 +7,7 @@ they make a new one, the prompt in each row tells. What cannot be known is an er
 
 import logging
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
@@ -84,9 +85,11 @@ class Placement:
 
         Picture j gets identity j, the last one repeats.
         """
-        if count not in self._identities:
-            self._identities[count] = tuple(_number(row, count) if row.positive else count for row in self.rows)
-        return self._identities[count]
+        if (found := self._identities.get(count)) is None:
+            found = tuple(_number(row, count) if row.positive else count for row in self.rows)
+            if not torch.compiler.is_compiling():  # which would compile all again where something is found
+                self._identities[count] = found
+        return found
 
     def masks(self, count: int) -> list[int]:
         """For each row the number of its mask: picture j gets mask j, the last one repeats."""
@@ -96,8 +99,9 @@ class Placement:
         """What each row shows; None where each shows the whole picture. Raises MismatchError."""
         if any(row.part is None for row in self.rows):
             raise MismatchError(
-                "PuLID's mask lies on the whole picture, but something between Apply PuLID and the sampler hands in "
-                "parts of it without saying where they lie. Take the mask away, or that node out."
+                "PuLID's mask lies on the whole picture, but the model is given pictures of another size, and nothing "
+                "says which parts of it they are: by a node behind Apply PuLID, or by a sampler that works at several "
+                "sizes (euler_dy, euler_smea_dy). Take the mask away, that node out, or choose another sampler."
             )
         parts = [row.part for row in self.rows if row.part is not None]
         whole = _all_of(self.size)
@@ -153,6 +157,9 @@ class SamplingRun:
     said: set[str] = field(default_factory=set)
     known: dict[Hashable, Placement] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict) -> "SamplingRun":
+        return self  # as Pre CFG and Automatic CFG copy the options of a model in every step
+
     def say(self, text: str, node_id: str | None) -> None:
         """Say it once, on the node and in the log."""
         if text not in self.said:
@@ -164,11 +171,9 @@ class SamplingRun:
     def follow(self, model_options: dict) -> None:
         """Stand before and behind all that can rearrange a batch on its way to the network."""
         wrappers = model_options["transformer_options"].setdefault("wrappers", {})
-        for stage, arrive in (
-            (WrappersMP.APPLY_MODEL, self._arrive),
-            (WrappersMP.DIFFUSION_MODEL, self._arrive_within),
-        ):
+        for stage, arrive in ((WrappersMP.APPLY_MODEL, self.arrive), (WrappersMP.DIFFUSION_MODEL, self._arrive_within)):
             theirs = dict(wrappers.get(stage, {}))
+            theirs.pop(KEY, None)
             compiling = {COMPILE_KEY: theirs.pop(COMPILE_KEY)} if COMPILE_KEY in theirs else {}
             first = {f"{KEY} first": [partial(_enter, stage)]} if theirs else {}
             if theirs or stage == WrappersMP.APPLY_MODEL:
@@ -176,7 +181,7 @@ class SamplingRun:
         if function := model_options.get("model_function_wrapper"):
             model_options["model_function_wrapper"] = partial(_enter_function, function)
 
-    def _arrive(
+    def arrive(
         self, executor: WrapperExecutor, x: Tensor, t: Tensor, c_concat: Tensor | None, c_crossattn: Tensor,
         control: Any, transformer_options: dict, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
@@ -192,7 +197,7 @@ class SamplingRun:
         theirs = [one for one in patches.get("attn2_patch", ()) if one not in (_mark_queries, _read_queries)]
         if theirs:
             options["patches"] = {**patches, "attn2_patch": [_mark_queries, *theirs, _read_queries]}
-        options[KEY] = Call(self, placement)
+        options[KEY] = Call(self, placement, options.get("patches_replace", {}).get("attn2", {}))
         model: Any = executor.class_obj
         like = plain(x).to(model.manual_cast_dtype or model.get_dtype())
         for mask in self.masks:
@@ -278,12 +283,14 @@ class SamplingRun:
 class Call:
     """One call of the network.
 
+    replacements  of cross-attentions, in this call; those of a whole block lie below ours
     sites      placements of queries that other packs' patches (attn2_patch) changed, by block
     strengths  of schedules at this call's noise level, by schedule and dtype
     """
 
     run: SamplingRun
     placement: Placement
+    replacements: Mapping[Hashable, Callable]
     sites: dict[Hashable, Placement] = field(default_factory=dict)
     strengths: dict[tuple[Schedule, torch.dtype], Tensor] = field(default_factory=dict)
 
@@ -323,6 +330,15 @@ def _read_queries(n: Tensor, k: Tensor, v: Tensor, extra_options: Mapping) -> tu
     return plain(n), k, v
 
 
+RUN: ContextVar[SamplingRun | None] = ContextVar("RUN", default=None)  # the one under way
+
+
+def arrive_by_the_way(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Tensor:
+    """For a pack that calls the model, while sampling, with options that it kept since before (Automatic CFG)."""
+    run = RUN.get()
+    return executor(*args, **kwargs) if run is None else run.arrive(executor, *args, **kwargs)
+
+
 def _enter(
     stage: str, executor: Callable, x: Tensor, t: Tensor, c_concat: Tensor | None, c_crossattn: Tensor, control: Any,
     transformer_options: dict, **kwargs: Any,
@@ -346,9 +362,12 @@ def _enter_function(function: Callable, apply_model: Callable, arguments: dict) 
 
 
 def same_prompt(row: Tensor, prompt: Tensor) -> bool:
-    """Whether a row (S, D) is this prompt (1, T, D), which ComfyUI repeats to the length of the longest in a batch."""
+    """Whether a row (S, D) is of this prompt (B, T, D), which ComfyUI repeats to the length of the longest in a batch.
+
+    Where each picture has a prompt of its own, B is more than one.
+    """
     length, width = prompt.shape[1:]
-    return len(row) % length == 0 and row.shape[1] == width and torch.equal(row[:length], prompt[0].to(row))
+    return len(row) % length == 0 and row.shape[1] == width and bool((row[:length] == prompt.to(row)).all((1, 2)).any())
 
 
 def window_of(options: Mapping, pictures: int, size: tuple[int, int]) -> Window | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import comfy.sample
 import comfy.samplers
 import torch
+from comfy.ldm.modules.attention import optimized_attention
 from pulid_sdxl.nodes import patch
 from pulid_sdxl.nodes.apply import PulidApply
 from pulid_sdxl.pulid.attention import IdProjections, fuse
@@ -59,6 +60,34 @@ def sample(model, steps=1, cfg=3.0, positive=None, negative=None, batch=1, guide
 
 def sites_of(patched):
     return patched.model_options["transformer_options"]["patches_replace"]["attn2"]
+
+
+class Attn2Replace:
+    """What IPAdapter, InstantID and the older PuLID pack leave on a key, reduced to its contract."""
+
+    def __init__(self, callback, **kwargs):
+        self.entries = [(callback, kwargs)]
+
+    def add(self, callback, **kwargs):
+        self.entries.append((callback, kwargs))
+
+    def __call__(self, q, k, v, extra_options):
+        out = optimized_attention(q, k, v, extra_options["n_heads"])
+        for callback, kwargs in self.entries:
+            out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+
+def add_callback(model, callback, **kwargs):
+    """Clones, then puts a residual on every site or adds it to what is there, as those packs do."""
+    clone, kwargs = model.clone(), {"sigma_start": 1e9, "sigma_end": 0.0, **kwargs}
+    replacements = clone.model_options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn2", {})
+    for site in SITES:
+        if site.key in replacements:
+            replacements[site.key].add(callback, **kwargs)
+        else:
+            replacements[site.key] = Attn2Replace(callback, **kwargs)
+    return clone
 
 
 def places(batch=1, height=16, width=24):

@@ -12,6 +12,7 @@ from pulid_sdxl.tools import comfy_host
 comfy_host.enter(os.environ["COMFYUI"])
 
 import copy
+from types import SimpleNamespace
 
 import comfy.ldm.modules.attention as host_attention
 import comfy.patcher_extension
@@ -25,7 +26,7 @@ from pulid_sdxl.pulid.errors import InputError
 from torch._dynamo.utils import counters
 
 from . import sampling
-from .sampling import NEGATIVE, SITES, apply, conditioning, sample, sites_of
+from .sampling import NEGATIVE, SITES, add_callback, apply, conditioning, sample, sites_of
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -61,42 +62,11 @@ class TestRange:
         changed = self.resampled(apply(model, pulid, identity, start_at=0.2, end_at=0.8))
         model_sampling = changed.get_model_object("model_sampling")
         sigmas = comfy.samplers.calculate_sigmas(model_sampling, "normal", 10)[:-1]
-        inside = [
-            bool(model_sampling.percent_to_sigma(0.8) <= sigma <= model_sampling.percent_to_sigma(0.2))
-            for sigma in sigmas
-        ]
+        least, most = (model_sampling.percent_to_sigma(share) for share in (0.8, 0.2))
+        inside = [bool(least <= sigma <= most) for sigma in sigmas]
         sample(changed, steps=10)
         assert 0 < sum(inside) < 10
         assert [bool(step) for step in acted[:: len(SITES)]] == inside
-
-
-class Attn2Replace:
-    """What IPAdapter, InstantID and the older PuLID pack leave on a key, reduced to its contract."""
-
-    def __init__(self, callback, **kwargs):
-        self.callback, self.kwargs = [callback], [kwargs]
-
-    def add(self, callback, **kwargs):
-        self.callback.append(callback)
-        self.kwargs.append(kwargs)
-
-    def __call__(self, q, k, v, extra_options):
-        out = host_attention.optimized_attention(q, k, v, extra_options["n_heads"])
-        for callback, kwargs in zip(self.callback, self.kwargs, strict=True):
-            out = out + callback(out, q, k, v, extra_options, **kwargs)
-        return out
-
-
-def add_callback(model, callback):
-    clone = model.clone()
-    replacements = clone.model_options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn2", {})
-    kwargs = {"sigma_start": 1e9, "sigma_end": 0.0}
-    for site in SITES:
-        if site.key in replacements:
-            replacements[site.key].add(callback, **kwargs)
-        else:
-            replacements[site.key] = Attn2Replace(callback, **kwargs)
-    return clone
 
 
 class TestCallbacks:
@@ -148,6 +118,13 @@ class TestSurplusKeys:
         assert torch.equal(sample(self.with_negatives(patched, batch), batch=batch, steps=2), expected)
         assert [node for node, text in said if text.startswith("NAG is inactive")] == ["7"]
 
+    def test_keys_with_a_dimension_more_are_of_a_pack_that_injects_prompts(self, model, pulid, identity, said):
+        patched = apply(model, pulid, identity)
+        injected = patched.clone()
+        injected.set_model_attn2_patch(lambda n, k, v, _: (n, *[torch.stack((k, k + 1))] * 2))
+        assert not torch.allclose(sample(injected, cfg=1.0), sample(patched, cfg=1.0), atol=1e-3)
+        assert said == []
+
 
 class TestDisplaced:
     def overwrite(self, model, sites=SITES[:60]):
@@ -165,11 +142,9 @@ class TestDisplaced:
         assert node == "7"
         assert __name__ in text and "60 of 70" in text and "before Apply PuLID" in text
 
-    def test_the_other_order_is_silent(self, model, pulid, identity, said):
+    def test_the_other_order_is_silent_and_of_two_nodes_the_lost_one_is_named(self, model, pulid, identity, said):
         sample(apply(self.overwrite(model), pulid, identity))
         assert said == []
-
-    def test_of_two_nodes_the_lost_one_is_named(self, model, pulid, identity, said):
         sample(apply(self.overwrite(apply(model, pulid, identity)), pulid, identity))
         assert len(said) == 1 and "60 of 70" in said[0][1]
 
@@ -197,7 +172,11 @@ class TestDisplaced:
 
             return call
 
-        for make in (closure, Wrapping, default, lambda before: closure(Wrapping(before))):
+        def kept(before):  # in the options of a model, on an object
+            held = SimpleNamespace(options={"transformer_options": {"patches_replace": {"attn2": {0: before}}}})
+            return lambda *args: held.options["transformer_options"]["patches_replace"]["attn2"][0](*args)
+
+        for make in (closure, Wrapping, default, kept, lambda before: closure(Wrapping(before))):
             sample(self.wrap(apply(model, pulid, identity), make))
         assert said == []
 
@@ -242,10 +221,10 @@ def test_a_compiled_model_stays_one_graph_and_gives_the_same_picture(model, puli
     monkeypatch.setattr(host_attention, "optimized_attention", host_attention.attention_pytorch)  # no break of its own
     mask = torch.rand(1, 128, 192, generator=torch.Generator().manual_seed(1))
     patched = apply(model, pulid, identity, start_at=0.05, attn_mask=mask)
-    expected = sample(patched)
+    expected = sample(patched, steps=2)
     torch._dynamo.reset()
     counters.clear()
     set_torch_compile_wrapper(patched, backend="eager")
-    compiled = sample(patched)
+    compiled = sample(patched, steps=2)
     assert (sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]) == (0, 1)
     assert torch.allclose(compiled, expected, atol=2e-5 * expected.std())

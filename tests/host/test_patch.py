@@ -3,6 +3,7 @@
 import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,6 +42,7 @@ from .sampling import (
     POSITIVE,
     SECOND,
     WIDTHS,
+    add_callback,
     apply,
     conditioning,
     fuse_by,
@@ -159,11 +161,16 @@ class TestMemory:
         out = site(q, k, v, {"n_heads": WIDTHS[-1] // 64, **PASS})
         assert (out.device.type, out.dtype) == ("meta", torch.bfloat16)
 
-    def test_the_host_moves_a_patch_by_device_and_never_to_a_storage_dtype(self, model, pulid, identity):
+    def test_the_host_moves_a_patch_by_device_and_never_to_a_storage_dtype_and_what_lies_below(
+        self, model, pulid, identity
+    ):
+        asked = []
         site = middle(apply(model, pulid, identity))
+        site.base = SimpleNamespace(to=lambda target: asked.append(target) or site.base)
         moved = site.to(torch.device("meta")).to(torch.float8_e4m3fn)
         assert (moved.kv.keys.device.type, moved.kv.keys.dtype) == ("meta", torch.float32)
         assert site.kv.keys.device.type == "cpu"
+        assert asked == [torch.device("meta"), torch.float8_e4m3fn]
 
 
 class TestSchedule:
@@ -275,17 +282,19 @@ class TestComposition:
         outside = add_like_ipadapter(patched, sigma_start=1e-3, sigma_end=0.0)
         assert torch.equal(sample(outside), sample(patched))
 
-    def test_a_replacement_on_the_two_part_key_is_wrapped(self, model, pulid, identity):
-        calls = []
-
+    def test_a_replacement_on_the_two_part_key_lies_below_ours_in_either_order(self, model, pulid, identity):
         def doubling(q, k, v, extra_options):
             calls.append(extra_options["block_index"])
             return 2 * torch.nn.functional.layer_norm(q, q.shape[-1:])
 
-        replaced = model.clone()
-        replaced.set_model_attn2_replace(doubling, "middle", 0)
-        sample(apply(replaced, pulid, identity))
-        assert sorted(set(calls)) == list(range(10))
+        pictures = []
+        for order in ("before", "after"):
+            calls = []
+            replaced = model.clone() if order == "before" else apply(model, pulid, identity)
+            replaced.set_model_attn2_replace(doubling, "middle", 0)
+            pictures.append(sample(apply(replaced, pulid, identity) if order == "before" else replaced))
+            assert sorted(set(calls)) == list(range(10))
+        assert torch.equal(*pictures)
 
     def test_lora_before_and_after_gives_the_same_picture(self, model, pulid, identity):
         key = "diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_q.weight"
@@ -329,38 +338,8 @@ class TestComposition:
             assert copy.kv.keys is on.kv.keys and copy.kv.values is on.kv.values
 
 
-class Attn2Replace:
-    """What IPAdapter, InstantID and others leave on a key, reduced to its contract."""
-
-    def __init__(self, callback, **kwargs):
-        self.entries = [(callback, kwargs)]
-
-    def add(self, callback, **kwargs):
-        self.entries.append((callback, kwargs))
-
-    def __call__(self, q, k, v, extra_options):
-        out = patch.host_attention.optimized_attention(q, k, v, extra_options["n_heads"])
-        for callback, kwargs in self.entries:
-            out = out + callback(out, q, k, v, extra_options, **kwargs)
-        return out
-
-
 def add_like_ipadapter(model, **kwargs):
-    """Clones, then puts a residual on every site or adds it to what is there, as those packs do."""
-    kwargs = {"sigma_start": 1e9, "sigma_end": 0.0, **kwargs}
-
-    def residual(out, q, k, v, extra_options, **_):
-        return 0.5 * q
-
-    clone = model.clone()
-    options = clone.model_options["transformer_options"]
-    replacements = options.setdefault("patches_replace", {}).setdefault("attn2", {})
-    for site in SITES:
-        if site.key in replacements:
-            replacements[site.key].add(residual, **kwargs)
-        else:
-            replacements[site.key] = Attn2Replace(residual, **kwargs)
-    return clone
+    return add_callback(model, lambda out, q, *args, **_: 0.5 * q, **kwargs)
 
 
 class Control(comfy.controlnet.ControlBase):

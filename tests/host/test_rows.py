@@ -3,6 +3,7 @@
 Each way of rearranging a batch is a small stand-in of what a real pack does; tests/neighbours/ runs the packs.
 """
 
+import copy
 import os
 import random
 from functools import partial
@@ -159,10 +160,13 @@ class TestTiles:
         x = torch.tensor(arguments["input"].tolist())[order]
         return function(x, arguments["timestep"][order], **c)[order]
 
-    def test_where_a_batch_is_made_anew_the_prompts_tell(self, model, pulid, watch):
+    @pytest.mark.parametrize("prompts", [[POSITIVE], [POSITIVE, SECOND]])
+    def test_where_a_batch_is_made_anew_the_prompts_tell(self, model, pulid, watch, prompts):
         patched = apply(model, pulid, make_identity(), attn_mask=sampling.ramp())
         patched.set_model_unet_function_wrapper(self.anew)
-        sample(patched, noise=sampling.places())
+        [[_, pooled]] = conditioning(POSITIVE)
+        each = torch.cat([conditioning(prompt)[0][0] for prompt in prompts])  # a prompt for each picture
+        sample(patched, noise=sampling.places(len(prompts)), positive=[[each, pooled]])
         watch.check(1, 1)
 
     @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ class TestTiles:
                 sample(patched, noise=sampling.places())
                 watch.check()
             else:
-                with pytest.raises(MismatchError, match="without saying where they lie"):
+                with pytest.raises(MismatchError, match="nothing says which parts of it"):
                     sample(patched, noise=sampling.places())
 
 
@@ -361,16 +365,11 @@ class TestAreas:
     @pytest.mark.parametrize("seed", range(4))
     def test_areas_of_any_size_on_latents_of_any_size(self, model, pulid, watch, seed):
         """Some reach beyond the latent; two pictures, two prompts."""
-        draw = random.Random(seed)
-        height, width = draw.randint(9, 21), draw.randint(9, 21)
+        draw = random.Random(seed).randint
+        height, width = draw(9, 21), draw(9, 21)
         positive = []
         for number in range(2):
-            area = (
-                draw.randint(5, height),
-                draw.randint(5, width),
-                draw.randint(0, height - 5),
-                draw.randint(0, width - 5),
-            )
+            area = draw(5, height), draw(5, width), draw(0, height - 5), draw(0, width - 5)
             positive += conditioning(POSITIVE + number, area=area, strength=1.0)
         patched = apply(model, pulid, make_identity(people=2), attn_mask=sampling.ramp(2, height, width))
         sample(patched, noise=sampling.places(2, height, width), positive=positive)
@@ -393,6 +392,20 @@ class TestAreas:
         right = {"positive": conditioning(POSITIVE, area=(16, 12, 0, 12)), "cfg": 1.0}
         masked = sample(apply(model, pulid, make_identity(), attn_mask=left), **right)
         assert torch.allclose(masked, sample(model, **right), atol=1e-5)
+
+
+def test_a_pack_that_kept_the_models_options_since_before_sampling_has_its_rows_too(model, pulid, watch):
+    patched = apply(model, pulid, make_identity())
+    kept = copy.deepcopy(patched.model_options)  # as Automatic CFG does
+
+    def negative_again(args):
+        x, sigma, conds = args["input"], args["sigma"], [args["uncond"]]
+        return args["denoised"] + comfy.samplers.calc_cond_batch(args["model"], conds, x, sigma, kept)[0]
+
+    patched.set_model_sampler_post_cfg_function(negative_again)
+    sample(patched, noise=sampling.places())
+    assert [call.prompts for call in watch.calls][1:] == [[NEGATIVE]]
+    watch.check()
 
 
 def test_a_pack_that_calls_the_model_itself_is_read_by_its_prompts(model, pulid, watch):

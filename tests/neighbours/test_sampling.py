@@ -232,32 +232,41 @@ class TestPicturesInParts:
         assert [text for text in said if "If these are a tile of a larger picture" in text]
 
 
-class TestPerturbedAttentionPack:
-    def node_of(self, module, node_id):
-        """The pack's own registration needs a newer ComfyUI than 0.3.64; these nodes do not."""
-        return module_of("sd-perturbed-attention", module).NODE_CLASS_MAPPINGS[node_id]()
+# Pack, module where its own registration needs a newer ComfyUI than 0.3.64, node, what it is given behind the model.
+PLADIS = ("sd-perturbed-attention", "pladis_nodes", "PLADIS")
+BESIDE = [
+    ("sd-perturbed-attention", "nag_nodes", "NormalizedAttentionGuidance", conditioning(NEGATIVE)),
+    ("prompt_injection", None, "PromptInjection", conditioning(SECOND)),
+    ("pre_cfg_comfy_nodes_for_ComfyUI", None, "Excellent attention", 2.0, True),
+    ("pre_cfg_comfy_nodes_for_ComfyUI", None, "Pre CFG zero attention", "cond", 1.5, 99.0, 0.0, "both", "middle", 0),
+    ("ComfyUI-SEGAttention", None, "SEGAttention", 3.0, 10.0, False),
+]
 
+
+def put(model, pack, module, node_id, *given):
+    kind = module_of(pack, module).NODE_CLASS_MAPPINGS[node_id] if module else node(pack, node_id)
+    return getattr(kind(), kind.FUNCTION)(model, *given)[0]
+
+
+class TestNodesThatChangeAttention:
     def test_pladis_is_named_and_composes_in_the_other_order(self, model, pulid, watch, said):
-        pladis = self.node_of("pladis_nodes", "PLADIS")
-        sample(pladis.patch(apply(model, pulid, make_identity()))[0])
+        sample(apply(put(model, *PLADIS), pulid, make_identity()), noise=sampling.places())
+        assert said == []
+        watch.check()
+        sample(put(apply(model, pulid, make_identity()), *PLADIS))
         assert len(said) == 1 and "60 of 70" in said[0]
-        said.clear()
-        watch.calls.clear()
-        sample(apply(pladis.patch(model)[0], pulid, make_identity()), noise=sampling.places())
-        assert said == []
-        watch.check()
 
+    @pytest.mark.parametrize("cfg", [1.0, 3.0])
     @pytest.mark.parametrize("order", ["before", "after"])
-    def test_normalized_attention_guidance(self, model, pulid, watch, said, order):
-        guidance = self.node_of("nag_nodes", "NormalizedAttentionGuidance")
-        if order == "before":
-            patched = apply(guidance.patch(model, conditioning(NEGATIVE))[0], pulid, make_identity())
-        else:
-            patched = guidance.patch(apply(model, pulid, make_identity()), conditioning(NEGATIVE))[0]
-        guided = sample(patched, noise=sampling.places())
+    @pytest.mark.parametrize("beside", BESIDE, ids=lambda beside: beside[2])
+    def test_both_act(self, model, pulid, watch, said, beside, order, cfg):
+        ours = apply(model, pulid, make_identity())
+        both = put(ours, *beside) if order == "after" else apply(put(model, *beside), pulid, make_identity())
+        made = sample(both, cfg=cfg, noise=sampling.places())
         assert said == []
         watch.check()
-        assert not torch.allclose(guided, sample(apply(model, pulid, make_identity()), noise=sampling.places()))
+        for alone in (ours, put(model, *beside)):
+            assert not torch.allclose(made, sample(alone, cfg=cfg, noise=sampling.places()), atol=1e-3)
 
 
 class TestNag:
@@ -284,13 +293,9 @@ class TestNag:
 class TestAnimateDiffEvolved:
     def test_context_windows_without_a_motion_model(self, model, pulid, watch):
         pack = "ComfyUI-AnimateDiff-Evolved"
-        context = node(pack, "ADE_StandardStaticContextOptions")().create_options(context_length=3, context_overlap=1)[
-            0
-        ]
+        [context] = node(pack, "ADE_StandardStaticContextOptions")().create_options(3, 1)
         patched = apply(model, pulid, make_identity(people=5), attn_mask=sampling.ramp(5))
-        evolved = node(pack, "ADE_UseEvolvedSampling")().use_evolved_sampling(
-            patched, beta_schedule="autoselect", context_options=context
-        )[0]
+        [evolved] = node(pack, "ADE_UseEvolvedSampling")().use_evolved_sampling(patched, "autoselect", None, context)
         sample(evolved, noise=sampling.places(5))
         assert len(watch.calls) > 1
         watch.check(5, 5)
@@ -333,16 +338,11 @@ class TestIPAdapterPlus:
                 "sigma_start": 1e9, "sigma_end": 0.0, "unfold_batch": False, "embeds_scaling": "V only",
             }  # fmt: skip
             for number, site in enumerate(SITES):
-                given = {**kwargs, "module_key": str(2 * number + 1)}
-                plus.set_model_patch_replace(changed, given, site.key)
+                plus.set_model_patch_replace(changed, {**kwargs, "module_key": str(2 * number + 1)}, site.key)
             return changed
 
-        ours = (
-            apply(put(model), pulid, make_identity())
-            if order == "before"
-            else put(apply(model, pulid, make_identity()))
-        )
-        with_both = sample(ours, noise=sampling.places())
+        ours = apply(model, pulid, make_identity())
+        both = apply(put(model), pulid, make_identity()) if order == "before" else put(ours)
+        with_both = sample(both, noise=sampling.places())
         watch.check()
-        alone = sample(apply(model, pulid, make_identity()), noise=sampling.places())
-        assert torch.equal(with_both, alone) == (weight == 0)
+        assert torch.equal(with_both, sample(ours, noise=sampling.places())) == (weight == 0)
