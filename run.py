@@ -17,7 +17,8 @@ These set up nothing and use what is there; start them with the Python that star
 `run.py COMMAND --help` says what each takes. `models` and `doctor` exit with 1 while something is to be done.
 
 ComfyUI is looked for in --comfyui FOLDER, COMFYUI_PATH (several: separated like PATH), around this folder when it lies
-in custom_nodes, and in ~/comfy/ComfyUI; demo, test and bench clone the official repository where there is none.
+in custom_nodes, and in ~/comfy/ComfyUI; demo, test and bench clone the official repository where there is none. Where
+custom_nodes lies beside models and user alone, as in ComfyUI Desktop, those are looked into.
 """
 
 # Standard library only, and of the pack what needs no more; what developers use lies in tools/develop.py. A new command
@@ -70,10 +71,19 @@ def find_hosts(given: str | None, here: Path = HERE, cache: Path = CACHE) -> lis
             if not is_comfyui(host):
                 raise Failure(f"{host} is not a ComfyUI folder: it has no main.py with comfy/ beside it.")
         return list(dict.fromkeys(hosts))
+    if base_folder(here):
+        return []
     for host in (here.parent.parent, Path.home() / "comfy" / "ComfyUI", cache / "ComfyUI"):
         if is_comfyui(host):
             return [host]
     return []
+
+
+def base_folder(here: Path = HERE) -> Path | None:
+    """The folder around this pack that holds custom_nodes, models and user without a ComfyUI: --base-directory."""
+    around = here.parent.parent
+    is_base = here.parent.name == "custom_nodes" and (around / "models").is_dir() and not is_comfyui(around)
+    return around if is_base else None
 
 
 def mount_pack() -> None:
@@ -103,7 +113,8 @@ def places(
     known = parser.parse_args(rest)
     yamls = [host / "extra_model_paths.yaml" for host in hosts[:1]]
     yamls = [*filter(Path.is_file, yamls), *known.extra_model_paths]
-    models = known.models or (hosts[0] / "models" if hosts else None)
+    around = next(iter(hosts), base_folder())
+    models = known.models or (around and around / "models")
     if models is None:
         return known, None
     if not models.is_dir():
@@ -254,12 +265,13 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
     parser.add_argument("--older-than", type=span, metavar="30d", help="forget what is older: days (d) or hours (h)")
     parser.add_argument("--user-directory", type=Path, metavar="DIR", help="a ComfyUI `user` folder; else its own")
     known = parser.parse_args(rest)
-    if known.user_directory is None and not hosts:
+    around = next(iter(hosts), base_folder())
+    users = known.user_directory or (around and around / "user")
+    if users is None:
         raise Failure("No ComfyUI found. Name its folder with --comfyui, or its user folder with --user-directory.")
-    if known.user_directory and not known.user_directory.is_dir():
-        raise Failure(f"{known.user_directory} is not a folder. Expected a ComfyUI `user` folder.")
-    private = (known.user_directory or hosts[0] / "user") / "__pulid"
-    files = sorted(private.glob(f"**/{journal.JOURNAL_FILE}"))
+    if known.user_directory and not users.is_dir():
+        raise Failure(f"{users} is not a folder. Expected a ComfyUI `user` folder.")
+    files = sorted(users.glob(f"__pulid/**/{journal.JOURNAL_FILE}"))
     if known.action == "list":
         print(journal.listing(row for file in files for row in journal.Journal(file).rows()))
         return 0

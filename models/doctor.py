@@ -85,8 +85,13 @@ def advice(folders: ModelFolders, of_files: bool = True) -> str:
     versions = ", ".join(f"{name} {found}" for name in PACKAGES if (found := version_of(name)))
     lines = [f"Python {platform.python_version()}, {versions}."]
     lines += [f"{finding.topic}: {finding.text}. {finding.remedy}" for finding in findings]
-    lines.append(f'All about this installation: "{sys.executable}" "{RUN}" doctor')
+    lines.append(f"All about this installation: {command('doctor')}")
     return anonymous("\n".join(lines))
+
+
+def command(*words: str) -> str:
+    """What to type for a command of run.py, with the Python that runs here; paths in it may name the home folder."""
+    return f'"{sys.executable}" "{RUN}" {" ".join(words)}'
 
 
 def text_of(findings: Sequence[Finding]) -> str:
@@ -205,14 +210,18 @@ def files(folders: ModelFolders, progress: Callable[[WeightFile, int], None] | N
     """Where the files lie and whether they are whole: by their hashes with `progress`, else by their sizes."""
     entries = inventory(folders, progress)
     findings = [
-        Finding("file", f"{entry.verdict}, {shown(entry.path)}", "Delete it and get it again." if entry.fault else "")
+        Finding(
+            "file",
+            f"{entry.verdict}, {shown(entry.path)}",
+            f"Delete it and get it again from {entry.file.url}." if entry.fault else "",
+        )
         for entry in entries
         if entry.path
     ]
     if names := [file.place for file in lacking(entries)]:
         remedy = (
-            f'Choose missing_files: download on the node, or run "{sys.executable}" "{RUN}" models --download; '
-            "without --download it lists the addresses."
+            f"Choose missing_files: download on Load PuLID (SDXL), or run {command('models --download')}; without "
+            "--download it lists the addresses."
         )
         findings.append(Finding("files", f"not here, or not whole: {', '.join(names)}", remedy))
     return findings

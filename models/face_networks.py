@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..pulid.errors import DamagedWeights, ForeignWeights, MismatchError, MissingWeights, PulidError
+from ..pulid.errors import ForeignWeights, MismatchError, MissingWeights, PulidError
 from ..pulid.faces import Face, faces_of
 from ..pulid.networks import Bring, Managed, on_cpu
 from ..pulid.packages import describe, import_package
@@ -26,7 +26,7 @@ from .catalogue import GLINTR100, SCRFD
 from .locate import file_state, shown
 from .onnx_providers import LOG_ERRORS, PROVIDERS
 from .retinaface import find_faces
-from .tensors import label, read_tensors, system_trouble, unread
+from .tensors import damaged, label, read_tensors, source, system_trouble, unread
 
 log = logging.getLogger(__name__)
 
@@ -245,12 +245,14 @@ def load_onnx(file: Path, task: str, providers: list[str]) -> OnnxModel:
         # this and the options.
         model = zoo.get_model(str(file), providers=providers, sess_options=options, static_shape_sessions=False)
     except (bindings.InvalidProtobuf, bindings.InvalidGraph, bindings.InvalidArgument, ValueError) as error:
-        raise DamagedWeights(f"{label(file)} is not a whole ONNX file. Delete it and get it again.") from error
+        raise damaged(file, "is not a whole ONNX file") from error
     except Exception as error:  # ONNX Runtime's own classes, which say little of whose fault it is
         raise unread(file, system_trouble(error) or describe(error)) from error
     if model is None or model.taskname != task:
         found = "another network" if model is None else f"a network for {model.taskname}"
-        raise ForeignWeights(f"Expected a network for {task}, found {found}: {label(file)}. Get it again.")
+        raise ForeignWeights(
+            f"Expected a network for {task}, found {found}: {label(file)}. Get it again{source(file)}."
+        )
     log.info("%s runs on %s", file.name, model.session.get_providers()[0])
     return model
 
@@ -267,7 +269,8 @@ def load_torch(file: Path, make: Callable[[], nn.Module]) -> nn.Module:
     try:
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        raise ForeignWeights(f"{label(file)} holds another network's weights. Get it again.") from error
+        words = f"{label(file)} holds another network's weights. Get it again{source(file)}."
+        raise ForeignWeights(words) from error
     return network.eval().requires_grad_(False)
 
 

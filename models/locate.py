@@ -48,7 +48,14 @@ class ModelFolders:
 
     def find(self, name: str, like: WeightFile) -> Path:
         """The file of this name in the folders of that record; raises what `find` raises."""
-        return find(name, self.of(like), self.elsewhere)
+        other = BY_NAME.get(PureWindowsPath(name).name)
+        try:
+            return find(name, self.of(like), self.elsewhere)
+        except MissingWeights as error:
+            if other is None or other.folders == like.folders:
+                raise
+            words = f"{name} belongs to another input ({other.needed_for}). Choose {like.name} here."
+            raise MissingWeights(words) from error
 
     def locate(self, file: WeightFile) -> Path | None:
         """Where the file lies, if it does."""
@@ -128,8 +135,8 @@ def find_antelopev2(folders: Iterable[Path | str], elsewhere: Iterable[Path] = (
     target = places[0] if places else Path("models", *ANTELOPEV2)
     raise MissingWeights(
         f"Expected {SCRFD.name} and {GLINTR100.name} together in a folder antelopev2, found no such folder. Looked in: "
-        f"{_listed(places)}. Download {ANTELOPEV2_ZIP.url} and put it, or the two files in it, in {shown(target)}; or "
-        f"choose missing_files: download. Licence: {ANTELOPEV2_ZIP.licence}."
+        f"{_listed(places)}. Download {ANTELOPEV2_ZIP.url} and put it, or the two files in it, in {shown(target)}. "
+        f"Licence: {ANTELOPEV2_ZIP.licence}."
     )
 
 
@@ -147,7 +154,8 @@ def unpack_antelopev2(
         return
     if fault := fault_of(published, archive):
         raise DamagedWeights(
-            f"{shown(archive)} is not the zip that was published: {fault}. Delete it and get it again."
+            f"{shown(archive)} is not the zip that was published: {fault}. Delete it and get it again from "
+            f"{published.url}."
         )
     best, refusals = folders.destination(missing[0]), list[OSError]()
     for target in dict.fromkeys((best, *_antelopev2_places(folders.of(SCRFD)))):
@@ -285,7 +293,7 @@ def _missing(name: str, record: WeightFile | None, folders: list[Path]) -> str:
     target = folders[0] if folders else Path("models", record.folders[0])
     return (
         f"{name} ({record.needed_for}) {looked} Download it from {record.url} and put it at "
-        f"{shown(target / record.name)}, or choose missing_files: download. Licence: {record.licence}."
+        f"{shown(target / record.name)}. Licence: {record.licence}."
     )
 
 

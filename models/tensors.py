@@ -121,12 +121,17 @@ def unread(path: Path, words: str) -> WeightsError:
 def damaged(path: Path, verdict: str) -> DamagedWeights:
     """The error for a file that is not what its maker published, with the way to a whole copy."""
     record = BY_NAME.get(path.name)
-    source = f" from {record.url}" if record else ""
     whole = f" (whole, it has {record.size} bytes)" if record and record.size else ""
     return DamagedWeights(
         f"Expected weights, but {label(path)} ({path.stat().st_size} bytes) {verdict}. "
-        f"Delete it and download it again{source}{whole}."
+        f"Delete it and download it again{source(path)}{whole}."
     )
+
+
+def source(path: Path) -> str:
+    """Where a file of this name comes from, in words; nothing where nobody knows."""
+    record = BY_NAME.get(path.name)
+    return f" from {record.url}" if record else ""
 
 
 def _format(path: Path) -> bytes:

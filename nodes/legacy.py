@@ -37,9 +37,6 @@ from .texts import described
 log = logging.getLogger(__name__)
 
 CATEGORY = "PuLID/legacy"
-NO_DOWNLOAD = (
-    " This node has no missing_files: run Load PuLID (SDXL) once with it on download, and this one finds the files too."
-)
 
 PulidFile = io.Custom("PULID")  # PulidWeights
 EvaClip = io.Custom("EVA_CLIP")  # a managed EvaVisionTower
@@ -74,7 +71,7 @@ class PulidModelLoader(Older, io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pulid_file: str) -> bool:
+    def validate_inputs(cls, pulid_file: str = "") -> bool:
         return True  # of a file that is not here, find says where to get it
 
     @classmethod
@@ -85,8 +82,9 @@ class PulidModelLoader(Older, io.ComfyNode):
     @classmethod
     def execute(cls, pulid_file: str) -> io.NodeOutput:
         folders = host.model_folders()
-        with advised(folders, NO_DOWNLOAD):
-            return io.NodeOutput(load_weights(folders.find(named(pulid_file, catalogue.V1_1), like=catalogue.V1_1)))
+        name = named(pulid_file, catalogue.V1_1)
+        with advised(folders, name):
+            return io.NodeOutput(load_weights(folders.find(name, like=catalogue.V1_1)))
 
     def load_model(self, pulid_file: str) -> tuple:
         return _results(self.execute(pulid_file))
@@ -113,7 +111,7 @@ class PulidInsightFaceLoader(Older, io.ComfyNode):
     @classmethod
     def execute(cls, provider: str) -> io.NodeOutput:
         folders = host.model_folders()
-        with advised(folders, NO_DOWNLOAD):
+        with advised(folders, *(file.name for file in catalogue.choices("face_analysis"))):
             providers, notes = _providers(provider)
             analyzer, more = load_face_networks(providers, folders)
         host.say("\n".join(notes + more))
@@ -152,7 +150,7 @@ class PulidEvaClipLoader(Older, io.ComfyNode):
     @classmethod
     def execute(cls) -> io.NodeOutput:
         folders = host.model_folders()
-        with advised(folders, NO_DOWNLOAD):
+        with advised(folders, catalogue.EVA_CLIP.name):
             tower = load_tower(folders.find(_tower_here(folders), like=catalogue.EVA_CLIP), own_rotary=True)
         return io.NodeOutput(SharedEvaClip(tower.module, tower.load, tower.source))
 
@@ -347,8 +345,9 @@ def _around(theirs: Any, make: Callable[[Any], Any]) -> Any:
 
 def _shared_analysis(analysis: Any) -> SharedFaceAnalysis:
     folders = host.model_folders()
-    with advised(folders, NO_DOWNLOAD):
-        retinaface, bisenet = (folders.find(one.name, like=one) for one in (catalogue.RETINAFACE, catalogue.BISENET))
+    asked = catalogue.RETINAFACE, catalogue.BISENET
+    with advised(folders, *(one.name for one in asked)):
+        retinaface, bisenet = (folders.find(one.name, like=one) for one in asked)
     return SharedFaceAnalysis(analysis, retinaface, bisenet, host.manage)
 
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from ..models import catalogue
 from ..models.checkpoints import check_file, load_pulid, load_vision_tower
-from ..models.doctor import advice
+from ..models.doctor import advice, anonymous, command
 from ..models.download import fetch
 from ..models.face_networks import InsightFaceAnalyzer, MissingFaceNetworks
 from ..models.locate import ANTELOPEV2_FILES, ModelFolders, file_state, find_antelopev2, unpack_antelopev2
@@ -182,15 +182,16 @@ class _DownloadBar:
 
 
 @contextmanager
-def advised(folders: ModelFolders, if_missing: str = "") -> Iterator[None]:
+def advised(folders: ModelFolders, *names: str) -> Iterator[None]:
     """What is said of a file or package that cannot be used is followed by what else is wrong here.
 
-    if_missing  what else is said of a file that is not there
+    names  of the files that a node asks for that fetches none itself
     """
     try:
         yield
     except (WeightsError, MissingPackage) as error:
-        more = if_missing if isinstance(error, MissingWeights) else ""
+        known = [name for name in names if name in catalogue.BY_NAME] if isinstance(error, MissingWeights) else []
+        more = anonymous(f" Or run {command('models --download', *known)}") if known else ""
         raise type(error)(f"{error}{more}\n\n{advice(folders)}") from error
 
 

@@ -249,10 +249,11 @@ def _shown_face(seen: Recognised, likeness: Likeness) -> tuple[float, ...] | Non
 
 def _said(title: str, likenesses: Sequence[Likeness], rule: Rule, floor: float | None) -> list[str]:
     missing = [str(number) for number, likeness in enumerate(likenesses, start=1) if likeness.score is None]
-    said = [f"{title}, score at least {rule.threshold:g}." if rule.keep == "at least" else f"{title}, best first."]
     best = max(likeness.score for likeness in likenesses if likeness.score is not None)
     if rule.keep != "best" and best < rule.threshold:
-        said.append(f"None reaches {rule.threshold:g}, so the best one was taken, with {best:.3f}.")
+        said = [f"{title}.", f"None reaches {rule.threshold:g}, so the best one was taken, with {best:.3f}."]
+    else:
+        said = [f"{title}, score at least {rule.threshold:g}." if rule.keep == "at least" else f"{title}, best first."]
     if missing:
         said.append(f"A face is missing in picture {', '.join(missing)}.")
     if floor is not None:

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 # What moves pixels; the map of origins follows it.
 MOVES = {
     "__getitem__", "cat", "chunk", "clone", "concat", "concatenate", "contiguous", "expand", "expand_as",
-    "flatten", "flip", "fliplr", "flipud", "gather", "index_select", "movedim", "narrow", "permute", "repeat",
-    "repeat_interleave", "reshape", "roll", "rot90", "select", "split", "split_with_sizes", "squeeze", "stack",
-    "swapaxes", "take_along_dim", "tensor_split", "tile", "transpose", "unbind", "unflatten", "unfold", "unsqueeze",
-    "view", "view_as", "vsplit", "hsplit",
+    "flatten", "flip", "fliplr", "flipud", "gather", "index_select", "moveaxis", "movedim", "narrow", "permute",
+    "repeat", "repeat_interleave", "reshape", "roll", "rot90", "select", "split", "split_with_sizes", "squeeze",
+    "stack", "swapaxes", "swapdims", "take_along_dim", "tensor_split", "tile", "transpose", "unbind", "unflatten",
+    "unfold", "unsqueeze", "view", "view_as", "vsplit", "hsplit",
 }  # fmt: skip
 NEW = ("_like", "new_")  # in the names of what only takes over shape and type
 UNKNOWN = -1
@@ -79,10 +79,10 @@ class Traced(Tensor):
             result = function(*tree_map(plain, args), **tree_map(plain, kwargs))
             first = next(one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Traced))
             name = function.__name__
-            if name == "__setitem__" and first is args[0]:
+            if name in ("__setitem__", "copy_") and first is args[0]:
                 first.origins = first.origins.clone()  # it may be a view
                 function(first.origins, *_maps(args[1:], first))
-            if name in MOVES:
+            if name in MOVES or (name == "__get__" and isinstance(result, Tensor)):  # .mT and its like
                 try:
                     moved = function(*_maps(args, first), **_maps(kwargs, first))
                 except (RuntimeError, IndexError):  # this cannot be done to rows alone

@@ -69,7 +69,10 @@ def paste(picture: Tensor, crop: Tensor, place: Place, feather: float) -> Tensor
             f"one of {width} x {height} px. Connect the picture that the crop was taken from."
         )
     if crop.shape[-1] < 3 or crop.shape[0] != crop.shape[1] or not crop.isfinite().all():
-        raise InputError(f"A crop must be a square RGB picture without NaN, found {tuple(crop.shape)}.")
+        raise InputError(
+            f"A crop must be a square RGB picture without NaN, found {tuple(crop.shape)}. Connect what PuLID Face Crop "
+            "gave, drawn once more at a square size."
+        )
     x0, y0, x1, y1 = place.square
     crop = crop[..., :3].to(picture)
     pasted = picture.clone()

@@ -266,7 +266,8 @@ def _through_networks(
     device = networks.tower.load()
     with quick_linear(device):
         features = networks.tower.module.features(to_vision_input(grey).to(device))
-        unit(arcface), sound(features.pooled)  # each says which network answered with NaN
+        sound(features.pooled)
+        unit(arcface)  # refuses NaN, too
         x = face_vectors(arcface.to(device), features)
         encoded: list[Tensor | EncoderInput]
         if together:

@@ -223,10 +223,9 @@ def find_face(
     found = find_faces(photo, analyzer)
     size = photo.shape[1], photo.shape[0]
     if not found.faces and (words := washed_out(photo)):
-        raise NoFaceError(
-            f"No face: the photograph is {words}. A 16-bit grey picture is read as all white: save it with 8 bits a "
-            "channel. Else look at the node that made it."
-        )
+        why = "A 16-bit grey picture, or one that is transparent, is read as white: save it with 8 bits a channel. "
+        why = why if photo.mean() > 255 / 2 else ""
+        raise NoFaceError(f"No face: the photograph is {words}. {why}Look at the node that made it.")
     faces = in_order(found.faces, order, size)
     if mask is not None:
         faces = under_mask(faces, mask, size)

@@ -95,5 +95,5 @@ def read_boxes(text: str, people: int) -> list[Box]:
             )
         boxes.append((x0, y0, x1, y1))
     if len(boxes) != people:
-        raise InputError(f"There are {len(boxes)} boxes for {people} people. Write one a line, or change people.")
+        raise InputError(f"Boxes for {people} needed, one a line; found {len(boxes)}. Write them, or change people.")
     return boxes

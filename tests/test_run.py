@@ -95,6 +95,17 @@ class TestFindingComfyUI:
         around = make_comfyui(tmp_path / "ComfyUI")
         assert find_hosts(here=around / "custom_nodes" / "pulid-sdxl") == [around]
 
+    def test_folders_without_a_comfyui_around_the_pack_are_looked_into(self, find_hosts, tmp_path):
+        make_comfyui(tmp_path / "home" / "comfy" / "ComfyUI")  # another one
+        (tmp_path / "models" / "pulid").mkdir(parents=True)
+        (tmp_path / "custom_nodes").mkdir()
+        here = tmp_path / "custom_nodes" / "pulid-sdxl"
+        here.symlink_to(ROOT)
+        (tmp_path / "models" / "pulid" / "pulid_v1.1.safetensors").write_bytes(b"half")
+        assert find_hosts(here=here) == []
+        done = subprocess.run([sys.executable, here / "run.py", "models"], capture_output=True, text=True)
+        assert f"{tmp_path}/models/pulid/pulid_v1.1.safetensors" in done.stdout
+
     def test_else_the_official_repository_is_cloned(self, tmp_path, monkeypatch):
         def clone(command, **_):
             assert command[0] == "git" and develop.HOST_TAG in command and develop.HOST_URL in command

@@ -232,7 +232,7 @@ def test_a_provider_that_this_machine_lacks_is_said_and_the_cpu_serves(server, i
 def test_a_file_that_is_not_here_is_named_with_its_address(server, info):
     prompt = to_prompt(old_workflow(), info)
     set_inputs(prompt, "PulidModelLoader", pulid_file=catalogue.V1_PICKLE.name)
-    with pytest.raises(ServerError, match=r"pulid_v1\.bin .*was not found.*https://.*This node has no missing_files"):
+    with pytest.raises(ServerError, match=r"pulid_v1\.bin .*was not found.*https://.*--download pulid_v1\.bin"):
         server.run(prompt)
     set_inputs(prompt, "PulidModelLoader", pulid_file="their own\\name.safetensors")
     with pytest.raises(ServerError, match=r"name\.safetensors was not found\. Looked in"):

@@ -261,7 +261,7 @@ def test_people_of_a_draft_get_masks_in_order_and_their_boxes_make_the_same_ones
     ({}, "Connect a draft picture, or write one box a line"),
     ({"image": picture((50, 50, 0))}, "shows 1 face, and 2 people"),
     ({"image": torch.cat([picture()] * 2)}, "A draft is one picture, found 2"),
-    ({"boxes": "0 0 1 1"}, "1 boxes for 2 people"),
+    ({"boxes": "0 0 1 1"}, "Boxes for 2 needed.*found 1"),
 ])  # fmt: skip
 def test_who_cannot_be_placed_is_said(given, words):
     with pytest.raises(InputError, match=words):

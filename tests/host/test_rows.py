@@ -22,6 +22,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 from comfy import context_windows
+from pulid_sdxl.nodes.trace import Traced
 from pulid_sdxl.pulid.errors import MismatchError
 
 from . import sampling
@@ -169,14 +170,11 @@ class TestTiles:
         sample(patched, noise=sampling.places(len(prompts)), positive=[[each, pooled]])
         watch.check(1, 1)
 
-    @pytest.mark.parametrize(
-        ("people", "masks", "negative", "words"),
-        [
-            (2, None, NEGATIVE, "without saying which they are"),
-            (1, 2, NEGATIVE, "without saying which they are"),
-            (1, None, POSITIVE, "Positive and negative prompt are equal"),
-        ],
-    )
+    @pytest.mark.parametrize(("people", "masks", "negative", "words"), [
+        (2, None, NEGATIVE, "without saying which they are"),
+        (1, 2, NEGATIVE, "without saying which they are"),
+        (1, None, POSITIVE, "Positive and negative prompt are equal"),
+    ])  # fmt: skip
     def test_what_cannot_be_known_is_an_error(self, model, pulid, people, masks, negative, words):
         mask = sampling.ramp(masks) if masks else None
         patched = apply(model, pulid, make_identity(people=people), attn_mask=mask)
@@ -222,6 +220,14 @@ def coupled(regions):
         return torch.cat(out)
 
     return before, after
+
+
+@pytest.mark.parametrize("move", [
+    lambda x: x.mT, lambda x: x.moveaxis(2, 3), lambda x: x.swapdims(0, 1), lambda x: x.clone().copy_(x.flip(0)),
+])  # fmt: skip
+def test_the_map_goes_where_the_pixels_go(move):
+    batch = Traced.of(torch.rand(2, 2, 4, 4))  # of which every side looks like another
+    assert torch.equal(move(batch).origins, move(batch.origins)) and not torch.equal(move(batch).origins, batch.origins)
 
 
 class TestAttentionCouples:

@@ -63,13 +63,10 @@ def test_plain_http_will_do_for_this_machine(url):
     assert Endpoints.from_environment({"PULID_FAL_QUEUE_URL": url}).queue == URL(url)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://fal.run", "http://192.168.0.2", "http://127.0.0.1.example.com", "ftp://fal.run", "fal.run", "https://",
-        "https://me:word@fal.run", "https://fal.run?a=b", "https://fal.run:port",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("url", [
+    "http://fal.run", "http://192.168.0.2", "http://127.0.0.1.example.com", "ftp://fal.run", "fal.run", "https://",
+    "https://me:word@fal.run", "https://fal.run?a=b", "https://fal.run:port",
+])  # fmt: skip
 def test_an_address_that_is_not_safe_is_refused_and_not_repeated(url):
     with pytest.raises(HostedError, match="PULID_FAL_REST_URL is not an address that a key may be sent to") as caught:
         Endpoints.from_environment({"PULID_FAL_REST_URL": url})
@@ -104,34 +101,28 @@ def test_addresses_of_the_internet_are_public(address):
     assert is_public(address)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "127.0.0.1", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "192.0.2.1",
-        "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1",
-        "fec0::1", "ff02::1", "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::",
-        "2001:0:a00:1::", "2001:db8::1", "100::1",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("address", [
+    "127.0.0.1", "0.0.0.0", "10.0.0.1", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "192.0.2.1",
+    "198.18.0.1", "224.0.0.1", "240.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1",
+    "fec0::1", "ff02::1", "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::",
+    "2001:0:a00:1::", "2001:db8::1", "100::1",
+])  # fmt: skip
 def test_addresses_that_are_or_may_stand_for_private_ones_are_not(address):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://v3.fal.media/a.png", "https://v3.fal.media:8443/a.png", "https://me@v3.fal.media/a.png", "https://[",
-        "http://127.0.0.2:5001/a.png", "http://localhost:5000/a.png", "ftp://v3.fal.media/a.png", "file:///etc/passwd",
-        "a.png", "//v3.fal.media/a.png",
-        *(f"https://{host}/a.png" for host in (
-            "10.0.0.1", "127.1", "0", "2130706433", "0177.0.0.1", "0x7f.0.0.1", "0x7f000001", "[::ffff:127.0.0.1]",
-            "[::]", "[::1]", "1", "10.0.0.1.", "127.0.0.1..", "localhost", "localhost.", "a.LOCALHOST",
-            "nas", "nas.local", "8.8.8.8.8", "08.8.8.8", "8.8.8.010", "[fe80::1%25a]",
-            "%31%32%37.0.0.1", "a b.example", "-", "_._.0x",
-            "\uff11\uff10.0.0.1", "127\u30020\u30020\u30021",
-        )),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("url", [
+    "http://v3.fal.media/a.png", "https://v3.fal.media:8443/a.png", "https://me@v3.fal.media/a.png", "https://[",
+    "http://127.0.0.2:5001/a.png", "http://localhost:5000/a.png", "ftp://v3.fal.media/a.png", "file:///etc/passwd",
+    "a.png", "//v3.fal.media/a.png",
+    *(f"https://{host}/a.png" for host in (
+        "10.0.0.1", "127.1", "0", "2130706433", "0177.0.0.1", "0x7f.0.0.1", "0x7f000001", "[::ffff:127.0.0.1]",
+        "[::]", "[::1]", "1", "10.0.0.1.", "127.0.0.1..", "localhost", "localhost.", "a.LOCALHOST",
+        "nas", "nas.local", "8.8.8.8.8", "08.8.8.8", "8.8.8.010", "[fe80::1%25a]",
+        "%31%32%37.0.0.1", "a b.example", "-", "_._.0x",
+        "\uff11\uff10.0.0.1", "127\u30020\u30020\u30021",
+    )),
+])  # fmt: skip
 def test_addresses_that_are_not_safe_are_refused(url):
     with pytest.raises(HostedError):
         check_address(url, HERE)
@@ -151,13 +142,10 @@ def test_nothing_on_this_machine_is_read_for_a_service_that_is_elsewhere(elsewhe
         check_address("http://127.0.0.1:9/a.png", elsewhere)
 
 
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        *((host, True) for host in ("fal.run", "queue.fal.run", "v3.fal.media.", "REST.fal.ai", "v3b.fal.media")),
-        *((host, False) for host in ("notfal.run", "fal.run.example.com", "fal.media.evil", "", "fal-run", "fal.com")),
-    ],
-)
+@pytest.mark.parametrize(("host", "expected"), [
+    *((host, True) for host in ("fal.run", "queue.fal.run", "v3.fal.media.", "REST.fal.ai", "v3b.fal.media")),
+    *((host, False) for host in ("notfal.run", "fal.run.example.com", "fal.media.evil", "", "fal-run", "fal.com")),
+])  # fmt: skip
 def test_fals_own_names_are_known(host, expected):
     assert is_fals(host) is expected
 
@@ -167,13 +155,10 @@ def test_fals_own_names_are_known(host, expected):
 HOOK = "https://hooks.example.com/done?token=1"
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "http://hooks.example.com", "https://127.0.0.1/x", "https://127.1/x", "https://localhost/x", "https://nas/x",
-        "https://10.0.0.1/x", "https://me:pw@hooks.example.com/", "ftp://a.b", "https://", "hooks.example.com", "https://[",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("address", [
+    "http://hooks.example.com", "https://127.0.0.1/x", "https://127.1/x", "https://localhost/x", "https://nas/x",
+    "https://10.0.0.1/x", "https://me:pw@hooks.example.com/", "ftp://a.b", "https://", "hooks.example.com", "https://[",
+])  # fmt: skip
 def test_a_webhook_is_a_public_https_address(tmp_path, address):
     with pytest.raises(InputError, match=r"public https address.*Nothing was sent"):
         check_webhook(address, tmp_path)
@@ -211,20 +196,17 @@ def test_fal_key_comes_first_then_the_pair_then_the_file(tmp_path):
     assert found({}, file) == "Key from:file"
 
 
-@pytest.mark.parametrize(
-    ("text", "key"),
-    [
-        ("FAL_KEY=a:b", "a:b"),
-        (" FAL_KEY = 'a:b' \n", "a:b"),
-        ('# mine\nFAL_KEY = "a:b"  # really\n', "a:b"),
-        ("\ufeffFAL_KEY=a:b", "a:b"),  # as Windows writes it
-        ('\n\n  \nFAL_KEY = "a:b#c"\n\n', "a:b#c"),
-        ("FAL_KEY='a:#'  # quoted", "a:#"),
-        ("FAL_KEY=a:b#c # bare", "a:b#c"),
-        ("export FAL_KEY=a:b\r\n", "a:b"),
-        ("FAL_KEY_ID=x\nFAL_KEY=a:b", "a:b"),
-    ],
-)
+@pytest.mark.parametrize(("text", "key"), [
+    ("FAL_KEY=a:b", "a:b"),
+    (" FAL_KEY = 'a:b' \n", "a:b"),
+    ('# mine\nFAL_KEY = "a:b"  # really\n', "a:b"),
+    ("\ufeffFAL_KEY=a:b", "a:b"),  # as Windows writes it
+    ('\n\n  \nFAL_KEY = "a:b#c"\n\n', "a:b#c"),
+    ("FAL_KEY='a:#'  # quoted", "a:#"),
+    ("FAL_KEY=a:b#c # bare", "a:b#c"),
+    ("export FAL_KEY=a:b\r\n", "a:b"),
+    ("FAL_KEY_ID=x\nFAL_KEY=a:b", "a:b"),
+])  # fmt: skip
 def test_the_file_has_a_line_as_in_toml(tmp_path, text, key):
     assert found({}, key_file(tmp_path, text)) == f"Key {key}"
 

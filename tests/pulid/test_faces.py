@@ -351,9 +351,9 @@ def test_a_face_that_fills_the_crop_already_is_cut_out_of_what_the_authors_look_
         assert selection.cut_from == (1024, 1024)
 
 
-@pytest.mark.parametrize(("shade", "words"), [(1.0, "level 255"), (0.0, "level 0")])
+@pytest.mark.parametrize(("shade", "words"), [(1.0, "level 255.*16-bit"), (0.0, r"level 0[^6]*$")])
 def test_a_photograph_of_one_colour_is_told_as_that(shade, words):
-    with pytest.raises(NoFaceError, match=rf"one colour all over .{words}.*16-bit"):
+    with pytest.raises(NoFaceError, match=rf"one colour all over .{words}"):
         FaceChoice().find(Photograph(torch.full((64, 64, 3), shade)), FakeAnalyzer())
 
 

@@ -110,7 +110,7 @@ def test_boxes_that_are_written_are_read():
 
 
 @pytest.mark.parametrize(("text", "people", "words"), [
-    ("0.1 0.2 0.3 0.4", 2, "1 boxes for 2 people"),
+    ("0.1 0.2 0.3 0.4", 2, "Boxes for 2 needed.*found 1"),
     ("0.1 0.2 0.3 0.4\n0.5 0.2 0.4 0.4", 2, r"Line 2 of boxes .*'0\.5 0\.2 0\.4 0\.4'"), ("left", 1, "Line 1 of boxes"),
     ("10 20 300 400", 1, "shares of the picture"), ("0.1 0.2 nan 0.4", 1, "Line 1"), ("0.1 0.2 0.3", 1, "Line 1"),
 ])  # fmt: skip
