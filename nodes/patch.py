@@ -23,10 +23,11 @@ from ..pulid.schedule import Schedule
 from ..pulid.sites import SITES
 from . import host
 from .host import cross_attention
-from .rows import KEY, RUN, Placement, SamplingRun, arrive_by_the_way, without_a_run
+from .rows import KEY, RUN, Call, Placement, SamplingRun, arrive_by_the_way, without_a_run
 
 # The branches of a guider that hold what the picture is to show: CFG and most others, DualCFG's second prompt.
 POSITIVE_BRANCHES = ("positive", "middle")
+OVERRIDE = "optimized_attention_override"  # in transformer_options: another pack's, for ComfyUI's own attention
 INSTALLED = f"{KEY} installed"  # in transformer_options: the Installed of every Apply node, in order
 MISFIT = 0.02  # between the shapes of mask and picture, which are multiples of some pixels each
 PIXELS = 8  # of a picture for each pixel of its latent, in both directions
@@ -137,16 +138,7 @@ class AttentionPatch:
             k, v = k[: len(q)], v[: len(q)]
             if call is not None:
                 call.run.say(SURPLUS_KEYS, self.installed.node_id)
-        below = self.base
-        if below is None and call is not None:  # what another node has put on the whole block, behind ours
-            below = call.replacements.get(extra_options["block"])
-        if below is not None:
-            base = below(q, k, v, extra_options)
-        else:
-            base = host_attention.optimized_attention(
-                q, k, v, extra_options["n_heads"],
-                attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options,
-            )  # fmt: skip
+        base, is_ours = self._without_us(q, k, v, extra_options, call)
         strength = None
         if schedule is not None:
             strengths = {} if call is None else call.strengths
@@ -158,9 +150,23 @@ class AttentionPatch:
             grid = tuple(extra_options["activations_shape"][-2:])  # here and now, whatever shrank the latent on its way
             mask = self.mask.tokens(q, grid, placement)
         rows = placement.identities(self.kv.rows - 1)
-        is_ours = below is None or isinstance(below, AttentionPatch)  # what others give, they may keep
         out = self._way(q)(q, base, rows, strength, mask, overwrite=is_ours)
         return self._with_added(out, q, k, v, extra_options) if self.added else out
+
+    def _without_us(
+        self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict, call: Call | None
+    ) -> tuple[Tensor, bool]:
+        """What the site gives without this patch, and whether we may change it: what others give, they may keep."""
+        below = self.base
+        if below is None and call is not None:
+            below = call.replacements.get(extra_options["block"])  # put on the whole block behind Apply
+        if below is not None:
+            return below(q, k, v, extra_options), isinstance(below, AttentionPatch)
+        base = host_attention.optimized_attention(
+            q, k, v, extra_options["n_heads"],
+            attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options,
+        )  # fmt: skip
+        return base, OVERRIDE not in extra_options
 
     def _with_added(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, extra_options: dict) -> Tensor:
         sigma = extra_options["sigmas"].flatten()[0].item()  # their contract compares numbers

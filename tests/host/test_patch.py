@@ -207,6 +207,17 @@ class TestSchedule:
         assert len(calls) == 70
 
 
+@pytest.mark.parametrize(
+    "override", [{}, {"optimized_attention_override": lambda function, *a, **k: function(*a, **k)}]
+)
+def test_what_another_packs_attention_gives_is_not_written_over(model, pulid, identity, monkeypatch, override):
+    owned, patched = [], apply(model, pulid, identity)
+    fuse_by(monkeypatch, lambda q, base, *more, overwrite: (owned.append(overwrite), base)[1])
+    patched.model_options["transformer_options"].update(override)
+    sample(patched, steps=1)
+    assert {*owned} == {not override}
+
+
 class TestMasks:
     def test_the_grid_is_the_sites_own_for_odd_sizes_too(self, model, pulid, identity, monkeypatch):
         seen = {}

@@ -77,33 +77,27 @@ def test_addresses_and_data_uris_are_taken_line_by_line():
     assert read_lines("") == read_lines(" \n ") == []
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("example.com/a.png", "neither a data URI nor an https"),
-        ("http://example.com/a.png", "neither a data URI nor an https"),
-        ("file:///etc/passwd", "neither a data URI nor an https"),
-        ("https://", "neither a data URI nor an https"),
-        ("https://[", "neither a data URI nor an https"),
-        ("data:text/plain;base64,eA==", "no picture that could be read"),
-        ("data:image/png;base64,***", "damaged"),
-        ("data:image/png,abc", ";base64"),
-        ("data:image/png;base64,eA==", "no picture that could be read"),
-    ],
-)
+@pytest.mark.parametrize(("line", "words"), [
+    ("example.com/a.png", "neither a data URI nor an https"),
+    ("http://example.com/a.png", "neither a data URI nor an https"),
+    ("file:///etc/passwd", "neither a data URI nor an https"),
+    ("https://", "neither a data URI nor an https"),
+    ("https://[", "neither a data URI nor an https"),
+    ("data:text/plain;base64,eA==", "no picture that could be read"),
+    ("data:image/png;base64,***", "damaged"),
+    ("data:image/png,abc", ";base64"),
+    ("data:image/png;base64,eA==", "no picture that could be read"),
+])  # fmt: skip
 def test_a_line_that_cannot_be_sent_is_named(line, words):
     with pytest.raises(InputError, match=f"Line 2 of reference_urls.*{words}"):
         read_lines(f"https://example.com/a.png\n{line}")
 
 
-@pytest.mark.parametrize(
-    "host",
-    [
-        "localhost", "LOCALHOST.", "a.localhost", "127.0.0.1", "127.1", "0", "2130706433", "0177.0.0.1", "0x7f.1",
-        "127.0.0.1.", "10.0.0.1..", "192.168.1.9", "169.254.169.254", "[::]", "[::1]", "[::ffff:127.0.0.1]",
-        "[64:ff9b::a00:1]", "nas", "nas.local", "router.lan", "x.internal", "\uff11\uff12\uff17.1", "100.64.0.1",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("host", [
+    "localhost", "LOCALHOST.", "a.localhost", "127.0.0.1", "127.1", "0", "2130706433", "0177.0.0.1", "0x7f.1",
+    "127.0.0.1.", "10.0.0.1..", "192.168.1.9", "169.254.169.254", "[::]", "[::1]", "[::ffff:127.0.0.1]",
+    "[64:ff9b::a00:1]", "nas", "nas.local", "router.lan", "x.internal", "\uff11\uff12\uff17.1", "100.64.0.1",
+])  # fmt: skip
 def test_addresses_that_only_this_network_can_read_are_refused(host):
     with pytest.raises(InputError, match="Line 1 of reference_urls"):
         read_lines(f"https://{host}/a.png")
@@ -133,18 +127,15 @@ def test_a_file_of_any_kind_is_read_from_the_folder_and_from_nowhere_else(tmp_pa
 # ---- Which way ----
 
 
-@pytest.mark.parametrize(
-    ("sizes", "how", "expected"),
-    [
-        ([2**20], "auto", True),
-        ([2**20 + 1], "auto", False),
-        ([2**20] * 4, "auto", True),
-        ([2**20] * 5, "auto", False),
-        ([2**23], "data URI", True),
-        ([1], "upload", False),
-        ([], "auto", True),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "how", "expected"), [
+    ([2**20], "auto", True),
+    ([2**20 + 1], "auto", False),
+    ([2**20] * 4, "auto", True),
+    ([2**20] * 5, "auto", False),
+    ([2**23], "data URI", True),
+    ([1], "upload", False),
+    ([], "auto", True),
+])  # fmt: skip
 def test_large_photographs_are_uploaded(sizes, how, expected):
     photos = [Reference("d", content_type="image/png", data=bytes(size)) for size in sizes]
     assert inline(photos, how) is expected
