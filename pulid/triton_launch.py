@@ -29,8 +29,11 @@ class Launch:
         if torch.compiler.is_compiling():
             self._by_triton(tensors)
             return
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if any(address and address % ALIGNMENT for address in addresses):
+        addresses, bits = [], 0  # bits that any address has
+        for tensor in tensors:
+            addresses.append(None if tensor is None else tensor.data_ptr())
+            bits |= addresses[-1] or 0
+        if bits % ALIGNMENT:
             self._by_triton(tensors)
         elif self._run is not None:
             self._run(addresses)
