@@ -290,7 +290,7 @@ class Call:
 
     run: SamplingRun
     placement: Placement
-    replacements: Mapping[Hashable, Callable]
+    replacements: Mapping[Hashable, Callable] = field(default_factory=dict)
     sites: dict[Hashable, Placement] = field(default_factory=dict)
     strengths: dict[tuple[Schedule, torch.dtype], Tensor] = field(default_factory=dict)
 

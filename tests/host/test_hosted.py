@@ -609,7 +609,7 @@ class TestMoney:
             graph.hosted(photos=[name], seed=5170 + number, transport="upload", keep_pictures="1h")
         run = driver.run(graph, when=lambda: fal.bill == 2, act=driver.interrupt)
         assert run.interrupted and fal.bill == 2
-        assert len(fal.seen("submit")) == 2 >= len(fal.seen("put"))
+        assert len(fal.seen("submit")) == 2 >= len(fal.seen("put")) and wait_for(lambda: len(fal.seen("cancel")) == 2)
         preference = fal.seen("submit")[0].headers["x-fal-object-lifecycle-preference"]
         assert json.loads(preference) == {"expiration_duration_seconds": 3600}
 

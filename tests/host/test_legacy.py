@@ -561,7 +561,9 @@ def test_a_start_after_the_end_never_acts_and_says_so(model):
 
 def test_the_vision_tower_is_named_with_its_address_where_it_is_not_here(monkeypatch):
     monkeypatch.setattr(host, "model_folders", lambda: pulid_files.ModelFolders({}))
-    with pytest.raises(MissingWeights, match=r"EVA02_CLIP_L_336_psz14_s6B\.pt.*was not found.*https://.*no missing_fi"):
+    with pytest.raises(
+        MissingWeights, match=r"EVA02_CLIP_L_336_psz14_s6B\.pt.*was not found.*https://.*--download EVA"
+    ):
         legacy.PulidEvaClipLoader.execute()
 
 
