@@ -86,6 +86,11 @@ def base_folder(here: Path = HERE) -> Path | None:
     return around if is_base else None
 
 
+def folder_of(hosts: list[Path]) -> Path | None:
+    """The folder that holds models and user."""
+    return hosts[0] if hosts else base_folder()
+
+
 def mount_pack() -> None:
     """Make the pack importable as `pulid_sdxl`, its root kept off sys.path, as ComfyUI does."""
     if "pulid_sdxl" in sys.modules:
@@ -113,7 +118,7 @@ def places(
     known = parser.parse_args(rest)
     yamls = [host / "extra_model_paths.yaml" for host in hosts[:1]]
     yamls = [*filter(Path.is_file, yamls), *known.extra_model_paths]
-    around = next(iter(hosts), base_folder())
+    around = folder_of(hosts)
     models = known.models or (around and around / "models")
     if models is None:
         return known, None
@@ -265,7 +270,7 @@ def hosted(hosts: list[Path], rest: list[str]) -> int:
     parser.add_argument("--older-than", type=span, metavar="30d", help="forget what is older: days (d) or hours (h)")
     parser.add_argument("--user-directory", type=Path, metavar="DIR", help="a ComfyUI `user` folder; else its own")
     known = parser.parse_args(rest)
-    around = next(iter(hosts), base_folder())
+    around = folder_of(hosts)
     users = known.user_directory or (around and around / "user")
     if users is None:
         raise Failure("No ComfyUI found. Name its folder with --comfyui, or its user folder with --user-directory.")
